@@ -1,0 +1,58 @@
+"""What the caches call: one set of functions, in Triton for a GPU and in PyTorch for everything else.
+
+`for_device` chooses. The two modules have the same functions with the same signatures, so either can
+stand in for the other, and tests compare them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import eager
+from kernels.regions import Regions
+
+__all__ = ["Regions", "chunk_attention", "for_device"]
+
+
+def for_device(device: torch.device) -> tuple[ModuleType, str]:
+    """The functions for a device, and which they are and why, in a few words for the report."""
+    if device.type != "cuda":
+        return eager, "PyTorch kernels"
+    if os.environ.get("SELECTIVE_KV_KERNELS") == "eager":
+        return eager, "PyTorch kernels (SELECTIVE_KV_KERNELS=eager)"
+    if importlib.util.find_spec("triton") is None:
+        return eager, "PyTorch kernels, slow on a GPU: Triton is not installed"
+    from kernels import triton_kernels
+
+    return triton_kernels, "Triton kernels"
+
+
+def chunk_attention(
+    kernels: ModuleType,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regions: Regions,
+    start: int,
+    sink_frequencies: Tensor | None = None,
+) -> Tensor:
+    """Attention of a chunk over itself, causally, and over what the cache held when it began.
+
+    q: [batch, n_head, token, head_dim]; k, v: [batch, n_kv_head, token, head_dim]; start: the chunk's
+    first position. Writes nothing: `store_chunk` follows. Returns [batch, n_head, token, head_dim].
+    """
+    if start == 0:
+        group = q.shape[1] // k.shape[1]
+        if q.device.type == "cpu" and group > 1:  # there, enable_gqa leaves the fast kernel
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    held, held_lse = kernels.history_attention(q, regions, start, sink_frequencies)
+    own, own_lse = eager.causal_attention(q, k, v)
+    share = torch.sigmoid(own_lse - held_lse.float())[..., None]  # of the softmax's mass
+    return torch.lerp(held.float(), own.float(), share).to(q.dtype)

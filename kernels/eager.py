@@ -1,0 +1,225 @@
+"""The kernels in plain PyTorch: the twins that Triton is compared with, and the fast path of a CPU.
+
+Every function has the signature of its twin in Triton. The group of query heads that share a KV head
+is packed into one tile, [KV head, group * token, head_dim], so that each key is read once; integers
+are read a block at a time, with a running softmax, and a scale multiplies a score or a probability,
+never an element. `decode_attention` reads lengths on the host: free on a CPU, a synchronisation on
+an accelerator, where this module is only the fallback.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.regions import Regions
+from quantize import quantize
+
+BLOCK = 2048  # keys at a time: their float32 form must stay in a CPU's cache, and calls be few
+SCORES = 1 << 21  # scores of one KV head at a time, when many queries share a block
+
+
+class RunningSoftmax:
+    """Attention accumulated over blocks of keys (Milakov & Gimelshein 2018, arXiv:1805.02867).
+
+    q: [batch, n_kv_head, row, head_dim] where a row is one query token of one head in the group.
+    """
+
+    def __init__(self, q: Tensor) -> None:
+        self.q = q.float() * q.shape[-1] ** -0.5
+        self.top = q.new_full((*q.shape[:-1], 1), float("-inf"), dtype=torch.float32)
+        self.total = torch.zeros_like(self.top)
+        self.out = torch.zeros_like(self.q)
+
+    def add(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        q: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> None:
+        """k, v: [batch, n_kv_head, key, head_dim], float or int8 with scales [batch, n_kv_head, key].
+
+        q: another rotation of the queries for these keys. hidden: bool [row, key], True where a row
+        must not look.
+        """
+        query = self.q if q is None else q.float() * q.shape[-1] ** -0.5
+        n_key = min(BLOCK, max(64, SCORES // query.shape[2]))
+        for lo in range(0, k.shape[2], n_key):
+            block = slice(lo, lo + n_key)
+            score = query @ k[:, :, block].float().transpose(-1, -2)
+            if k_scale is not None:
+                score *= k_scale[:, :, None, block]
+            if hidden is not None:
+                score.masked_fill_(hidden[:, block], float("-inf"))
+            top = torch.maximum(self.top, score.amax(-1, keepdim=True))
+            safe = top.masked_fill(top == float("-inf"), 0.0)  # rows that have seen no key yet
+            prob = score.sub_(safe).exp_()
+            keep = (self.top - safe).exp_()
+            self.total = self.total * keep + prob.sum(-1, keepdim=True)
+            if v_scale is not None:
+                prob *= v_scale[:, :, None, block]
+            self.out = self.out * keep + prob @ v[:, :, block].float()
+            self.top = top
+
+    def result(self) -> Tensor:
+        """float32 [batch, n_kv_head, row, head_dim]; zero for a row that saw no key."""
+        return self.out / self.total.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def lse(self) -> Tensor:
+        """Natural log of the sum of exponentiated scores, float32 [batch, n_kv_head, row]."""
+        return (self.top + self.total.log())[..., 0]
+
+
+def rotate(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
+    """Turn x [..., head_dim] by `offset` more positions of RoPE (negative: back)."""
+    angle = (frequencies * offset).float()
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
+    """Write one token per sequence; the one that it pushes out of the window is quantised, or dropped.
+
+    k, v: [batch, n_kv_head, head_dim]; positions: int64 [batch], where the new tokens stand.
+    """
+    sink, window = regions.sink_size, regions.window_size
+    batch = torch.arange(k.shape[0], device=k.device)
+    slot = torch.where(positions < sink, positions, sink + (positions - sink) % window)
+    leaves = positions >= sink + window
+    row = (positions - window - sink).clamp_min(0)
+    for values, ints, scales in regions.quantised():
+        new_ints, new_scale = quantize(values[batch, :, slot])
+        ints[batch, :, row] = torch.where(leaves[:, None, None], new_ints, ints[batch, :, row])
+        scales[batch, :, row] = torch.where(leaves[:, None], new_scale, scales[batch, :, row])
+    regions.k[batch, :, slot] = k.to(regions.k.dtype)
+    regions.v[batch, :, slot] = v.to(regions.v.dtype)
+
+
+def decode_attention(
+    q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None
+) -> Tensor:
+    """Attention of one new token per sequence, already appended, over all that its cache holds.
+
+    q: [batch, n_head, head_dim]; positions: int64 [batch]. sink_frequencies [head_dim / 2]: when
+    given, sinks are seen at their distance within the cache, as if what was dropped had never been
+    (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them.
+    Returns [batch, n_head, head_dim] in q's dtype.
+    """
+    n_kv_head = regions.k.shape[1]
+    out = torch.empty_like(q)
+    for b, pos in enumerate(positions.tolist()):
+        held = regions.batch_rows(b, 1)
+        tile = q[b].unflatten(0, (n_kv_head, -1))[None]  # [1, n_kv_head, group, head_dim]
+        n_left = regions.n_left(pos + 1)
+        n_slot = pos + 1 - n_left
+        if n_left == 0 or (regions.k_int is None and sink_frequencies is None):
+            y = F.scaled_dot_product_attention(tile, held.k[:, :, :n_slot], held.v[:, :, :n_slot])
+        else:
+            softmax = RunningSoftmax(tile)
+            _add_held(softmax, tile, held, [(0, n_slot)], n_left, sink_frequencies)
+            y = softmax.result()
+        out[b] = y[0].flatten(0, 1)
+    return out
+
+
+def _add_held(
+    softmax: RunningSoftmax,
+    tile: Tensor,
+    regions: Regions,
+    spans: list[tuple[int, int]],
+    n_left: int,
+    sink_frequencies: Tensor | None,
+) -> None:
+    """Add the full-precision slots in `spans` and the first n_left quantised rows."""
+    if sink_frequencies is not None and n_left > 0:
+        sink = regions.sink_size
+        turned = rotate(tile, -n_left, sink_frequencies)
+        softmax.add(regions.k[:, :, :sink], regions.v[:, :, :sink], q=turned)
+        spans = [(max(lo, sink), hi) for lo, hi in spans]
+    for lo, hi in spans:
+        softmax.add(regions.k[:, :, lo:hi], regions.v[:, :, lo:hi])
+    if n_left > 0 and regions.k_int is not None:
+        (_, k_int, k_scale), (_, v_int, v_scale) = regions.quantised()
+        softmax.add(
+            k_int[:, :, :n_left], v_int[:, :, :n_left], k_scale[:, :, :n_left], v_scale[:, :, :n_left]
+        )
+
+
+def history_attention(
+    q: Tensor, regions: Regions, start: int, sink_frequencies: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of a chunk that begins at position `start` over what the cache held before it.
+
+    q: [batch, n_head, token, head_dim]. The token at start - window_size has left (`evict` came
+    first): its slot, which `start` will take, is not looked at. Returns the output, float32 and shaped like
+    q, and the log-sum-exp of its scores, float32 [batch, n_head, token].
+    """
+    batch, n_head, n_token, head_dim = q.shape
+    tile = q.reshape(batch, regions.k.shape[1], -1, head_dim)  # [batch, n_kv_head, group * token, head_dim]
+    softmax = RunningSoftmax(tile)
+    n_left = regions.n_left(start + 1)
+    if n_left == 0:
+        spans = [(0, start)]
+    else:
+        gap = regions.slot(start)
+        spans = [(0, gap), (gap + 1, regions.sink_size + regions.window_size)]
+    _add_held(softmax, tile, regions, spans, n_left, sink_frequencies)
+    return softmax.result().view(q.shape), softmax.lse().view(batch, n_head, n_token)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of a chunk over itself. q: [batch, n_head, token, head_dim]; k, v: [batch, n_kv_head, ...].
+
+    Returns the output and the log-sum-exp, as `history_attention` does.
+    """
+    batch, n_head, n_token, head_dim = q.shape
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[:2]
+        return out, lse
+    softmax = RunningSoftmax(q.reshape(batch, k.shape[1], -1, head_dim))
+    token = torch.arange(n_token, device=q.device)
+    hidden = (token[:, None] < token).repeat(n_head // k.shape[1], 1)  # [group * token, token]
+    softmax.add(k, v, hidden=hidden)
+    return softmax.result().view(q.shape), softmax.lse().view(batch, n_head, n_token)
+
+
+def evict(regions: Regions, start: int) -> None:
+    """Before a chunk: quantise the token that position `start` pushes out of the window."""
+    _quantize_slots(regions, start - regions.window_size, start - regions.window_size + 1)
+
+
+def store_chunk(regions: Regions, k: Tensor, v: Tensor, start: int) -> None:
+    """After attention over a chunk: keep its last tokens, quantise (or drop) what leaves the window.
+
+    k, v: [batch, n_kv_head, token, head_dim], the tokens at positions start, start + 1, ...
+    `evict(regions, start)` came first.
+    """
+    sink, window = regions.sink_size, regions.window_size
+    end = start + k.shape[2]
+    _quantize_slots(regions, start - window + 1, min(start, end - window))
+    first = max(start, sink)  # chunk tokens that pass through the window without staying in it
+    if first < end - window:
+        rows, passing = slice(first - sink, end - window - sink), slice(first - start, end - window - start)
+        for chunk, (_, ints, scales) in zip((k, v), regions.quantised(), strict=False):
+            ints[:, :, rows], scales[:, :, rows] = quantize(chunk[:, :, passing])
+    kept = [*range(start, min(sink, end)), *range(max(start, sink, end - window), end)]
+    slots = torch.tensor([regions.slot(pos) for pos in kept], device=k.device)
+    index = torch.tensor([pos - start for pos in kept], device=k.device)
+    regions.k[:, :, slots] = k[:, :, index].to(regions.k.dtype)
+    regions.v[:, :, slots] = v[:, :, index].to(regions.v.dtype)
+
+
+def _quantize_slots(regions: Regions, first: int, end: int) -> None:
+    """Quantise the tokens at positions first to end - 1, which still stand in their slots."""
+    first = max(first, regions.sink_size)
+    if first >= end:
+        return
+    slots = torch.tensor([regions.slot(pos) for pos in range(first, end)], device=regions.k.device)
+    rows = slice(first - regions.sink_size, end - regions.sink_size)
+    for values, ints, scales in regions.quantised():
+        ints[:, :, rows], scales[:, :, rows] = quantize(values[:, :, slots])

@@ -1,0 +1,267 @@
+"""Llama in one file: config, RMSNorm, RoPE, attention, feed-forward, transformer.
+
+One model covers Llama 2, 3, 3.1 and 3.2, Mistral 7B, Qwen 2.5 and Qwen 3 (dense); what tells them
+apart is data (`Config`), not code. Attention computes q, k and v and hands them to a cache object;
+it gets the attention output back and never learns what the cache keeps, how, or for how long.
+
+Layout rules: activations are [batch, token, ...] outside attention and [batch, head, token,
+head_dim] inside it, as `scaled_dot_product_attention` wants. RoPE pairs dimension i with
+i + head_dim/2 (the layout of Hugging Face checkpoints; `checkpoint.py` permutes others on loading).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE frequencies are stretched past the context that a model was pre-trained with.
+
+    kind "linear" divides every frequency by `factor`. kind "llama3" divides only the slow ones
+    (Llama 3.1, `apply_scaling` in meta-llama/llama-models): wavelengths longer than
+    original_context / low_freq_factor, with a smooth step up to original_context / high_freq_factor.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model. `context` is the number of tokens that it was trained to handle."""
+
+    vocab_size: int
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    ffn_dim: int
+    context: int
+    head_dim: int = 0  # 0: dim // n_head
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.head_dim == 0:
+            object.__setattr__(self, "head_dim", self.dim // self.n_head)
+        for name in ("vocab_size", "dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "context", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config: {name} must be positive, not {getattr(self, name)}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"config: n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if self.head_dim % 2:
+            raise ValueError(f"config: head_dim {self.head_dim} is odd, and RoPE needs pairs")
+
+    @property
+    def rope_frequencies(self) -> Tensor:
+        """float64 [head_dim / 2] on the CPU: radians that each pair turns per position."""
+        pair = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
+        freq = self.rope_theta ** (-pair / self.head_dim)
+        scaling = self.rope_scaling
+        if scaling is None:
+            return freq
+        if scaling.kind == "linear":
+            return freq / scaling.factor
+        if scaling.kind == "llama3":
+            turns = scaling.original_context * freq / (2 * math.pi)  # over the original context
+            keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+            keep = keep.clamp(0, 1)
+            return keep * freq + (1 - keep) * freq / scaling.factor
+        raise ValueError(f"config: rope scaling {scaling.kind!r} is not supported (linear and llama3 are)")
+
+
+_LLAMA31 = RopeScaling("llama3", 8.0)
+_LLAMA32 = RopeScaling("llama3", 32.0)
+
+CONFIGS: dict[str, Config] = {
+    "llama-2-7b": Config(32000, 4096, 32, 32, 32, 11008, 4096),
+    "llama-2-13b": Config(32000, 5120, 40, 40, 40, 13824, 4096),
+    "llama-2-70b": Config(32000, 8192, 80, 64, 8, 28672, 4096),
+    "llama-3-8b": Config(128256, 4096, 32, 32, 8, 14336, 8192, rope_theta=5e5),
+    "llama-3-70b": Config(128256, 8192, 80, 64, 8, 28672, 8192, rope_theta=5e5),
+    "llama-3.1-8b": Config(128256, 4096, 32, 32, 8, 14336, 131072, rope_theta=5e5, rope_scaling=_LLAMA31),
+    "llama-3.1-70b": Config(128256, 8192, 80, 64, 8, 28672, 131072, rope_theta=5e5, rope_scaling=_LLAMA31),
+    "llama-3.2-1b": Config(
+        128256, 2048, 16, 32, 8, 8192, 131072, rope_theta=5e5, rope_scaling=_LLAMA32, tied_embeddings=True
+    ),
+    "llama-3.2-3b": Config(
+        128256, 3072, 28, 24, 8, 8192, 131072, rope_theta=5e5, rope_scaling=_LLAMA32, tied_embeddings=True
+    ),
+    "mistral-7b": Config(32000, 4096, 32, 32, 8, 14336, 32768, rope_theta=1e6),  # v0.2; v0.3 has vocab 32768
+    "qwen-2.5-0.5b": Config(
+        151936,
+        896,
+        24,
+        14,
+        2,
+        4864,
+        32768,
+        norm_eps=1e-6,
+        rope_theta=1e6,
+        tied_embeddings=True,
+        qkv_bias=True,
+    ),
+    "qwen-2.5-7b": Config(
+        152064, 3584, 28, 28, 4, 18944, 32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True
+    ),
+    "qwen-3-0.6b": Config(
+        151936, 1024, 28, 16, 8, 3072, 40960, 128, 1e-6, rope_theta=1e6, tied_embeddings=True, qk_norm=True
+    ),
+    "qwen-3-8b": Config(151936, 4096, 36, 32, 8, 12288, 40960, 128, 1e-6, rope_theta=1e6, qk_norm=True),
+}
+
+
+class Step(Protocol):
+    """What a cache says of the chunk of tokens about to be read. positions: int64 [batch, token]."""
+
+    @property
+    def positions(self) -> Tensor: ...
+
+
+class LayerCache(Protocol):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step, rope: Rope) -> Tensor:
+        """Take in k, v [batch, n_kv_head, token, head_dim]; return attention of q [batch, n_head, ...]."""
+        ...
+
+
+class Cache(Protocol):
+    """All that the model asks of a cache: one object per layer, and where each sequence stands."""
+
+    @property
+    def layers(self) -> Sequence[LayerCache]: ...
+
+    def begin(self, n_token: int) -> Step: ...
+
+    def advance(self, step: Step) -> None: ...
+
+
+class Rope:
+    """Rotary position embedding at the given positions (Su et al. 2021, arXiv:2104.09864).
+
+    Angles are made in float64 from the positions themselves, so there is no table to outgrow and no
+    rounding to notice at a position of a million. (MPS has no float64; float32 serves there.)
+    frequencies: [head_dim / 2]; positions: [batch, token].
+    """
+
+    def __init__(self, frequencies: Tensor, positions: Tensor) -> None:
+        self.frequencies = frequencies
+        angle = positions[:, None, :, None] * frequencies  # [batch, 1, token, head_dim / 2]
+        cos, sin = angle.cos().float(), angle.sin().float()
+        self.cos = torch.cat((cos, cos), -1)  # [batch, 1, token, head_dim]
+        self.sin = torch.cat((-sin, sin), -1)  # signed, so that a half turn of x completes the rotation
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x: [batch, head, token, head_dim], any float dtype; the products are float32."""
+        half = x.shape[-1] // 2
+        return torch.addcmul(x * self.cos, x.roll(half, -1), self.sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.n_qk = config.n_head + config.n_kv_head
+        n_row = (self.n_qk + config.n_kv_head) * config.head_dim
+        self.wqkv = nn.Linear(config.dim, n_row, bias=config.qkv_bias)
+        self.wo = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
+        if config.qk_norm:  # Qwen 3: over head_dim, before RoPE
+            self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache, step: Step) -> Tensor:
+        batch, n_token, _ = x.shape
+        n_head, n_kv_head = self.config.n_head, self.config.n_kv_head
+        qkv = self.wqkv(x).view(batch, n_token, -1, self.config.head_dim).transpose(1, 2)
+        qk, v = qkv.split([self.n_qk, n_kv_head], dim=1)
+        if self.config.qk_norm:
+            q, k = qk.split([n_head, n_kv_head], dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        q, k = rope.rotate(qk).split([n_head, n_kv_head], dim=1)  # one rotation for both
+        y = cache.attend(q, k, v, step, rope)  # [batch, n_head, token, head_dim]
+        return self.wo(y.transpose(1, 2).reshape(batch, n_token, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202); the gate's and the up projection are one matrix."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache, step: Step) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cache, step)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Build it under `torch.device("meta")`, then `materialize` it: the weights are allocated once."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.frequencies = config.rope_frequencies
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        if self.config.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def materialize(self, device: torch.device) -> Transformer:
+        """Allocate the weights (uninitialised) on `device`, and return the model."""
+        self.to_empty(device=device)
+        self.tie()  # to_empty gave the two names a tensor each
+        return self
+
+    def rope(self, positions: Tensor) -> Rope:
+        if self.frequencies.device != positions.device:  # moved once, at the first token
+            dtype = torch.float32 if positions.device.type == "mps" else torch.float64
+            self.frequencies = self.frequencies.to(positions.device, dtype)
+        return Rope(self.frequencies, positions)
+
+    def forward(self, tokens: Tensor, cache: Cache, last_only: bool = False) -> Tensor:
+        """Read a chunk of tokens and return logits.
+
+        tokens: int64 [batch, token], the tokens that follow what `cache` has seen so far.
+        Returns [batch, token, vocab_size] in the weights' dtype; with `last_only`, of the last token
+        alone, [batch, 1, vocab_size].
+        """
+        step = cache.begin(tokens.shape[1])
+        rope = self.rope(step.positions)
+        x = self.tok_embeddings(tokens)
+        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = block(x, rope, layer_cache, step)
+        cache.advance(step)
+        return self.output(self.norm(x[:, -1:] if last_only else x))
