@@ -88,6 +88,16 @@ class KVCache:
         """How many tokens are kept in full precision; 0: no such limit. It must fit the model's context."""
         return 0
 
+    @property
+    def path(self) -> str:
+        """How attention is computed, in a few words for the report."""
+        return "reference attention"
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a decode step can be recorded as a CUDA graph: no look at the device from the host."""
+        return False
+
     def allocate(self, shape: Shape) -> None:
         """Make room. On the meta device this costs nothing and `nbytes` then is the plan."""
 
@@ -156,7 +166,15 @@ class _RegionCache(KVCache):
             k_int, v_int = (room(n_row, torch.int8, shape.head_dim) for _ in "kv")
             k_scale, v_scale = (room(n_row, torch.float32) for _ in "kv")
         self.regions = Regions(k, v, k_int, v_int, k_scale, v_scale, sink, window)
-        self.kernels, self.path = kernels.for_device(shape.device)
+        self.kernels = kernels.for_device(shape.device)
+
+    @property
+    def path(self) -> str:
+        return super().path if self.reference else self.kernels.NAME
+
+    @property
+    def capturable(self) -> bool:
+        return not self.reference and self.regions.k.is_cuda and self.kernels is not kernels.eager
 
     def nbytes(self) -> dict[str, int]:
         r = self.regions

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from types import ModuleType
 
 import torch
@@ -17,20 +18,22 @@ from torch import Tensor
 from kernels import eager
 from kernels.regions import Regions
 
-__all__ = ["Regions", "chunk_attention", "for_device"]
+__all__ = ["Regions", "chunk_attention", "eager", "for_device"]
 
 
-def for_device(device: torch.device) -> tuple[ModuleType, str]:
-    """The functions for a device, and which they are and why, in a few words for the report."""
-    if device.type != "cuda":
-        return eager, "PyTorch kernels"
-    if os.environ.get("SELECTIVE_KV_KERNELS") == "eager":
-        return eager, "PyTorch kernels (SELECTIVE_KV_KERNELS=eager)"
+def for_device(device: torch.device) -> ModuleType:
+    """The functions for a device. Triton's where there is a GPU and Triton; a report shows its `NAME`.
+
+    SELECTIVE_KV_KERNELS=eager in the environment asks for the PyTorch twins, to compare or to debug.
+    """
+    if device.type != "cuda" or os.environ.get("SELECTIVE_KV_KERNELS") == "eager":
+        return eager
     if importlib.util.find_spec("triton") is None:
-        return eager, "PyTorch kernels, slow on a GPU: Triton is not installed"
+        print("Triton is not installed: decoding falls back on PyTorch kernels, slowly", file=sys.stderr)
+        return eager
     from kernels import triton_kernels
 
-    return triton_kernels, "Triton kernels"
+    return triton_kernels
 
 
 def chunk_attention(

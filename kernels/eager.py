@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.regions import Regions
 from quantize import quantize
 
+NAME = "PyTorch kernels"
 BLOCK = 2048  # keys at a time: their float32 form must stay in a CPU's cache, and calls be few
 SCORES = 1 << 21  # scores of one KV head at a time, when many queries share a block
 

@@ -1,0 +1,257 @@
+"""Prefill and decoding: tokens through a model and its cache, and the clock beside them.
+
+Prompts are read a sequence at a time, each into its own slot (no padding, so every sequence is exact);
+the batch then decodes together, a token per sequence and step. On a CUDA device one captured graph
+serves every length: sampling is in it, lengths live on the device, and the host only replays it and
+picks up tokens that are already there, `LAG` steps behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kv_cache import ModelCache
+from model import Transformer
+from tokenizer import UserError
+
+LAG = 2  # steps that the host may be ahead of the tokens it has seen: enough to never let the GPU wait
+PREFILL_CHUNK = 8192  # tokens of a prompt read at once; bounds the activations of a long one
+BAD = -1  # what a step returns in place of a token when its logits hold a NaN or an infinity
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0: the most likely one. top_k 0, top_p 1: no limit."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"--temperature must not be negative, not {self.temperature}")
+        if self.top_k < 0:
+            raise UserError(f"--top_k must not be negative, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+
+    def pick(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """logits: [batch, vocab_size]. Returns int64 [batch]; BAD where a row is not finite.
+
+        Sampling divides the probabilities by exponential noise and takes the largest, which draws from
+        them without waiting for the device (as gpt-fast does).
+        """
+        logits = logits.float()
+        if self.temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            scaled = logits / self.temperature
+            if 0 < self.top_k < scaled.shape[-1]:
+                least = scaled.topk(self.top_k).values[:, -1:]
+                scaled = scaled.masked_fill(scaled < least, float("-inf"))
+            probs = scaled.softmax(-1)
+            if self.top_p < 1:
+                ordered, index = probs.sort(-1, descending=True)
+                surplus = ordered.cumsum(-1) - ordered > self.top_p  # the mass before it is enough
+                probs = probs.masked_fill(surplus.gather(-1, index.argsort(-1)), 0.0)
+            noise = torch.empty_like(probs).exponential_(1, generator=generator)
+            token = (probs / noise).argmax(-1)
+        return torch.where(logits.isfinite().all(-1), token, BAD)
+
+
+@dataclass
+class Timing:
+    """Seconds and counts of one run; decoding apart from prefill, and each synchronised at its ends."""
+
+    n_read: int = 0
+    n_written: int = 0
+    prefill_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    n_first: int = 0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Over all sequences; the first token of each belongs to prefill."""
+        n_decoded = self.n_written - self.n_first
+        return n_decoded / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class Engine:
+    """A model, its cache, and one decode step of the whole batch, captured where that is possible."""
+
+    model: Transformer
+    cache: ModelCache
+    sampling: Sampling
+    end_ids: frozenset[int] = frozenset()
+    prefill_chunk: int = PREFILL_CHUNK
+    capture: bool = True  # record the step as a CUDA graph where the cache's kernels allow it
+    lag: int = -1  # steps ahead of the tokens seen; -1: the device's best. 0 if the cache is used on after an end token
+    timing: Timing = field(default_factory=Timing)
+    hook: Callable[[str], None] | None = None  # called with "prefill", "decode", "step", "end"; for profiling
+
+    def __post_init__(self) -> None:
+        device = self.cache.shape.device
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(self.sampling.seed)
+        self.tokens = torch.zeros(self.cache.shape.batch, 1, dtype=torch.int64, device=device)  # fed next
+        self.picked = torch.zeros(self.cache.shape.batch, dtype=torch.int64, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.step_path = "eager step"
+        if self.lag < 0:
+            self.lag = LAG if device.type == "cuda" else 0
+        if self.capture and self.cache.layers[0].capturable:
+            self._capture()
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        """Record a step. The tokens that warming up writes are forgotten again by `reset`."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self._step()
+        self.graph, self.step_path = graph, "captured step (CUDA graph)"
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every sequence and start the random numbers anew: the same prompt gives the same tokens."""
+        self.cache.reset()
+        self.generator.manual_seed(self.sampling.seed)
+
+    def _step(self) -> None:
+        logits = self.model(self.tokens, self.cache)[:, -1]
+        self._choose(logits)
+
+    def _choose(self, logits: Tensor) -> None:
+        self.picked.copy_(self.sampling.pick(logits, self.generator))
+        self.tokens.copy_(self.picked.clamp_min(0)[:, None])  # BAD must not index the embedding
+
+    def step(self) -> None:
+        """Feed `tokens`, choose the next ones. Nothing here waits for the device."""
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._step()
+
+    @torch.inference_mode()
+    def read(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Prefill: append each prompt to its sequence and choose every sequence's next token."""
+        self._notify("prefill")
+        chunk = self.prefill_chunk
+        if self.cache.policy.endless:  # positions within the cache must stay inside the trained context
+            chunk = min(chunk, max(1, self.model.config.context - self.cache.policy.n_exact))
+        last = []
+        for b, prompt in enumerate(prompts):
+            ids = torch.tensor([list(prompt)], dtype=torch.int64).to(self.device)
+            slot = self.cache.slot(b)
+            for part in ids.split(chunk, dim=1):
+                logits = self.model(part, slot, last_only=True)
+            last.append(logits[:, -1])
+        self._choose(torch.cat(last))
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[int | None]]:
+        """Yield, per step, each sequence's new token; None once it has ended. End tokens are yielded.
+
+        prompts: one non-empty list of ids per sequence of the cache; they follow what the cache holds.
+        Stops when every sequence has ended, or after max_new_tokens. Raises UserError when the model's
+        numbers are no longer finite, naming where that began.
+        """
+        timing = self.timing = Timing(n_read=sum(map(len, prompts)))
+        self._synchronize()
+        began = time.perf_counter()
+        self.read(prompts)
+        self._synchronize()
+        timing.prefill_seconds = time.perf_counter() - began
+        ended = [False] * len(prompts)
+        waiting: deque[_Pending] = deque([_Pending(self.picked)])
+        timing.n_first, n_queued = len(prompts), 1
+        decode_began = time.perf_counter()
+        self._notify("decode")
+        try:
+            while True:
+                while n_queued < max_new_tokens and len(waiting) <= self.lag and not all(ended):
+                    with torch.inference_mode():
+                        self.step()
+                    waiting.append(_Pending(self.picked))
+                    n_queued += 1
+                    self._notify("step")
+                if not waiting or all(ended):  # steps under way when the last sequence ended do not count
+                    return
+                row = waiting.popleft().tokens()
+                if timing.n_written == 0:
+                    timing.first_token_seconds = time.perf_counter() - began
+                if BAD in row:
+                    raise UserError(self._diagnose(prompts))
+                timing.n_written += len(row) - sum(ended)
+                timing.decode_seconds = time.perf_counter() - decode_began
+                yield [None if e else t for t, e in zip(row, ended, strict=True)]
+                ended = [e or t in self.end_ids for t, e in zip(row, ended, strict=True)]
+        finally:
+            self._notify("end")
+
+    def _notify(self, event: str) -> None:
+        if self.hook is not None:
+            self.hook(event)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def _diagnose(self, prompts: Sequence[Sequence[int]]) -> str:
+        """Read the prompts again, looking at every tensor: the name of the first that is not finite."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                return f"the logits are not finite: the weight {name} holds a NaN or an infinity"
+        found: list[str] = []
+
+        def look(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+            def hook(module: nn.Module, args: tuple[object, ...], out: object) -> None:
+                if not found and isinstance(out, Tensor) and not out.isfinite().all():
+                    found.append(name)
+
+            return hook
+
+        handles = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules() if name]
+        self.cache.reset()
+        with torch.inference_mode():
+            for b, prompt in enumerate(prompts):
+                self.model(torch.tensor([list(prompt)], device=self.device), self.cache.slot(b), last_only=True)
+        for handle in handles:
+            handle.remove()
+        where = f"the output of {found[0]} is the first" if found else "they were when the prompt was read again"
+        return f"the logits are not finite: {where} ({str(self.cache.shape.dtype).split('.')[-1]} is the dtype)"
+
+
+class _Pending:
+    """A step's tokens on their way to the host."""
+
+    def __init__(self, picked: Tensor) -> None:
+        self.event: torch.cuda.Event | None = None
+        if picked.is_cuda:
+            self.host = torch.empty(picked.shape, dtype=picked.dtype, pin_memory=True)
+            self.host.copy_(picked, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host = picked.clone()
+
+    def tokens(self) -> list[int]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.tolist()

@@ -1,0 +1,183 @@
+"""What a run will take, before it starts, and what it took, after it.
+
+The plan's cache bytes come from allocating the cache on the meta device, so they are what will really
+be allocated; the weights' from the model's tensors there. Sizes are bytes, times seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+import kv_cache
+from engine import Timing
+from kv_cache import FullCache, KVCache, ModelCache, Shape
+from model import Config, Transformer
+from tokenizer import UserError
+
+
+def size(n: float) -> str:
+    """Bytes for people: '1.50 GiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":") for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (FileNotFoundError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory that a run will take, all in bytes."""
+
+    weights: int
+    cache: dict[str, int]  # by region
+    full_cache: int  # what the full cache would take for the same sequences
+    activations: int
+    capacity: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + sum(self.cache.values()) + self.activations
+
+    def lines(self) -> list[str]:
+        regions = ", ".join(f"{name} {size(n)}" for name, n in self.cache.items())
+        cache = sum(self.cache.values())
+        return [
+            f"weights      {size(self.weights):>12}",
+            f"cache        {size(cache):>12}  {self.batch} x {self.capacity} tokens ({regions})",
+            f"  full cache {size(self.full_cache):>12}  this one takes {cache / self.full_cache:.1%} of it",
+            f"activations  {size(self.activations):>12}  at most, estimated",
+            f"total        {size(self.total):>12}",
+        ]
+
+
+def weight_bytes(config: Config, dtype: torch.dtype) -> int:
+    with torch.device("meta"):
+        model = Transformer(config)
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+
+
+def make_plan(config: Config, policy: KVCache, shape: Shape, chunk: int) -> Plan:
+    """chunk: the most prompt tokens read at once."""
+    n = min(chunk, shape.capacity)
+    width = 3 * config.dim + 3 * config.ffn_dim + 4 * (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    logits = shape.batch * config.vocab_size * 4 * 4  # float32 logits and what sampling makes of them
+    return Plan(
+        weights=weight_bytes(config, shape.dtype),
+        cache=kv_cache.plan(policy, config.n_layer, shape),
+        full_cache=sum(kv_cache.plan(FullCache(), config.n_layer, shape).values()),
+        activations=max(n, shape.batch) * width * shape.dtype.itemsize + logits,
+        capacity=shape.capacity,
+        batch=shape.batch,
+    )
+
+
+def require_fit(config: Config, policy: KVCache, shape: Shape, chunk: int, available: int) -> Plan:
+    """The plan. Raises UserError, naming the largest context that fits, if it needs more than `available`."""
+    plan = make_plan(config, policy, shape, chunk)
+    if plan.total <= available:
+        return plan
+    fits, too_many = 0, shape.capacity
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        total = make_plan(config, policy, replace(shape, capacity=middle), chunk).total
+        fits, too_many = (middle, too_many) if total <= available else (fits, middle)
+    rest = f"the largest context that fits is {fits} tokens" if fits else "not even one token fits"
+    raise UserError(
+        f"this run needs {size(plan.total)} (weights {size(plan.weights)}, cache "
+        f"{size(sum(plan.cache.values()))}) and {size(available)} are free: {rest}"
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes taken so far: of the device by tensors, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def make_report(
+    model: Transformer, name: str, cache: ModelCache, timing: Timing, lengths: list[int], path: str
+) -> dict[str, Any]:
+    """What a run took, for JSON. lengths: the tokens of each sequence at the end.
+
+    Bandwidth counts what a decode step must read: every weight (of the embedding, the rows used) and the
+    cache's bytes at the mean length of the run, not its capacity.
+    """
+    policy, shape = cache.policy, cache.shape
+    weights = sum(p.nbytes for p in model.parameters())
+    if not model.config.tied_embeddings:
+        weights -= model.tok_embeddings.weight.nbytes
+    n_layer = model.config.n_layer
+
+    def held(p: KVCache, n: float) -> int:
+        at = replace(shape, batch=1, capacity=max(1, int(n)))
+        return sum(kv_cache.plan(p, n_layer, at).values())
+
+    n_step = (timing.n_written - timing.n_first) / shape.batch
+    read_cache = sum(held(policy, length - n_step / 2) for length in lengths)
+    seconds_per_step = timing.decode_seconds / n_step if n_step >= 1 else 0.0
+    return {
+        "model": name,
+        "cache": {"name": policy.name, **asdict(policy)},
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(shape.device) if shape.device.type == "cuda" else str(shape.device),
+        "path": path,
+        "torch": torch.__version__,
+        "batch": shape.batch,
+        "tokens_read": timing.n_read,
+        "tokens_written": timing.n_written,
+        "time_to_first_token_s": timing.first_token_seconds,
+        "prefill_s": timing.prefill_seconds,
+        "decode_s": timing.decode_seconds,
+        "decode_tokens_per_s": timing.decode_tokens_per_second,
+        "cache_bytes": cache.nbytes(),
+        "full_cache_bytes": sum(kv_cache.plan(FullCache(), n_layer, shape).values()),
+        "cache_bytes_held": sum(held(policy, n) for n in lengths),
+        "full_cache_bytes_held": sum(held(FullCache(), n) for n in lengths),
+        "weight_bytes": sum(p.nbytes for p in model.parameters()),
+        "peak_memory_bytes": peak_memory(shape.device),
+        "bandwidth_bytes_per_s": (weights + read_cache) / seconds_per_step if seconds_per_step else 0.0,
+    }
+
+
+def report_lines(r: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    knobs = ", ".join(f"{k} {v}" for k, v in r["cache"].items() if k != "name")
+    cache, full = sum(r["cache_bytes"].values()), r["full_cache_bytes"]
+    regions = ", ".join(f"{name} {size(n)}" for name, n in r["cache_bytes"].items())
+    where = "device" if r["device"] != "cpu" else "process"
+    return [
+        f"{r['model']}, {r['dtype']} on {r['device']}; cache {r['cache']['name']}"
+        + (f" ({knobs})" if knobs else "")
+        + f"; {r['path']}",
+        f"time to first token {r['time_to_first_token_s']:.3f} s, {r['tokens_read']} tokens read",
+        f"decode {r['decode_tokens_per_s']:.2f} tokens/s, {r['tokens_written']} tokens written",
+        f"cache {size(cache)} allocated ({regions}); the full cache: {size(full)} ({cache / full:.1%})",
+        f"cache {size(r['cache_bytes_held'])} held at the end; the full cache: {size(r['full_cache_bytes_held'])}",
+        f"peak memory {size(r['peak_memory_bytes'])} ({where}); "
+        f"bandwidth {r['bandwidth_bytes_per_s'] / 1e9:.2f} GB/s, weights and cache",
+    ]
