@@ -32,6 +32,7 @@ class RunningSoftmax:
         self.top = q.new_full((*q.shape[:-1], 1), float("-inf"), dtype=torch.float32)
         self.total = torch.zeros_like(self.top)
         self.out = torch.zeros_like(self.q)
+        self.scratch: Tensor | None = None
 
     def add(
         self,
@@ -51,7 +52,7 @@ class RunningSoftmax:
         n_key = min(BLOCK, max(64, SCORES // query.shape[2]))
         for lo in range(0, k.shape[2], n_key):
             block = slice(lo, lo + n_key)
-            score = query @ k[:, :, block].float().transpose(-1, -2)
+            score = query @ self._float(k[:, :, block]).transpose(-1, -2)
             if k_scale is not None:
                 score *= k_scale[:, :, None, block]
             if hidden is not None:
@@ -63,8 +64,16 @@ class RunningSoftmax:
             self.total = self.total * keep + prob.sum(-1, keepdim=True)
             if v_scale is not None:
                 prob *= v_scale[:, :, None, block]
-            self.out = self.out * keep + prob @ v[:, :, block].float()
+            self.out = self.out * keep + prob @ self._float(v[:, :, block])
             self.top = top
+
+    def _float(self, block: Tensor) -> Tensor:
+        """A block in float32, in memory used again and again: fresh pages cost more than the reading."""
+        if block.dtype == torch.float32:
+            return block
+        if self.scratch is None or self.scratch.numel() < block.numel():
+            self.scratch = torch.empty(block.numel(), device=block.device)
+        return self.scratch[: block.numel()].view(block.shape).copy_(block)
 
     def result(self) -> Tensor:
         """float32 [batch, n_kv_head, row, head_dim]; zero for a row that saw no key."""
