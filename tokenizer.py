@@ -19,6 +19,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode_text(self, text: str) -> list[int]:
         cuts = [0, *(run.end() for run in _LONG_RUN.finditer(text)), len(text)]
-        parts = [text[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+        parts = [text[start:stop] for start, stop in pairwise(cuts)]
         return [token for part in parts for token in self.model.encode_ordinary(part)]
 
     def token_bytes(self, token: int) -> bytes:

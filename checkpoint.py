@@ -1,0 +1,256 @@
+"""Where weights come from: Hugging Face safetensors, gpt-fast's model.pth, Meta's, or a generator.
+
+Opening reads configs and headers only, and checks every name and shape, so that a plan can be printed
+and mistakes told before memory is taken. Loading makes the model on the meta device, allocates it once,
+and copies tensor by tensor from a memory map straight into place: one copy of the weights at the peak.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from layout import Fill, match_tensors
+from model import Config, Transformer
+from model_config import config_from_hugging_face, config_from_params, find_name, named_config, note
+from stored import Stored, stored_tensors
+from tokenizer import Tokenizer, UserError, eos_ids_of, find_tokenizer, read_json
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that can be loaded: its shape, and the tensors that fill it (none: no weights)."""
+
+    path: Path | None
+    name: str
+    config: Config
+    fills: tuple[Fill, ...] = field(default=(), repr=False)
+    tied_output: Stored | None = field(default=None, repr=False)  # must equal the embedding
+    tokenizer_path: Path | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What most of the weights are stored in; bfloat16 without weights."""
+        sizes: dict[torch.dtype, int] = {}
+        for fill in self.fills:
+            sizes[fill.stored.dtype] = sizes.get(fill.stored.dtype, 0) + fill.stored.numel
+        return max(sizes, key=sizes.__getitem__, default=torch.bfloat16)
+
+
+# --- Opening ----------------------------------------------------------------------------------------
+
+
+def open_checkpoint(path: Path | None, model: str | None = None) -> Checkpoint:
+    """Read configs and headers, and check that they fit each other. No weights are read.
+
+    path: a Hugging Face folder, a folder with a model.pth, or a file of either kind; None: the shape
+    named by `model`, without weights. model: a name in CONFIGS, leniently spelled; given, it stands
+    above what lies beside the weights. Raises UserError.
+    """
+    if path is None:
+        if model is None:
+            raise UserError("no checkpoint, and no --model NAME either")
+        name, config = named_config(model)
+        return Checkpoint(None, name, config)
+    file = _weights_file(path)
+    folder = file.resolve().parent
+    tensors = stored_tensors(file)
+    name, config = _find_config(file, folder, tensors, model)
+    fills, tied = match_tensors(config, tensors, file)
+    return Checkpoint(path, name, config, fills, tied, find_tokenizer(folder), eos_ids_of(folder))
+
+
+def _weights_file(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return path
+    known = ("model.safetensors.index.json", "model.safetensors", "model.pth", "consolidated.00.pth")
+    for name in known:
+        if (path / name).is_file():
+            return path / name
+    if any(path.glob("pytorch_model*.bin*")):
+        raise UserError(
+            f"{path}: only pytorch_model.bin, and safetensors are needed (save_pretrained writes them)"
+        )
+    raise UserError(f"{path}: no weights in this folder (looked for {', '.join(known)})")
+
+
+def _find_config(
+    file: Path, folder: Path, tensors: dict[str, Stored], model: str | None
+) -> tuple[str, Config]:
+    """A name to show and the shape: from --model, a file beside the weights, or the folder's name."""
+    if model is not None:
+        return named_config(model)
+    for path in (folder / "config.json", folder / "params.json"):
+        if not path.is_file():
+            continue
+        fields = read_json(path)
+        if "dim" not in fields:
+            return folder.name, config_from_hugging_face(fields, path)
+        embedding = tensors.get("tok_embeddings.weight")
+        n_vocab = embedding.shape[0] if embedding and embedding.shape else 0
+        return folder.name, config_from_params(fields, path, n_vocab, "output.weight" not in tensors)
+    for guess in (folder.name, file.stem):
+        known = find_name(guess)
+        if known is None:
+            continue
+        config = named_config(known)[1]
+        try:
+            match_tensors(config, tensors, file)
+        except UserError as error:
+            raise UserError(
+                f"no config.json, and {guess} is not {known} ({error}): give --model NAME"
+            ) from None
+        note(f"no config.json beside {file.name}: {known} by the name {guess}, and all shapes agree")
+        return known, config
+    raise UserError(f"{folder}: no config.json or params.json beside {file.name}: give --model NAME")
+
+
+def find_demo() -> Path:
+    """The bundled small model's folder."""
+    path = Path(__file__).resolve().parent / "assets" / "demo"
+    if not path.is_dir():
+        raise UserError("no --checkpoint_path, and the bundled model (assets/demo) is not here")
+    return path
+
+
+# --- Loading ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load_model(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    random_weights: bool = False,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Transformer:
+    """The model with its weights on `device`, in `dtype`, ready to generate.
+
+    random_weights: fill it with seeded noise instead, made on the device. progress: called with
+    (elements done, of how many) after each tensor. Raises UserError.
+    """
+    if not (checkpoint.fills or random_weights):
+        raise UserError(
+            f"{checkpoint.name} is a shape without weights: give a checkpoint or --random_weights"
+        )
+    with torch.device("meta"):
+        model = Transformer(checkpoint.config).to(dtype)
+    model.materialize(device)
+    if random_weights:
+        _randomize(model, torch.Generator(device).manual_seed(seed))
+    else:
+        _fill(model, checkpoint, progress)
+    return model.eval().requires_grad_(False)
+
+
+def _fill(model: Transformer, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> None:
+    parameters = dict(model.named_parameters())
+    half = model.config.head_dim // 2
+    total, done = sum(parameter.numel() for parameter in parameters.values()), 0
+    for fill in checkpoint.fills:
+        rows = fill.stored.read().split([slot.shape[0] for slot in fill.slots])
+        for slot, source in zip(fill.slots, rows, strict=True):
+            target = parameters[slot.parameter][slot.start : slot.start + slot.shape[0]]
+            if fill.interleaved and slot.rotated:
+                source = source.unflatten(0, (-1, half, 2)).transpose(1, 2)  # [head, 2, half, ...]
+                target = target.unflatten(0, (-1, 2, half))
+            target.copy_(source)
+        done += fill.stored.numel
+        if progress is not None:
+            progress(done, total)
+    if checkpoint.tied_output is not None:
+        embedding = next(f for f in checkpoint.fills if f.slots[0].parameter == "tok_embeddings.weight")
+        if not torch.equal(checkpoint.tied_output.read(), embedding.stored.read()):
+            raise UserError(
+                f"{checkpoint.path}: {checkpoint.tied_output.name} differs from the embedding, "
+                f"and the config ties the two"
+            )
+
+
+def _randomize(model: Transformer, generator: torch.Generator) -> None:
+    """GPT-2's initialisation: what writes to the residual stream is smaller the deeper the model."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            to_stream = name.endswith(("wo.weight", "w2.weight"))
+            std = 0.02 / (2 * model.config.n_layer) ** 0.5 if to_stream else 0.02
+            parameter.normal_(0.0, std, generator=generator)
+
+
+def first_bad_parameter(model: Transformer) -> str | None:
+    """The first parameter that holds a NaN or an infinity, by name."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return name
+    return None
+
+
+# --- What goes with it ------------------------------------------------------------------------------
+
+
+def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises UserError where the tokenizer has ids that the embedding has no row for."""
+    highest = max(tokenizer.n_vocab, (tokenizer.bos_id or 0) + 1)
+    if highest > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {highest} tokens and the model's vocabulary {config.vocab_size}: "
+            f"they do not belong together"
+        )
+
+
+def end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Every token that ends a text, by the checkpoint's configs and by its tokenizer."""
+    return frozenset(checkpoint.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer is not None else ())
+
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+def parse_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """--dtype. auto: float32 on a CPU, elsewhere the checkpoint's own."""
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise UserError(f"--dtype {name}: give one of {', '.join(DTYPES)}, auto")
+    own = checkpoint.dtype if checkpoint.dtype in DTYPES.values() else torch.float32
+    return torch.float32 if device.type == "cpu" else own
+
+
+def parse_device(name: str) -> torch.device:
+    """--device. auto: a GPU where there is one. Raises UserError where the device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    match = re.fullmatch(r"(cpu|mps|cuda)(?::(\d+))?", name)
+    if match is None or (match[2] and match[1] != "cuda"):
+        raise UserError(f"--device {name}: give cpu, cuda, cuda:N, mps or auto")
+    if match[1] == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: there is no Apple GPU here")
+    if match[1] != "cuda":
+        return torch.device(name)
+    n_device = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(match[2] or 0)
+    if n_device == 0:
+        raise UserError(f"--device {name}: no CUDA device here (--device cpu runs anywhere)")
+    if index >= n_device:
+        raise UserError(
+            f"--device {name}: the last of the {n_device} CUDA devices here is cuda:{n_device - 1}"
+        )
+    return torch.device("cuda", index)

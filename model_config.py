@@ -1,0 +1,205 @@
+"""A model's shape as others write it down: Hugging Face's config.json, Meta's params.json, a name.
+
+Each becomes a `model.Config` or a `UserError`. What the model could not compute faithfully is refused
+here by name (another RoPE scaling, biases in other places, quantised weights), never ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from model import CONFIGS, Config, RopeScaling
+from tokenizer import UserError
+
+
+def note(message: str) -> None:
+    """Something a user should know and need not act on, to standard error."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+class Fields:
+    """A JSON object that knows its file, so that a missing or odd value is told with both names."""
+
+    def __init__(self, fields: dict[str, Any], path: Path) -> None:
+        self.fields, self.path = fields, path
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Its value; the default where it is missing or null."""
+        value = self.fields.get(name)
+        return default if value is None else value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.get(name, default)
+        if value is None:
+            raise self.error(f"{name} is missing")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.error(f"{name} is {value!r}, not a number")
+        return float(value)
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        value = self.number(name, default)
+        if value != int(value):
+            raise self.error(f"{name} is {value}, not a whole number")
+        return int(value)
+
+    def inner(self, name: str) -> Fields:
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise self.error(f"{name} is {value!r}, not an object")
+        return Fields(value, self.path)
+
+    def refuse(self, name: str, value: object) -> None:
+        raise self.error(f"{name} {value!r} is not supported")
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self.path}: {message}")
+
+
+def make_config(path: Path, **shape: Any) -> Config:
+    """A Config; what it says is impossible (sizes that do not divide, ...) is the file's fault."""
+    try:
+        return Config(**shape)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def config_from_hugging_face(fields: dict[str, Any], path: Path) -> Config:
+    """From a config.json as transformers 4 or 5 writes it (models/{llama,mistral,qwen2,qwen3})."""
+    f = Fields(fields, path)
+    kind = f.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise f.error(f"model_type {kind!r} is not supported ({', '.join(MODEL_TYPES)} are)")
+    for name in ("attention_bias", "mlp_bias", "quantization_config"):
+        if f.get(name) and (name, kind) != ("attention_bias", "qwen2"):  # it has them on q, k, v anyway
+            f.refuse(name, f.get(name))
+    if f.get("hidden_act", "silu") != "silu":
+        f.refuse("hidden_act", f.get("hidden_act"))
+    n_head = f.whole("num_attention_heads")
+    theta, scaling = _rope(f)
+    return make_config(
+        path,
+        vocab_size=f.whole("vocab_size"),
+        dim=f.whole("hidden_size"),
+        n_layer=f.whole("num_hidden_layers"),
+        n_head=n_head,
+        n_kv_head=f.whole("num_key_value_heads", n_head),
+        ffn_dim=f.whole("intermediate_size"),
+        context=_context(f, kind),
+        head_dim=f.whole("head_dim", 128 if kind == "qwen3" else 0),
+        norm_eps=f.number("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied_embeddings=bool(f.get("tie_word_embeddings", False)),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+    )
+
+
+def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
+    """Base and scaling. transformers 4 has rope_theta and rope_scaling, 5 has rope_parameters."""
+    rope = f.inner("rope_parameters" if f.get("rope_parameters") else "rope_scaling")
+    theta = rope.number("rope_theta", f.number("rope_theta", 10000.0))
+    if theta <= 0:
+        raise f.error(f"rope_theta is {theta}, not a positive number")
+    if rope.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0)) != 1:
+        raise f.error("partial_rotary_factor other than 1 is not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if any(isinstance(value, dict) for value in rope.fields.values()):
+        kind = "per layer"
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "llama3"):
+        raise f.error(f"rope scaling {kind!r} is not supported (default, linear and llama3 are)")
+    factor = rope.number("factor")
+    if factor < 1:
+        raise f.error(f"rope scaling factor {factor} is below 1")
+    if kind == "linear":
+        return theta, RopeScaling(kind, factor)
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if high <= low:
+        raise f.error(f"high_freq_factor {high} is not above low_freq_factor {low}")
+    return theta, RopeScaling(kind, factor, low, high, rope.whole("original_max_position_embeddings"))
+
+
+def _context(f: Fields, kind: str) -> int:
+    """The positions a model was trained for, or its attention window where that is shorter.
+
+    Within the window, attention is the full one; past it, it would not be.
+    """
+    context = f.whole("max_position_embeddings")
+    has_window = kind == "mistral" or (kind in ("qwen2", "qwen3") and f.get("use_sliding_window"))
+    unsaid = 4096 if "sliding_window" not in f.fields else context  # the former is transformers' default
+    window = f.whole("sliding_window", unsaid) if has_window else context
+    if 0 < window < context:
+        note(
+            f"{f.path.parent.name} attends to the last {window} tokens only, so its context is {window}; "
+            f"compress_kv --sink_size 0 --window_size {window} --positions original is that attention, "
+            f"without end"
+        )
+        return window
+    return context
+
+
+def config_from_params(fields: dict[str, Any], path: Path, vocab_size: int, tied: bool) -> Config:
+    """From Meta's params.json. It states neither context nor tying: the former is told by the RoPE.
+
+    vocab_size: rows of the embedding (Llama 2 writes -1). The feed-forward size is computed as in
+    llama/model.py of meta-llama/llama.
+    """
+    f = Fields(fields, path)
+    dim, n_head = f.whole("dim"), f.whole("n_heads")
+    theta, scaling, context = f.number("rope_theta", 10000.0), None, 4096
+    if f.get("use_scaled_rope"):
+        # 3.2 states no factor of its own; Meta's 1B and 3B have 32, the larger ones 8
+        factor = f.number("rope_scaling_factor", 32.0 if dim <= 3072 else 8.0)
+        scaling, context = RopeScaling("llama3", factor), 131072
+    elif theta == 500000.0:
+        context = 8192
+    ffn_dim = int(f.number("ffn_dim_multiplier", 1.0) * (8 * dim // 3))
+    multiple = f.whole("multiple_of", 256)
+    return make_config(
+        path,
+        vocab_size=vocab_size,
+        dim=dim,
+        n_layer=f.whole("n_layers"),
+        n_head=n_head,
+        n_kv_head=f.whole("n_kv_heads", n_head),
+        ffn_dim=f.whole("hidden_dim", -(-ffn_dim // multiple) * multiple),
+        context=context,
+        head_dim=f.whole("head_dim", 0),
+        norm_eps=f.number("norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied_embeddings=tied,
+    )
+
+
+_NOISE = {"meta", "hf", "instruct", "chat", "it", "base", "v0.2"}  # mistral-7b is v0.2; others differ
+
+
+def _key(name: str) -> str:
+    """What is left of a model's name when spelling is set aside: Meta-Llama-3-8B-Instruct is llama38b."""
+    words = re.split(r"[^a-z0-9.]+", name.lower())
+    return re.sub(r"[^a-z0-9]", "", "".join(word for word in words if word not in _NOISE))
+
+
+def find_name(name: str) -> str | None:
+    """The name in CONFIGS that `name` means, whatever its case, dashes or publisher; None if none."""
+    keys = {_key(known): known for known in CONFIGS}
+    return keys.get(_key(name.rstrip("/").split("/")[-1]))
+
+
+def named_config(name: str) -> tuple[str, Config]:
+    """The name and the shape that --model means; UserError lists the nearest names."""
+    known = find_name(name)
+    if known is None:
+        near = difflib.get_close_matches(name.lower(), CONFIGS, n=3, cutoff=0.4) or list(CONFIGS)
+        raise UserError(f"--model {name}: unknown; did you mean {', '.join(near)}?")
+    return known, CONFIGS[known]

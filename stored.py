@@ -1,0 +1,112 @@
+"""Tensors in files: what a checkpoint holds, by name, shape and dtype, without reading the values.
+
+safetensors and torch.save's zip are told apart by their first bytes, and both are memory-mapped: a
+tensor is read from the disk when it is copied out, and never lies in memory of its own. Only plain
+tensors are unpickled; a file that would run code is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tokenizer import UserError, read_json
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a checkpoint. `read` maps it into memory; nothing is copied yet."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor] = field(repr=False)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def stored_tensors(file: Path) -> dict[str, Stored]:
+    """The tensors of a .pth, a .safetensors or an index, told apart by what is in the file."""
+    if file.name.endswith(".json"):
+        return _sharded(file)
+    try:
+        with file.open("rb") as f:
+            start = f.read(16)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    if start.startswith(b"PK"):
+        return _torch_tensors(file)
+    if start[8:9] == b"{":
+        return _safetensors(file)
+    if start.startswith(b"version https://"):
+        raise UserError(f"{file}: a Git LFS pointer, not the weights themselves (git lfs pull fetches them)")
+    if start.startswith(b"\x80"):
+        raise UserError(f"{file}: a bare pickle; only what torch.save writes since 1.6 is read")
+    raise UserError(f"{file}: not a checkpoint (neither torch.save's format nor safetensors)")
+
+
+def _safetensors(file: Path) -> dict[str, Stored]:
+    try:
+        handle = safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or truncated ({error})") from None
+    tensors = {}
+    for name in handle.keys():  # noqa: SIM118 (a safe_open is no mapping)
+        header = handle.get_slice(name)
+        if header.get_dtype() not in FLOATS:
+            raise UserError(f"{file}: {name} is {header.get_dtype()}; only {', '.join(FLOATS)} are read")
+
+        def read(name: str = name) -> Tensor:
+            return handle.get_tensor(name)
+
+        tensors[name] = Stored(name, tuple(header.get_shape()), FLOATS[header.get_dtype()], read)
+    return tensors
+
+
+def _sharded(index: Path) -> dict[str, Stored]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UserError(f"{index}: no weight_map in it")
+    tensors: dict[str, Stored] = {}
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise UserError(f"{index}: names {shard}, which is not there")
+        found = stored_tensors(index.parent / shard)
+        for name in found.keys() & tensors.keys():
+            raise UserError(f"{index}: {name} is in two shards")
+        tensors |= found
+    return tensors
+
+
+def _torch_tensors(file: Path) -> dict[str, Stored]:
+    """A .pth as gpt-fast and Meta write it: one flat dict of tensors. Nothing else is unpickled."""
+    if re.fullmatch(r"consolidated\.\d+\.pth", file.name) and (file.parent / "consolidated.01.pth").exists():
+        raise UserError(f"{file}: one of several model-parallel parts; give the Hugging Face folder instead")
+    try:
+        state = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise UserError(f"{file}: not plain tensors (a pickle that would run code is not loaded)") from None
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError):
+        raise UserError(f"{file}: damaged or truncated, or not made by torch.save") from None
+    if not isinstance(state, dict) or not state:
+        raise UserError(f"{file}: not a dict of tensors")
+    tensors = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(f"{file}: {name!r} is a {type(value).__name__}, not a tensor")
+        if value.dtype not in FLOATS.values() or value.layout is not torch.strided:
+            raise UserError(f"{file}: {name} is {value.dtype}; quantised or sparse weights are not read")
+        tensors[name] = Stored(name, tuple(value.shape), value.dtype, value.detach)
+    return tensors
