@@ -33,7 +33,7 @@ from engine import PREFILL_CHUNK, Engine, Sampling
 from kv_cache import FullCache, KVCache, ModelCache, Shape, caches
 from options import Parser, add_cache_flags, load_plugin, policy_from, positive
 from profiling import Profiler
-from report import device_memory, make_report, report_lines, require_fit
+from report import device_memory, make_plan, make_report, report_lines, require_fit
 from tokenizer import StreamDecoder, Tokenizer, UserError, load_tokenizer
 
 
@@ -287,17 +287,20 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
     config = checkpoint.config
     shape = Shape(batch, config.n_kv_head, config.head_dim, capacity, dtype, device)
     chunk = min(args.prefill_chunk, capacity if args.interactive else longest)
-    plan = require_fit(config, policy, shape, chunk, device_memory(device))
     if args.dry_run:
-        print("\n".join(plan.lines()))
+        print("\n".join(make_plan(config, policy, shape, chunk).lines()))
+    require_fit(config, policy, shape, chunk, device_memory(device))
+    if args.dry_run:
         return
 
     model = load_model(checkpoint, device, dtype, random_weights=args.random_weights, seed=args.seed)
     cache = ModelCache(policy, config.n_layer, shape)
-    for layer in cache.layers:
-        if args.reference:
-            layer.reference = True
-    end_ids = frozenset() if args.ignore_eos or tokenizer is None else frozenset(checkpoint.eos_ids or tokenizer.eos_ids)
+    if args.reference:
+        for layer in cache.layers:
+            layer.use_reference()
+    end_ids = (
+        frozenset() if args.ignore_eos or tokenizer is None else frozenset(checkpoint.eos_ids or tokenizer.eos_ids)
+    )
     profiler = Profiler(args.profile, device) if args.profile else None
     engine = Engine(
         model, cache, sampling, end_ids, args.prefill_chunk, lag=0 if args.interactive else -1,

@@ -16,7 +16,7 @@ first token came. A token is written once, and quantised once: when it leaves th
 
 To write a cache of your own, subclass `KVCache` and define `update`: return the dense keys, values and
 positions that a chunk may look at. That is also the slow, obvious reference of the caches here, which
-their fast paths are tested against (`reference=True`).
+their fast paths are tested against (`use_reference`).
 """
 
 from __future__ import annotations
@@ -88,6 +88,9 @@ class KVCache:
         """How many tokens are kept in full precision; 0: no such limit. It must fit the model's context."""
         return 0
 
+    def use_reference(self) -> None:
+        """Take the slow, obvious path from now on; a cache without another takes it anyway."""
+
     @property
     def path(self) -> str:
         """How attention is computed, in a few words for the report."""
@@ -142,7 +145,7 @@ class KVCache:
 class _RegionCache(KVCache):
     """A cache made of sink, window and (maybe) quantised rows: storage, reference and fast path."""
 
-    reference: ClassVar[bool] = False  # set on an object to run its slow, obvious form
+    _reference: ClassVar[bool] = False
 
     def sizes(self, capacity: int) -> tuple[int, int]:
         """sink_size and window_size."""
@@ -168,13 +171,16 @@ class _RegionCache(KVCache):
         self.regions = Regions(k, v, k_int, v_int, k_scale, v_scale, sink, window)
         self.kernels = kernels.for_device(shape.device)
 
+    def use_reference(self) -> None:
+        self._reference = True  # type: ignore[misc]
+
     @property
     def path(self) -> str:
-        return super().path if self.reference else self.kernels.NAME
+        return super().path if self._reference else self.kernels.NAME
 
     @property
     def capturable(self) -> bool:
-        return not self.reference and self.regions.k.is_cuda and self.kernels is not kernels.eager
+        return not self._reference and self.regions.k.is_cuda and self.kernels is not kernels.eager
 
     def nbytes(self) -> dict[str, int]:
         r = self.regions
@@ -185,7 +191,7 @@ class _RegionCache(KVCache):
         return {region: n for region, n in sizes.items() if n}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, rope: RopeLike) -> Tensor:
-        if self.reference:
+        if self._reference:
             return super().attend(q, k, v, chunk, rope)
         regions = self.regions.batch_rows(chunk.row, q.shape[0])
         frequencies = self.sink_frequencies(rope)
@@ -237,9 +243,7 @@ class _RegionCache(KVCache):
         for values, ints, scales in self.regions.quantised():
             token = values[row, :, self.regions.slot(pos)]
             require_finite(token, f"the key or value at position {pos}")
-            ints[row, :, pos - self.regions.sink_size], scales[row, :, pos - self.regions.sink_size] = (
-                quantize(token)
-            )
+            ints[row, :, pos - self.regions.sink_size], scales[row, :, pos - self.regions.sink_size] = quantize(token)
 
 
 @dataclass
@@ -263,9 +267,7 @@ class SinkWindowCache(_RegionCache):
     name: ClassVar[str] = "compress_kv"
 
     sink_size: int = knob(16, "first tokens kept for ever: a few keep the model stable, more cost little", 0)
-    window_size: int = knob(
-        32, "most recent tokens kept: memory grows with it, and what the model remembers", 1
-    )
+    window_size: int = knob(32, "most recent tokens kept: memory grows with it, and what the model remembers", 1)
     positions: str = knob(
         "cache",
         "'cache' counts positions within the cache, so that text can run past the trained context; "
@@ -302,9 +304,7 @@ class SelectiveCache(_RegionCache):
     name: ClassVar[str] = "quantize_kv"
     quantises: ClassVar[bool] = True
 
-    sink_size: int = knob(
-        16, "first tokens kept in full precision: they draw much attention and cost little", 0
-    )
+    sink_size: int = knob(16, "first tokens kept in full precision: they draw much attention and cost little", 0)
     window_size: int = knob(
         32,
         "most recent tokens kept in full precision: a larger one is closer to the full cache, and larger",

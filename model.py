@@ -116,9 +116,7 @@ CONFIGS: dict[str, Config] = {
         tied_embeddings=True,
         qkv_bias=True,
     ),
-    "qwen-2.5-7b": Config(
-        152064, 3584, 28, 28, 4, 18944, 32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True
-    ),
+    "qwen-2.5-7b": Config(152064, 3584, 28, 28, 4, 18944, 32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True),
     "qwen-3-0.6b": Config(
         151936, 1024, 28, 16, 8, 3072, 40960, 128, 1e-6, rope_theta=1e6, tied_embeddings=True, qk_norm=True
     ),

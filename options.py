@@ -22,12 +22,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        args, unknown = self.parse_known_intermixed_args(argv)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
-            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-        return args
+        for word in argv:  # before argparse takes an unknown flag's value for something else
+            flag = word.split("=")[0]
+            if flag.startswith("--") and flag not in (*self._option_string_actions, "--"):
+                near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
+                self.error(f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+        return self.parse_intermixed_args(argv)
 
 
 def positive(text: str) -> int:

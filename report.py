@@ -92,11 +92,11 @@ def make_plan(config: Config, policy: KVCache, shape: Shape, chunk: int) -> Plan
     )
 
 
-def require_fit(config: Config, policy: KVCache, shape: Shape, chunk: int, available: int) -> Plan:
-    """The plan. Raises UserError, naming the largest context that fits, if it needs more than `available`."""
+def require_fit(config: Config, policy: KVCache, shape: Shape, chunk: int, available: int) -> None:
+    """Raises UserError, naming the largest context that fits, if the plan needs more than `available`."""
     plan = make_plan(config, policy, shape, chunk)
     if plan.total <= available:
-        return plan
+        return
     fits, too_many = 0, shape.capacity
     while too_many - fits > 1:
         middle = (fits + too_many) // 2

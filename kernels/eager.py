@@ -110,9 +110,7 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
     regions.v[batch, :, slot] = v.to(regions.v.dtype)
 
 
-def decode_attention(
-    q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None
-) -> Tensor:
+def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None) -> Tensor:
     """Attention of one new token per sequence, already appended, over all that its cache holds.
 
     q: [batch, n_head, head_dim]; positions: int64 [batch]. sink_frequencies [head_dim / 2]: when
@@ -155,9 +153,7 @@ def _add_held(
         softmax.add(regions.k[:, :, lo:hi], regions.v[:, :, lo:hi])
     if n_left > 0 and regions.k_int is not None:
         (_, k_int, k_scale), (_, v_int, v_scale) = regions.quantised()
-        softmax.add(
-            k_int[:, :, :n_left], v_int[:, :, :n_left], k_scale[:, :, :n_left], v_scale[:, :, :n_left]
-        )
+        softmax.add(k_int[:, :, :n_left], v_int[:, :, :n_left], k_scale[:, :, :n_left], v_scale[:, :, :n_left])
 
 
 def history_attention(

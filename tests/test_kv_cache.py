@@ -81,16 +81,15 @@ def run(policy: KVCache, case: Case, reference: bool = False, slack: int = 0) ->
     shape = Shape(len(qs), case.n_kv_head, case.head_dim, max(1, case.capacity + slack), torch.float32, CPU)
     cache = ModelCache(policy, 1, shape)
     layer = cache.layers[0]
-    layer.reference = reference  # type: ignore[attr-defined]
+    if reference:
+        layer.use_reference()
     outs: list[list[Tensor]] = [[] for _ in qs]
 
     def feed(view: ModelCache, n: int, rows: range) -> None:
         chunk = view.begin(n)
         rope = Rope(frequencies(case.head_dim), chunk.positions)
         at = [int(p) for p in chunk.positions[:, 0]]
-        q, k, v = (
-            torch.stack([t[b][:, a : a + n] for b, a in zip(rows, at, strict=True)]) for t in (qs, ks, vs)
-        )
+        q, k, v = (torch.stack([t[b][:, a : a + n] for b, a in zip(rows, at, strict=True)]) for t in (qs, ks, vs))
         y = layer.attend(q, k, v, chunk, rope)
         for b, out in zip(rows, y, strict=True):
             outs[b].append(out)
@@ -112,9 +111,7 @@ def expected(case: Case, middle: str, turn: bool = False) -> list[Tensor]:
         for n in [*chunks, *[1] * case.n_decode]:
             end = start + n
             freq = frequencies(case.head_dim) if turn else None
-            parts.append(
-                oracle.attention(q[:, start:end], k[:, :end], v[:, :end], start, sink, window, middle, freq)
-            )
+            parts.append(oracle.attention(q[:, start:end], k[:, :end], v[:, :end], start, sink, window, middle, freq))
             start = end
         outs.append(torch.cat(parts, 1))
     return outs
@@ -207,7 +204,7 @@ def test_knobs_refuse_what_makes_no_sense() -> None:
 def test_the_reference_refuses_to_quantise_what_is_not_finite() -> None:
     layer = SelectiveCache(0, 1)
     layer.allocate(Shape(1, 1, 8, 4, torch.float32, CPU))
-    layer.reference = True
+    layer.use_reference()
     bad = torch.full((1, 1, 2, 8), float("nan"))
     chunk = Chunk(torch.arange(2)[None], 0, 0)
     with pytest.raises(ValueError, match="position 0 holds a value that is not finite"):

@@ -1,0 +1,414 @@
+"""generate.py as its users call it: the caches, the outputs, the mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, STORIES, needs, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+import generate
+
+QUANTIZE = ["quantize_kv", "--sink_size", "4", "--window_size", "8"]
+COMPRESS = ["compress_kv", "--sink_size", "4", "--window_size", "8"]
+
+
+def call(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[str, dict[str, object], str]:
+    """Run generate.main: the text on stdout, the JSON report, and stderr."""
+    generate.main([*map(str, argv), "--json"])
+    out, err = capsys.readouterr()
+    text, _, last = out.rstrip("\n").rpartition("\n")
+    return text, json.loads(last), err
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """The one line that a mistake gets; exit code 2 and nothing on stdout."""
+    with pytest.raises(SystemExit) as exit_:
+        generate.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert out == ""
+    assert err.count("\n") == 1 and err.startswith("generate.py: error: "), err
+    return err
+
+
+def test_options_in_any_order_mean_the_same(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The published commands put --max_new_tokens and --device after the subcommand's own flags."""
+    common = [
+        "--checkpoint_path",
+        tiny,
+        "--prompt",
+        "The red fox",
+        "--max_new_tokens",
+        "20",
+        "--device",
+        "cpu",
+    ]
+    texts = []
+    parts = [common[:4], common[4:6], common[6:], QUANTIZE[1:3], QUANTIZE[3:]]
+    for seed in range(6):
+        order = random.Random(seed).sample(parts, len(parts))
+        for at in (0, 2, 5):
+            argv = [*chain(*order[:at]), "quantize_kv", *chain(*order[at:])]
+            text, report, _ = call(capsys, *argv)
+            assert report["cache"] == {"name": "quantize_kv", "sink_size": 4, "window_size": 8}
+            texts.append(text)
+    assert len(set(texts)) == 1
+
+
+def test_the_report_and_the_text_go_apart(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate.main(["--checkpoint_path", str(tiny), "--prompt", "The old clock", "--max_new_tokens", "5"])
+    out, err = capsys.readouterr()
+    assert out.startswith("The old clock") and out.endswith("\n")
+    assert "tokens/s" in err and "time to first token" in err and "peak memory" in err
+
+
+def test_sampling_is_seeded_and_greedy_is_the_likeliest(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--checkpoint_path", tiny, "--prompt", "The", "--max_new_tokens", 12, "--ignore_eos"]
+    a, b, c = (call(capsys, *base, "--seed", s)[0] for s in (1, 1, 2))
+    assert a == b != c
+    greedy = call(capsys, *base, "--temperature", 0)[0]
+    assert greedy == call(capsys, *base, "--top_k", 1, "--seed", 5)[0]
+    assert greedy == call(capsys, *base, "--top_p", 1e-6, "--seed", 6)[0]
+
+
+def test_a_ragged_batch_writes_what_each_prompt_writes_alone(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["The red fox jumped over the river, and then it went home", "The", "A small boat", "Old stone"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": p}) for p in prompts[2:]) + "\n\n")
+    for cache in ([], QUANTIZE, COMPRESS):
+        base = ["--checkpoint_path", tiny, "--max_new_tokens", 24, "--temperature", 0, *cache]
+        _, report, _ = call(capsys, *base, "--prompt", prompts[0], "--prompt", prompts[1], "--prompt_file", file)
+        alone = [call(capsys, *base, "--prompt", p)[1]["texts"][0] for p in prompts]  # type: ignore[index]
+        assert report["texts"] == alone
+        assert report["batch"] == 4
+
+
+def test_num_samples_and_order_on_stdout(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--checkpoint_path", tiny, "--prompt", "The", "--prompt", "One", "--num_samples", 2]
+    text, report, _ = call(capsys, *base, "--max_new_tokens", 6, "--no-echo")
+    assert text == "\n".join(report["texts"])  # type: ignore[arg-type]
+    assert report["batch"] == 4 and report["tokens_written"] <= 24
+
+
+def test_an_integer_is_a_synthetic_prompt(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, report, _ = call(capsys, "--checkpoint_path", tiny, "--prompt", 100, "--max_new_tokens", 4)
+    assert report["tokens_read"] == 100
+
+
+def test_random_weights_need_no_checkpoint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "device_memory", lambda device: 20 << 30)
+    with pytest.raises(SystemExit) as exit_:
+        generate.main(["--random_weights", "--prompt", "8"])
+    assert exit_.value.code == 2
+    assert "--random_weights needs --model" in capsys.readouterr().err
+    generate.main(["--random_weights", "--model", "llama-3.1-8b", "--prompt", "8", "--dry_run", "--dtype", "bfloat16"])
+    out = capsys.readouterr().out
+    assert "weights" in out and "14.96 GiB" in out  # 8.03e9 parameters of 2 bytes
+
+
+def test_end_tokens_end_a_sequence_and_ignore_eos_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama 3 has several end tokens: every id in the list ends a sequence."""
+    folder = write_checkpoint(tmp_path / "c")
+    base = ["--checkpoint_path", folder, "--prompt", "The red", "--max_new_tokens", 30, "--temperature", 0]
+    generate.main([*map(str, base), "--ignore_eos", "--json"])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["tokens_written"] == 30
+    config = json.loads((folder / "config.json").read_text())
+    config["eos_token_id"] = [2, *range(3, 320)]
+    (folder / "config.json").write_text(json.dumps(config))
+    _, report, _ = call(capsys, *base)
+    assert report["tokens_written"] == 1
+    assert report["texts"] == [""]
+
+
+def test_a_conversation_stays_in_the_cache(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn reads only its own tokens, and the tokens are those of one long run over the same text."""
+    lines = ["The red fox jumped over the river", "and the old clock looked", "One"]
+    read: list[list[int]] = []
+    written: list[int] = []
+    original = generate.Engine.generate
+
+    def spy(self, prompts, n):  # type: ignore[no-untyped-def]
+        read.append(list(prompts[0]))
+        for row in original(self, prompts, n):
+            written.append(row[0])
+            yield row
+
+    monkeypatch.setattr(generate.Engine, "generate", spy)
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO("\n".join(lines) + "\n"))
+    argv = ["--checkpoint_path", str(tiny), "--interactive", "--temperature", "0", "--max_new_tokens", "9"]
+    generate.main([*argv, "--ignore_eos"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) >= 3
+    assert len(read) == 3 and len(written) == 27
+    tokenizer = generate.load_tokenizer(tiny / "tokenizer.model")
+    assert read[1] == [written[8], *tokenizer.encode(lines[1], bos=False)]
+    # The same tokens through a fresh full cache, in one go, choose the same next token.
+    checkpoint = generate.open_checkpoint(tiny, None)
+    model = generate.load_model(checkpoint, torch.device("cpu"), torch.float32)
+    history = [*read[0], *written[:8], *read[1], *written[9:17], *read[2]]
+    shape = generate.Shape(1, 2, 8, 256, torch.float32, torch.device("cpu"))
+    cache = generate.ModelCache(generate.FullCache(), 2, shape)
+    with torch.inference_mode():
+        logits = model(torch.tensor([history]), cache, last_only=True)
+    assert int(logits.argmax()) == written[18]
+
+
+def test_reading_a_prompt_in_chunks_changes_nothing_in_the_full_cache(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--checkpoint_path", tiny, "--prompt", 90, "--max_new_tokens", 20, "--temperature", 0]
+    assert call(capsys, *base)[0] == call(capsys, *base, "--prefill_chunk", 7)[0]
+
+
+def test_sink_and_window_stream_far_past_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """20 times the trained context, the same bytes throughout, every number finite."""
+    folder = write_checkpoint(tmp_path / "short", context=32)
+    sizes = []
+    for n in (60, 640):
+        _, report, _ = call(
+            capsys,
+            "--checkpoint_path",
+            folder,
+            "--prompt",
+            5,
+            *COMPRESS,
+            "--max_new_tokens",
+            n,
+            "--ignore_eos",
+        )
+        assert report["tokens_written"] == n
+        sizes.append(report["cache_bytes"])
+    assert sizes[0] == sizes[1]
+    _, report, _ = call(
+        capsys, "--checkpoint_path", folder, "--prompt", 100, *COMPRESS, "--max_new_tokens", 8, "--ignore_eos"
+    )
+    assert report["tokens_read"] == 100
+
+
+FOURTH = '''
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from kv_cache import KVCache, knob
+
+@dataclass
+class Strided(KVCache):
+    """Keep every n-th token, and the chunk being read."""
+
+    name: ClassVar[str] = "strided_kv"
+    stride: int = knob(2, "keep one token in this many", least=1)
+
+    def allocate(self, shape):
+        self.rows = [None] * shape.batch
+
+    def reset(self):
+        self.rows = [None] * len(self.rows)
+
+    def update(self, row, k, v, start):
+        pos = torch.arange(start, start + k.shape[1])
+        held = self.rows[row] or (k[:, :0], v[:, :0], pos[:0])
+        k, v, pos = (torch.cat((a, b), -1 if a.dim() == 1 else 1) for a, b in zip(held, (k, v, pos)))
+        keep = pos % self.stride == 0
+        self.rows[row] = k[:, keep], v[:, keep], pos[keep]
+        return k, v, pos
+'''
+
+
+def test_a_fourth_cache_is_one_class(tiny: Path, tmp_path: Path) -> None:
+    """About 20 lines in a file of the user's own: a subcommand with flags, and the full cache at stride 1."""
+    plugin = tmp_path / "my_cache.py"
+    plugin.write_text(FOURTH)
+    base = [sys.executable, "generate.py", "--checkpoint_path", str(tiny), "--prompt", "The red fox"]
+    base += ["--max_new_tokens", "12", "--temperature", "0", "--plugin", str(plugin)]
+
+    def out(*extra: str) -> str:
+        return subprocess.run([*base, *extra], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert out("strided_kv", "--stride", "1") == out()
+    assert out("strided_kv", "--stride", "3") != out()
+    assert "--stride" in out("--help") and "keep one token in this many" in out("--help")
+
+
+# ---- a real checkpoint ----
+
+
+@needs(STORIES)
+@pytest.mark.parametrize("cache", [[], ["quantize_kv"], ["compress_kv"]], ids=["full", "quantize", "compress"])
+@pytest.mark.parametrize("extra", [[], ["--reference"]], ids=["fast", "reference"])
+def test_stories260k_writes_the_golden_ids(
+    cache: list[str], extra: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An independent float32 implementation wrote golden.json; a batch of 5 and chunks change nothing."""
+    golden = json.loads((STORIES / "golden.json").read_text())
+    n_new = len(golden["greedy_ids"]) - 1
+    if cache:
+        cache = [*cache, "--sink_size", "4", "--window_size", str(n_new + 8)]
+    tokenizer = generate.load_tokenizer(STORIES / "tokenizer.model")
+    ids = golden["greedy_ids"]
+    checkpoint = generate.open_checkpoint(STORIES, None)
+    model = generate.load_model(checkpoint, torch.device("cpu"), torch.float32)
+    policy = generate.policy_from(generate.make_parser().parse([*cache]))
+    prompts = [ids[:1], ids[:20], tokenizer.encode("A dog"), ids[:7], tokenizer.encode("The sun was hot and")]
+    batches = [prompts] if extra else [[ids[:1]], prompts]
+    for batch in batches:
+        for chunk in (8192, 6):
+            shape = generate.Shape(len(batch), 4, 8, n_new + 30, torch.float32, torch.device("cpu"))
+            kv = generate.ModelCache(policy, checkpoint.config.n_layer, shape)
+            for layer in kv.layers:
+                if extra:
+                    layer.use_reference()
+            engine = generate.Engine(model, kv, generate.Sampling(temperature=0), prefill_chunk=chunk)
+            n = n_new if not extra else 40
+            rows = list(engine.generate(batch, n))
+            for b, prompt in enumerate(batch):
+                if prompt == ids[: len(prompt)]:
+                    got = [*prompt, *(row[b] for row in rows)]
+                    end = min(len(got), len(ids))
+                    assert got[:end] == ids[:end]
+
+
+# ---- mistakes ----
+
+
+def test_flags_that_are_wrong(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--checkpoint_path", tiny, "--prompt", "The"]
+    assert "did you mean --sink_size?" in fails(capsys, *base, "quantize_kv", "--sink_sise", 4)
+    assert "did you mean --max_new_tokens?" in fails(capsys, *base, "--max_tokens", 4)
+    assert "--max_new_tokens" in fails(capsys, *base, "--max_new_tokens", 0)
+    assert "--window_size must be at least 1, not 0" in fails(capsys, *base, "quantize_kv", "--window_size", 0)
+    assert "--sink_size must be at least 0" in fails(capsys, *base, "compress_kv", "--sink_size", -1)
+    assert "--sink_size takes a value of type int" in fails(capsys, *base, "compress_kv", "--sink_size", "four")
+    assert "--sink_size is a flag of compress_kv and quantize_kv" in fails(capsys, *base, "--sink_size", 4)
+    assert "invalid choice" in fails(capsys, *base, "quantise_kv")
+    assert "--temperature" in fails(capsys, *base, "--temperature", -1)
+    assert "--top_p" in fails(capsys, *base, "--top_p", 0)
+    assert "--top_k" in fails(capsys, *base, "--top_k", -3)
+    assert "--profile" in fails(capsys, *base, "--profile", "../x")
+
+
+def test_prompts_that_are_wrong(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--checkpoint_path", tiny]
+    assert "empty" in fails(capsys, *base, "--prompt", "")
+    assert "not UTF-8" in fails(capsys, *base, "--prompt", os.fsdecode(b"caf\xe9"))
+    assert "300 tokens, 44 more than the model's context of 256" in fails(capsys, *base, "--prompt", 300)
+    assert "280, 24 past the model's context" in fails(
+        capsys, *base, "--prompt", "a", "compress_kv", "--sink_size", 40, "--window_size", 240
+    )
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"fine\n\xff\xfe\n")
+    assert "not UTF-8 at byte 5" in fails(capsys, *base, "--prompt_file", bad)
+    bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    assert "line 2" in fails(capsys, *base, "--prompt_file", bad)
+    bad.write_text("\n")
+    assert "no prompt" in fails(capsys, *base, "--prompt_file", bad)
+    assert "No such file" in fails(capsys, *base, "--prompt_file", tmp_path / "none.txt")
+
+
+def test_checkpoints_that_are_wrong(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = fails(capsys, "--checkpoint_path", tmp_path / "nothing.pth", "--prompt", "a")
+    assert "nothing.pth" in missing
+    garbage = tmp_path / "model.pth"
+    garbage.write_bytes(b"this is no checkpoint")
+    assert "model.pth" in fails(capsys, "--checkpoint_path", garbage, "--prompt", "a")
+    if not torch.cuda.is_available():
+        assert "cuda" in fails(capsys, "--checkpoint_path", tiny, "--prompt", "a", "--device", "cuda").lower()
+
+
+def test_what_cannot_fit_is_said_before_loading(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "device_memory", lambda device: 20 << 30)
+    line = fails(capsys, "--random_weights", "--model", "llama-3.1-8b", "--prompt", 100_000, "--dtype", "bfloat16")
+    assert "the largest context that fits is" in line
+    fits = int(line.split("fits is ")[1].split()[0])
+    base = [
+        "--random_weights",
+        "--model",
+        "llama-3.1-8b",
+        "--dtype",
+        "bfloat16",
+        "--dry_run",
+        "--max_new_tokens",
+        1,
+    ]
+    generate.main([str(a) for a in [*base, "--prompt", fits - 1]])
+    with pytest.raises(SystemExit) as exit_:
+        generate.main([str(a) for a in [*base, "--prompt", fits + 1]])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2 and "total" in out and "largest context" in err
+
+
+def test_numbers_that_are_not_finite_name_the_first_bad_tensor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_checkpoint(tmp_path / "bad")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(SystemExit) as exit_:
+        generate.main(["--checkpoint_path", str(folder), "--prompt", "The", "--no-echo"])
+    assert exit_.value.code == 2
+    assert "layers.1.feed_forward.w2" in capsys.readouterr().err
+    tensors = load_file(write_checkpoint(folder) / "model.safetensors")
+    for name in ("gate", "up"):
+        tensors[f"model.layers.0.mlp.{name}_proj.weight"] *= 1e30  # finite, but their product overflows
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(SystemExit):
+        generate.main(["--checkpoint_path", str(folder), "--prompt", "The"])
+    assert "the output of layers.0.feed_forward" in capsys.readouterr().err
+
+
+# ---- the ends of a process ----
+
+
+def start(*argv: object, **options: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "generate.py", *map(str, argv)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, **options)  # type: ignore[call-overload]
+
+
+def test_ctrl_c_reports_what_was_done_and_exits_130(tiny: Path) -> None:
+    long = ["--max_new_tokens", 100_000, "--ignore_eos", *COMPRESS]
+    process = start("--checkpoint_path", tiny, "--prompt", "The red", *long)
+    assert process.stdout is not None
+    process.stdout.read(40)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "tokens/s" in err and "Traceback" not in err
+
+
+def test_a_closed_pipe_ends_quietly(tiny: Path) -> None:
+    process = start("--checkpoint_path", tiny, "--prompt", "The red", "--max_new_tokens", 100_000, *COMPRESS)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.wait(timeout=60)
+    assert "Traceback" not in err and "Error" not in err
+
+
+def test_help_tells_what_each_flag_does_to_memory_and_quality(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        generate.main(["quantize_kv", "--help"])
+    assert exit_.value.code == 0
+    out = textwrap.dedent(capsys.readouterr().out)
+    assert "quantize_kv: Keep the first and the most recent tokens in full precision" in out
+    assert "--window_size" in out and "memory grows with it" in " ".join(out.split())
