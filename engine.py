@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,12 @@ class Timing:
     first_token_seconds: float = 0.0
     decode_seconds: float = 0.0
     n_first: int = 0
+
+    def __add__(self, other: Timing) -> Timing:
+        """Of two runs together; the time to first token is the first one's."""
+        both = Timing(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Timing)})
+        both.first_token_seconds = self.first_token_seconds or other.first_token_seconds
+        return both
 
     @property
     def decode_tokens_per_second(self) -> float:

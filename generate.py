@@ -11,14 +11,11 @@ subcommand. A subcommand is a cache class (kv_cache.py); its flags are that clas
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from checkpoint import (
     Checkpoint,
@@ -29,12 +26,13 @@ from checkpoint import (
     parse_device,
     parse_dtype,
 )
-from engine import PREFILL_CHUNK, Engine, Sampling
+from console import Printer, encode_prompt, read_prompts, say, write_json
+from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from kv_cache import FullCache, KVCache, ModelCache, Shape, caches
 from options import Parser, add_cache_flags, load_plugin, policy_from, positive
 from profiling import Profiler
 from report import device_memory, make_plan, make_report, report_lines, require_fit
-from tokenizer import StreamDecoder, Tokenizer, UserError, load_tokenizer
+from tokenizer import Tokenizer, UserError, load_tokenizer
 
 
 def make_parser() -> Parser:
@@ -85,251 +83,178 @@ def make_parser() -> Parser:
     return p
 
 
-def say(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr)
+@dataclass(frozen=True)
+class Job:
+    """All that is decided before any memory is taken."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+    policy: KVCache
+    shape: Shape
+    sampling: Sampling
+    end_ids: frozenset[int]
+    prompts: list[list[int]]  # one per sequence; empty for a conversation
+    n_new: int
+    chunk: int  # prompt tokens read at once
+    echo: bool
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    prompts = list(args.prompt)
-    if args.prompt_file is not None:
-        try:
-            text = args.prompt_file.read_bytes().decode("utf-8")
-        except OSError as error:
-            raise UserError(f"--prompt_file {args.prompt_file}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompt_file {args.prompt_file}: not UTF-8 at byte {error.start}") from None
-        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        if not lines:
-            raise UserError(f"--prompt_file {args.prompt_file}: no prompt in it")
-        for n, line in lines:
-            prompts.append(_json_prompt(args.prompt_file, n, line) if line.startswith("{") else line)
-    for prompt in prompts:
-        if not prompt.strip():
-            raise UserError("--prompt is empty")
-        if any(0xDC80 <= ord(c) <= 0xDCFF for c in prompt):  # how Python hands over stray bytes
-            raise UserError("--prompt is not UTF-8")
-    return prompts
+def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
+    """Read prompts, configs and headers; find every mistake that can be found without the weights."""
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    texts = read_prompts(args)
+    if not texts and not args.interactive:
+        texts = ["16"] if args.random_weights else ["Once upon a time"]
+    device = parse_device(args.device)
+    if args.random_weights and (args.model is None or args.checkpoint_path is not None):
+        raise UserError("--random_weights needs --model NAME, and no --checkpoint_path")
+    checkpoint = open_checkpoint(None if args.random_weights else args.checkpoint_path or find_demo(), args.model)
+    config = checkpoint.config
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path) if checkpoint.tokenizer_path else None
+    if tokenizer is not None:
+        check_tokenizer(config, tokenizer)
+    elif args.interactive:
+        raise UserError("--interactive needs a checkpoint with a tokenizer")
+    ids = [encode_prompt(text, tokenizer, config.vocab_size, args.seed) for text in texts]
+    prompts = [] if args.interactive else [p for p in ids for _ in range(args.num_samples)]
+    longest = max(map(len, prompts), default=0)
+    if args.interactive:
+        capacity, n_new = conversation_room(args, policy, config.context), args.max_new_tokens
+    else:
+        n_new = new_tokens(args, policy, config.context, longest)
+        capacity = longest + n_new
+    end_ids = () if args.ignore_eos or tokenizer is None else checkpoint.eos_ids or tokenizer.eos_ids
+    return Job(
+        checkpoint,
+        tokenizer,
+        policy,
+        Shape(
+            max(1, len(prompts)),
+            config.n_kv_head,
+            config.head_dim,
+            capacity,
+            parse_dtype(args.dtype, checkpoint, device),
+            device,
+        ),
+        sampling,
+        frozenset(end_ids),
+        prompts,
+        n_new,
+        min(args.prefill_chunk, longest or capacity),
+        args.echo and not all(text.isdecimal() for text in texts),
+    )
 
 
-def _json_prompt(path: Path, n: int, line: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError):
-        raise UserError(f'{path}, line {n}: not a JSON object with "prompt"') from None
-    if not isinstance(prompt, str):
-        raise UserError(f'{path}, line {n}: "prompt" is not text')
-    return prompt
-
-
-def encode_prompt(prompt: str, tokenizer: Tokenizer | None, n_vocab: int, seed: int) -> list[int]:
-    """Token ids; a number makes that many random ones, as gpt-fast does."""
-    if prompt.isdecimal():
-        if int(prompt) < 1:
-            raise UserError("--prompt 0 asks for no tokens")
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(n_vocab, (int(prompt),), generator=generator).tolist()
-    if tokenizer is None:
-        raise UserError("random weights have no tokenizer: give --prompt a number of tokens")
-    return tokenizer.encode(prompt)
-
-
-class Printer:
-    """Text to standard output in the prompts' order: the first unfinished sequence streams."""
-
-    def __init__(self, tokenizer: Tokenizer | None, prompts: list[list[int]], echo: bool) -> None:
-        self.decoders = [StreamDecoder(tokenizer) if tokenizer else None for _ in prompts]
-        self.ended = [False] * len(prompts)
-        self.texts = ["" for _ in prompts]  # without the prompt
-        self.waiting = ["" for _ in prompts]
-        self.current = 0
-        for b, (decoder, prompt) in enumerate(zip(self.decoders, prompts, strict=True)):
-            if decoder is not None:
-                before = "".join(decoder.push(token) for token in prompt)
-                self.waiting[b] = before if echo else ""
-
-    def push(self, row: Iterable[int | None], end_ids: frozenset[int]) -> None:
-        for b, token in enumerate(row):
-            decoder = self.decoders[b]
-            if token is None or self.ended[b]:
-                continue
-            if token in end_ids:
-                self._end(b)
-            elif decoder is not None:
-                self._add(b, decoder.push(token))
-        self._print()
-
-    def finish(self) -> None:
-        for b in range(len(self.ended)):
-            self._end(b)
-        self._print()
-
-    def _add(self, b: int, text: str) -> None:
-        self.texts[b] += text
-        self.waiting[b] += text
-
-    def _end(self, b: int) -> None:
-        decoder = self.decoders[b]
-        if not self.ended[b]:
-            self._add(b, decoder.flush() if decoder is not None else "")
-            self.waiting[b] += "\n"
-            self.ended[b] = True
-
-    def _print(self) -> None:
-        while self.current < len(self.ended):
-            if self.decoders[self.current] is not None:
-                print(self.waiting[self.current], end="", flush=True)
-            self.waiting[self.current] = ""
-            if not self.ended[self.current]:
-                return
-            self.current += 1
-
-
-def converse(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace, reports: list[Any]) -> list[int]:
-    """A line in, a continuation out; the cache keeps it all. Returns the conversation's length."""
-    say("Type a line; /reset forgets, Ctrl-D ends.")
-    pending: list[int] = []  # the last token written, which the cache has not read yet
-    n_seen = 0
-    prompts = iter(args.prompt)
-    while True:
-        text = next(prompts, None)
-        if text is None:
-            say("> ")
-            text = sys.stdin.readline()
-            if not text:
-                return [n_seen]
-            text = text.rstrip("\n")
-        if text == "/reset":
-            engine.reset()
-            pending, n_seen = [], 0
-            continue
-        if not text.strip():
-            continue
-        ids = pending + tokenizer.encode(text, bos=n_seen == 0)
-        room = engine.cache.shape.capacity - n_seen - len(ids) + 1
-        if room < 1 and not engine.cache.policy.endless:
-            raise UserError(f"the conversation is {1 - room} tokens past the context: /reset, or a larger --context")
-        n_new = args.max_new_tokens if engine.cache.policy.endless else min(args.max_new_tokens, room)
-        printer = Printer(tokenizer, [ids], echo=False)
-        n_written = 0
-        for row in engine.generate([ids], n_new):
-            printer.push(row, engine.end_ids)
-            pending = [t for t in row if t is not None]
-            n_written += 1
-        printer.finish()
-        n_seen += len(ids) + n_written - 1
-        reports.append(engine.timing)
-
-
-def write_json(target: str, report: dict[str, Any]) -> None:
-    if target == "-":
-        print(json.dumps(report))
-        return
-    path = Path(target)
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(report, indent=1) + "\n")
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"--json {target}: {error.strerror}") from None
-
-
-def find_checkpoint(args: argparse.Namespace) -> Checkpoint:
-    if args.random_weights:
-        if args.model is None or args.checkpoint_path is not None:
-            raise UserError("--random_weights needs --model NAME, and no --checkpoint_path")
-        return open_checkpoint(None, args.model)
-    return open_checkpoint(args.checkpoint_path or find_demo(), args.model)
-
-
-def context_of(policy: KVCache, checkpoint: Checkpoint, args: argparse.Namespace, longest: int) -> tuple[int, int]:
-    """Tokens of room that each sequence needs, and new tokens to write."""
-    context, n_new = checkpoint.config.context, args.max_new_tokens
+def check_exact(policy: KVCache, context: int) -> None:
     if policy.n_exact > context:
         raise UserError(
             f"--sink_size + --window_size is {policy.n_exact}, {policy.n_exact - context} past the model's "
             f"context of {context}"
         )
-    if args.interactive:
-        return min(args.context or context, context) if not policy.endless else args.context or context, n_new
+
+
+def conversation_room(args: argparse.Namespace, policy: KVCache, context: int) -> int:
+    """Tokens that a conversation may have."""
+    check_exact(policy, context)
+    room = args.context or context
+    if room > context and not policy.endless:
+        raise UserError(f"--context {room} is {room - context} past the model's context of {context}")
+    return room
+
+
+def new_tokens(args: argparse.Namespace, policy: KVCache, context: int, longest: int) -> int:
+    """How many tokens to write after the longest prompt."""
+    check_exact(policy, context)
     if policy.endless:
-        return longest + n_new, n_new
+        return args.max_new_tokens
     if longest > context:
         raise UserError(
             f"the prompt has {longest} tokens, {longest - context} more than the model's context of {context} "
-            f"(compress_kv can read on: it keeps only a window)"
+            "(compress_kv can read on: it keeps only a window)"
         )
-    if longest + n_new - 1 > context:
-        n_new = context - longest + 1
-        say(f"writing {n_new} tokens, not {args.max_new_tokens}: the model's context is {context}")
-    return longest + n_new, n_new
+    if longest + args.max_new_tokens - 1 <= context:  # the last token is written, not read
+        return args.max_new_tokens
+    n_new = context - longest + 1
+    say(f"writing {n_new} tokens, not {args.max_new_tokens}: the model's context is {context}")
+    return n_new
 
 
-def run(args: argparse.Namespace, policy: KVCache) -> None:
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    texts = read_prompts(args)
-    if not texts and not args.interactive:
-        texts = ["Once upon a time"] if not args.random_weights else ["16"]
-    device = parse_device(args.device)
-    checkpoint = find_checkpoint(args)
-    dtype = parse_dtype(args.dtype, checkpoint, device)
-    tokenizer = load_tokenizer(checkpoint.tokenizer_path) if checkpoint.tokenizer_path else None
-    if tokenizer is not None:
-        check_tokenizer(checkpoint.config, tokenizer)
-    if args.interactive and tokenizer is None:
-        raise UserError("--interactive needs a checkpoint with a tokenizer")
-    ids = [encode_prompt(text, tokenizer, checkpoint.config.vocab_size, args.seed) for text in texts]
-    prompts = [p for p in ids for _ in range(args.num_samples)]
-    longest = max(map(len, prompts), default=0)
-    capacity, n_new = context_of(policy, checkpoint, args, longest)
-    batch = 1 if args.interactive else len(prompts)
-    config = checkpoint.config
-    shape = Shape(batch, config.n_kv_head, config.head_dim, capacity, dtype, device)
-    chunk = min(args.prefill_chunk, capacity if args.interactive else longest)
-    if args.dry_run:
-        print("\n".join(make_plan(config, policy, shape, chunk).lines()))
-    require_fit(config, policy, shape, chunk, device_memory(device))
-    if args.dry_run:
-        return
-
-    model = load_model(checkpoint, device, dtype, random_weights=args.random_weights, seed=args.seed)
-    cache = ModelCache(policy, config.n_layer, shape)
+def build(args: argparse.Namespace, job: Job, profiler: Profiler | None) -> Engine:
+    """Take the memory: weights, cache, and the captured step where there is one."""
+    device, dtype = job.shape.device, job.shape.dtype
+    model = load_model(job.checkpoint, device, dtype, random_weights=args.random_weights, seed=args.seed)
+    cache = ModelCache(job.policy, job.checkpoint.config.n_layer, job.shape)
     if args.reference:
         for layer in cache.layers:
             layer.use_reference()
-    end_ids = (
-        frozenset() if args.ignore_eos or tokenizer is None else frozenset(checkpoint.eos_ids or tokenizer.eos_ids)
-    )
-    profiler = Profiler(args.profile, device) if args.profile else None
-    engine = Engine(
-        model, cache, sampling, end_ids, args.prefill_chunk, lag=0 if args.interactive else -1,
-        hook=profiler.hook if profiler else None,
-    )  # fmt: skip
-    path = f"{cache.layers[0].path}, {engine.step_path}"
+    lag = 0 if args.interactive else -1  # a conversation's cache must not run ahead of its end token
+    hook = profiler.hook if profiler else None
+    return Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, hook=hook)
 
-    timings: list[Any] = []
-    lengths: list[int] = []
-    printer = Printer(tokenizer, prompts, args.echo and not all(t.isdecimal() for t in texts))
-    interrupted = False
+
+def converse(engine: Engine, job: Job, args: argparse.Namespace) -> Iterator[Timing]:
+    """A line in, a continuation out; the cache keeps it all, and each turn reads only what is new to it."""
+    assert job.tokenizer is not None
+    say("Type a line; /reset forgets, Ctrl-D ends.")
+    pending: list[int] = []  # the last token written, which the cache has not read yet
+    n_seen = 0
+    given = iter(args.prompt)
+    while True:
+        text = next(given, None)
+        if text is None:
+            print("> ", end="", file=sys.stderr, flush=True)
+            text = sys.stdin.readline()
+            if not text:
+                return
+        text = text.strip("\n")
+        if text == "/reset":
+            engine.reset()
+            pending, n_seen = [], 0
+        if not text.strip() or text == "/reset":
+            continue
+        ids = pending + job.tokenizer.encode(text, bos=n_seen == 0)
+        room = args.max_new_tokens if job.policy.endless else job.shape.capacity - n_seen - len(ids) + 1
+        if room < 1:
+            say(
+                f"no room: that is {1 - room} tokens past the context of {job.shape.capacity}; /reset starts anew"
+            )
+            continue
+        printer = Printer(job.tokenizer, [ids], echo=False)
+        rows = 0
+        for row in engine.generate([ids], min(job.n_new, room)):
+            printer.push(row, engine.end_ids)
+            pending = [token for token in row if token is not None]
+            rows += 1
+        printer.finish()
+        n_seen += len(ids) + rows - 1
+        yield engine.timing
+
+
+def run(args: argparse.Namespace, policy: KVCache) -> None:
+    job = prepare(args, policy)
+    plan = (job.checkpoint.config, policy, job.shape, job.chunk)
+    if args.dry_run:
+        print("\n".join(make_plan(*plan).lines()))
+    require_fit(*plan, device_memory(job.shape.device))
+    if args.dry_run:
+        return
+    profiler = Profiler(args.profile, job.shape.device) if args.profile else None
+    engine = build(args, job, profiler)
+    printer = Printer(job.tokenizer, job.prompts, job.echo)
+    timing, interrupted = Timing(), False
     try:
         if args.interactive:
-            assert tokenizer is not None
-            lengths = converse(engine, tokenizer, args, timings)
+            for turn in converse(engine, job, args):
+                timing += turn
         else:
-            for row in engine.generate(prompts, n_new):
-                printer.push(row, end_ids)
+            for row in engine.generate(job.prompts, job.n_new):
+                printer.push(row, job.end_ids)
             printer.finish()
     except KeyboardInterrupt:
         interrupted = True
         print()
-    if not args.interactive:
-        done = engine.timing.n_written // batch
-        lengths = [len(p) + max(0, done - 1) for p in prompts]
-    report = make_report(model, checkpoint.name, cache, engine.timing, lengths, path)
-    if not args.interactive:
-        report["texts"] = printer.texts
-    report["command"] = ["generate.py", *args.argv]
+    report = make_report(engine, job.checkpoint.name, timing if args.interactive else engine.timing)
+    report |= {"texts": printer.texts, "command": ["generate.py", *args.argv]}
     say("", *report_lines(report))
     if profiler is not None:
         say(*profiler.write(report))
@@ -349,6 +274,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         say(f"generate.py: error: {error}")
         sys.exit(2)
+    except KeyboardInterrupt:  # before there was anything to report
+        sys.exit(130)
     except BrokenPipeError:  # the reader of the pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

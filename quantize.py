@@ -19,7 +19,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     `require_finite` is the check that refuses it.
     """
     x = x.float()
-    absmax = x.abs().amax(-1)
+    absmax = torch.linalg.vector_norm(x, torch.inf, dim=-1)
     scale = torch.where(absmax == 0, 1.0, absmax / 127)
     return (x / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale
 

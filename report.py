@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import kv_cache
-from engine import Timing
-from kv_cache import FullCache, KVCache, ModelCache, Shape
+from engine import Engine, Timing
+from kv_cache import FullCache, KVCache, Shape
 from model import Config, Transformer
 from tokenizer import UserError
 
@@ -119,14 +119,14 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def make_report(
-    model: Transformer, name: str, cache: ModelCache, timing: Timing, lengths: list[int], path: str
-) -> dict[str, Any]:
-    """What a run took, for JSON. lengths: the tokens of each sequence at the end.
+def make_report(engine: Engine, name: str, timing: Timing) -> dict[str, Any]:
+    """What a run took, for JSON. name: the model's; timing: of the run, or of all turns of a conversation.
 
     Bandwidth counts what a decode step must read: every weight (of the embedding, the rows used) and the
     cache's bytes at the mean length of the run, not its capacity.
     """
+    model, cache = engine.model, engine.cache
+    lengths = cache.lengths.tolist()
     policy, shape = cache.policy, cache.shape
     weights = sum(p.nbytes for p in model.parameters())
     if not model.config.tied_embeddings:
@@ -145,7 +145,7 @@ def make_report(
         "cache": {"name": policy.name, **asdict(policy)},
         "dtype": str(shape.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(shape.device) if shape.device.type == "cuda" else str(shape.device),
-        "path": path,
+        "path": f"{cache.layers[0].path}, {engine.step_path}",
         "torch": torch.__version__,
         "batch": shape.batch,
         "tokens_read": timing.n_read,

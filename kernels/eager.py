@@ -21,6 +21,21 @@ BLOCK = 2048  # keys at a time: their float32 form must stay in a CPU's cache, a
 SCORES = 1 << 21  # scores of one KV head at a time, when many queries share a block
 
 
+class Scratch:
+    """Blocks in float32, in memory used again and again: fresh pages cost more than the reading."""
+
+    def __init__(self) -> None:
+        self.memory: Tensor | None = None
+
+    def float(self, block: Tensor) -> Tensor:
+        """block as float32; valid until the next call."""
+        if block.dtype == torch.float32:
+            return block
+        if self.memory is None or self.memory.numel() < block.numel():
+            self.memory = torch.empty(block.numel(), device=block.device)
+        return self.memory[: block.numel()].view(block.shape).copy_(block)
+
+
 class RunningSoftmax:
     """Attention accumulated over blocks of keys (Milakov & Gimelshein 2018, arXiv:1805.02867).
 
@@ -32,7 +47,7 @@ class RunningSoftmax:
         self.top = q.new_full((*q.shape[:-1], 1), float("-inf"), dtype=torch.float32)
         self.total = torch.zeros_like(self.top)
         self.out = torch.zeros_like(self.q)
-        self.scratch: Tensor | None = None
+        self.scratch = Scratch()
 
     def add(
         self,
@@ -52,7 +67,7 @@ class RunningSoftmax:
         n_key = min(BLOCK, max(64, SCORES // query.shape[2]))
         for lo in range(0, k.shape[2], n_key):
             block = slice(lo, lo + n_key)
-            score = query @ self._float(k[:, :, block]).transpose(-1, -2)
+            score = query @ self.scratch.float(k[:, :, block]).transpose(-1, -2)
             if k_scale is not None:
                 score *= k_scale[:, :, None, block]
             if hidden is not None:
@@ -64,16 +79,8 @@ class RunningSoftmax:
             self.total = self.total * keep + prob.sum(-1, keepdim=True)
             if v_scale is not None:
                 prob *= v_scale[:, :, None, block]
-            self.out = self.out * keep + prob @ self._float(v[:, :, block])
+            self.out = self.out * keep + prob @ self.scratch.float(v[:, :, block])
             self.top = top
-
-    def _float(self, block: Tensor) -> Tensor:
-        """A block in float32, in memory used again and again: fresh pages cost more than the reading."""
-        if block.dtype == torch.float32:
-            return block
-        if self.scratch is None or self.scratch.numel() < block.numel():
-            self.scratch = torch.empty(block.numel(), device=block.device)
-        return self.scratch[: block.numel()].view(block.shape).copy_(block)
 
     def result(self) -> Tensor:
         """float32 [batch, n_kv_head, row, head_dim]; zero for a row that saw no key."""
@@ -97,17 +104,13 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
 
     k, v: [batch, n_kv_head, head_dim]; positions: int64 [batch], where the new tokens stand.
     """
-    sink, window = regions.sink_size, regions.window_size
-    batch = torch.arange(k.shape[0], device=k.device)
-    slot = torch.where(positions < sink, positions, sink + (positions - sink) % window)
-    leaves = positions >= sink + window
-    row = (positions - window - sink).clamp_min(0)
-    for values, ints, scales in regions.quantised():
-        new_ints, new_scale = quantize(values[batch, :, slot])
-        ints[batch, :, row] = torch.where(leaves[:, None, None], new_ints, ints[batch, :, row])
-        scales[batch, :, row] = torch.where(leaves[:, None], new_scale, scales[batch, :, row])
-    regions.k[batch, :, slot] = k.to(regions.k.dtype)
-    regions.v[batch, :, slot] = v.to(regions.v.dtype)
+    for b, pos in enumerate(positions.tolist()):
+        slot, n_left = regions.slot(pos), regions.n_left(pos + 1)
+        if n_left > 0:
+            for values, ints, scales in regions.quantised():
+                ints[b, :, n_left - 1], scales[b, :, n_left - 1] = quantize(values[b, :, slot])
+        regions.k[b, :, slot] = k[b]
+        regions.v[b, :, slot] = v[b]
 
 
 def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None) -> Tensor:
@@ -125,14 +128,36 @@ def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_freque
         tile = q[b].unflatten(0, (n_kv_head, -1))[None]  # [1, n_kv_head, group, head_dim]
         n_left = regions.n_left(pos + 1)
         n_slot = pos + 1 - n_left
-        if n_left == 0 or (regions.k_int is None and sink_frequencies is None):
-            y = F.scaled_dot_product_attention(tile, held.k[:, :, :n_slot], held.v[:, :, :n_slot])
-        else:
+        if n_left > 0 and held.k_int is not None:
+            y = _decode_quantised(tile, held, n_slot, n_left)
+        elif n_left > 0 and sink_frequencies is not None:
             softmax = RunningSoftmax(tile)
             _add_held(softmax, tile, held, [(0, n_slot)], n_left, sink_frequencies)
             y = softmax.result()
+        else:
+            y = F.scaled_dot_product_attention(tile, held.k[:, :, :n_slot], held.v[:, :, :n_slot])
         out[b] = y[0].flatten(0, 1)
     return out
+
+
+def _decode_quantised(tile: Tensor, held: Regions, n_slot: int, n_left: int) -> Tensor:
+    """All scores, one softmax, all values: for one query token the scores are few, and calls are what costs."""
+    (_, k_int, k_scale), (_, v_int, v_scale) = held.quantised()
+    query = tile.float() * tile.shape[-1] ** -0.5
+    score = query.new_empty(*query.shape[:-1], n_slot + n_left)
+    score[..., :n_slot] = query @ held.k[:, :, :n_slot].float().transpose(-1, -2)
+    scratch = Scratch()
+    for lo in range(0, n_left, BLOCK):
+        hi = min(lo + BLOCK, n_left)
+        score[..., n_slot + lo : n_slot + hi] = query @ scratch.float(k_int[:, :, lo:hi]).transpose(-1, -2)
+    score[..., n_slot:] *= k_scale[:, :, None, :n_left]
+    prob = score.softmax(-1)
+    prob[..., n_slot:] *= v_scale[:, :, None, :n_left]
+    y = prob[..., :n_slot] @ held.v[:, :, :n_slot].float()
+    for lo in range(0, n_left, BLOCK):
+        hi = min(lo + BLOCK, n_left)
+        y += prob[..., n_slot + lo : n_slot + hi] @ scratch.float(v_int[:, :, lo:hi])
+    return y
 
 
 def _add_held(

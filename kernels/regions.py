@@ -53,5 +53,4 @@ class Regions(NamedTuple):
         k, v = view(self.k), view(self.v)
         if self.k_int is None or self.v_int is None or self.k_scale is None or self.v_scale is None:
             return self._replace(k=k, v=v)
-        ints_and_scales = map(view, (self.k_int, self.v_int, self.k_scale, self.v_scale))
-        return Regions(k, v, *ints_and_scales, self.sink_size, self.window_size)
+        return Regions(k, v, view(self.k_int), view(self.v_int), view(self.k_scale), view(self.v_scale), *self[6:])

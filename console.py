@@ -1,0 +1,128 @@
+"""What goes in and out of the command line: prompts, streamed text, messages, the JSON report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenizer import StreamDecoder, Tokenizer, UserError
+
+
+def say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompt_file is not None:
+        try:
+            text = args.prompt_file.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise UserError(f"--prompt_file {args.prompt_file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt_file {args.prompt_file}: not UTF-8 at byte {error.start}") from None
+        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        if not lines:
+            raise UserError(f"--prompt_file {args.prompt_file}: no prompt in it")
+        for n, line in lines:
+            prompts.append(_json_prompt(args.prompt_file, n, line) if line.startswith("{") else line)
+    for prompt in prompts:
+        if not prompt.strip():
+            raise UserError("--prompt is empty")
+        if any(0xDC80 <= ord(c) <= 0xDCFF for c in prompt):  # how Python hands over stray bytes
+            raise UserError("--prompt is not UTF-8")
+    return prompts
+
+
+def _json_prompt(path: Path, n: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError):
+        raise UserError(f'{path}, line {n}: not a JSON object with "prompt"') from None
+    if not isinstance(prompt, str):
+        raise UserError(f'{path}, line {n}: "prompt" is not text')
+    return prompt
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer | None, n_vocab: int, seed: int) -> list[int]:
+    """Token ids; a number makes that many random ones, as gpt-fast does."""
+    if prompt.isdecimal():
+        if int(prompt) < 1:
+            raise UserError("--prompt 0 asks for no tokens")
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(n_vocab, (int(prompt),), generator=generator).tolist()
+    if tokenizer is None:
+        raise UserError("random weights have no tokenizer: give --prompt a number of tokens")
+    return tokenizer.encode(prompt)
+
+
+class Printer:
+    """Text to standard output in the prompts' order: the first unfinished sequence streams."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompts: list[list[int]], echo: bool) -> None:
+        self.decoders = [StreamDecoder(tokenizer) if tokenizer else None for _ in prompts]
+        self.ended = [False] * len(prompts)
+        self.texts = ["" for _ in prompts]  # without the prompt
+        self.waiting = ["" for _ in prompts]
+        self.current = 0
+        for b, (decoder, prompt) in enumerate(zip(self.decoders, prompts, strict=True)):
+            if decoder is not None:
+                before = "".join(decoder.push(token) for token in prompt)
+                self.waiting[b] = before if echo else ""
+
+    def push(self, row: Iterable[int | None], end_ids: frozenset[int]) -> None:
+        for b, token in enumerate(row):
+            decoder = self.decoders[b]
+            if token is None or self.ended[b]:
+                continue
+            if token in end_ids:
+                self._end(b)
+            elif decoder is not None:
+                self._add(b, decoder.push(token))
+        self._print()
+
+    def finish(self) -> None:
+        for b in range(len(self.ended)):
+            self._end(b)
+        self._print()
+
+    def _add(self, b: int, text: str) -> None:
+        self.texts[b] += text
+        self.waiting[b] += text
+
+    def _end(self, b: int) -> None:
+        decoder = self.decoders[b]
+        if not self.ended[b]:
+            self._add(b, decoder.flush() if decoder is not None else "")
+            self.waiting[b] += "\n"
+            self.ended[b] = True
+
+    def _print(self) -> None:
+        while self.current < len(self.ended):
+            if self.decoders[self.current] is not None:
+                print(self.waiting[self.current], end="", flush=True)
+            self.waiting[self.current] = ""
+            if not self.ended[self.current]:
+                return
+            self.current += 1
+
+
+def write_json(target: str, report: dict[str, Any]) -> None:
+    if target == "-":
+        print(json.dumps(report))
+        return
+    path = Path(target)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(report, indent=1) + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"--json {target}: {error.strerror}") from None
