@@ -1,0 +1,137 @@
+"""On a CUDA device: the captured step, the kernels behind it, and the command line's default there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import STORIES, needs
+
+from checkpoint import load_model, open_checkpoint
+from engine import Engine, Sampling
+from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+POLICIES: list[KVCache] = [FullCache(), SelectiveCache(4, 16), SinkWindowCache(4, 16), SelectiveCache(0, 1)]
+
+
+def generate(
+    policy: KVCache, prompts: list[list[int]], n: int, path: str = "captured", **options: int
+) -> list[list[int]]:
+    checkpoint = open_checkpoint(None, "llama-3.2-1b")
+    config = checkpoint.config
+    small = load_model_once(checkpoint)
+    shape = Shape(len(prompts), config.n_kv_head, config.head_dim, 400, torch.bfloat16, CUDA)
+    cache = ModelCache(policy, config.n_layer, shape)
+    if path == "reference":
+        for layer in cache.layers:
+            layer.use_reference()
+    engine = Engine(small, cache, Sampling(temperature=0), capture=path == "captured", **options)
+    assert (engine.graph is not None) == (path == "captured")
+    return [[t for t in row if t is not None] for row in engine.generate(prompts, n)]
+
+
+_loaded: dict[str, object] = {}
+
+
+def load_model_once(checkpoint):  # type: ignore[no-untyped-def]
+    if "model" not in _loaded:
+        _loaded["model"] = load_model(checkpoint, CUDA, torch.bfloat16, random_weights=True)
+    return _loaded["model"]
+
+
+PROMPTS = [list(range(5, 5 + n)) for n in (1, 3, 40, 129)]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_the_captured_step_writes_what_the_eager_step_writes(policy: KVCache) -> None:
+    assert generate(policy, PROMPTS, 60) == generate(policy, PROMPTS, 60, "eager")
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_the_kernels_agree_with_the_reference(policy: KVCache) -> None:
+    """Logits of random weights are close together, so compare them and not tokens."""
+    checkpoint = open_checkpoint(None, "llama-3.2-1b")
+    model, config = load_model_once(checkpoint), checkpoint.config
+    tokens = torch.randint(1000, (1, 120), device=CUDA)
+    logits = []
+    for reference in (False, True):
+        shape = Shape(1, config.n_kv_head, config.head_dim, 200, torch.bfloat16, CUDA)
+        cache = ModelCache(policy, config.n_layer, shape)
+        for layer in cache.layers:
+            if reference:
+                layer.use_reference()
+        with torch.inference_mode():
+            out = [model(part, cache.slot(0)) for part in tokens.split([50, 30, *[1] * 40], 1)]
+        logits.append(torch.cat(out, 1).float())
+    error = (logits[0] - logits[1]).norm() / logits[1].norm()
+    assert error < 2e-2
+
+
+def test_the_host_may_run_ahead_and_an_end_token_still_ends() -> None:
+    rows = generate(FullCache(), [PROMPTS[2]], 30)
+    end = rows[10][0]
+    first = next(i for i, row in enumerate(rows) if row[0] == end)
+    checkpoint = open_checkpoint(None, "llama-3.2-1b")
+    config = checkpoint.config
+    shape = Shape(1, config.n_kv_head, config.head_dim, 400, torch.bfloat16, CUDA)
+    for lag in (0, 1, 5):
+        cache = ModelCache(FullCache(), config.n_layer, shape)
+        model = load_model_once(checkpoint)
+        engine = Engine(model, cache, Sampling(temperature=0), frozenset({end}), lag=lag)
+        assert [row[0] for row in engine.generate([PROMPTS[2]], 30)] == [r[0] for r in rows[: first + 1]]
+
+
+def test_sampling_in_a_captured_step_is_seeded() -> None:
+    checkpoint = open_checkpoint(None, "llama-3.2-1b")
+    config = checkpoint.config
+    shape = Shape(2, config.n_kv_head, config.head_dim, 100, torch.bfloat16, CUDA)
+    texts = []
+    for seed in (1, 1, 2):
+        cache = ModelCache(FullCache(), config.n_layer, shape)
+        engine = Engine(load_model_once(checkpoint), cache, Sampling(1.0, top_k=50, top_p=0.9, seed=seed))
+        runs = []
+        for _ in range(2):
+            runs.append(list(engine.generate(PROMPTS[:2], 20)))
+            engine.reset()
+        assert runs[0] == runs[1]
+        texts.append(runs[0])
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("policy", [FullCache(), SelectiveCache(4, 16)], ids=str)
+def test_a_decode_step_takes_no_memory_and_waits_for_nothing(policy: KVCache) -> None:
+    checkpoint = open_checkpoint(None, "llama-3.2-1b")
+    config = checkpoint.config
+    shape = Shape(1, config.n_kv_head, config.head_dim, 400, torch.bfloat16, CUDA)
+    engine = Engine(load_model_once(checkpoint), ModelCache(policy, config.n_layer, shape), Sampling(0))
+    engine.read([PROMPTS[2]])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error")  # raises on any operation that waits
+    try:
+        for _ in range(20):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() == before
+
+
+@needs(STORIES)
+@pytest.mark.parametrize("policy", [FullCache(), SelectiveCache(4, 300), SinkWindowCache(4, 300)], ids=str)
+def test_stories260k_writes_the_golden_ids(policy: KVCache) -> None:
+    golden = json.loads((STORIES / "golden.json").read_text())["greedy_ids"]
+    checkpoint = open_checkpoint(STORIES, None)
+    model = load_model(checkpoint, CUDA, torch.float32)
+    shape = Shape(2, 4, 8, len(golden) + 8, torch.float32, CUDA)
+    engine = Engine(model, ModelCache(policy, checkpoint.config.n_layer, shape), Sampling(temperature=0))
+    rows = list(engine.generate([golden[:1], golden[:30]], len(golden) - 1))
+    assert [golden[0], *(row[0] for row in rows)] == golden
+    assert [*golden[:30], *(row[1] for row in rows)][: len(golden)] == golden
