@@ -75,15 +75,11 @@ def _weights_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     if any(path.glob("pytorch_model*.bin*")):
-        raise UserError(
-            f"{path}: only pytorch_model.bin, and safetensors are needed (save_pretrained writes them)"
-        )
+        raise UserError(f"{path}: only pytorch_model.bin, and safetensors are needed (save_pretrained writes them)")
     raise UserError(f"{path}: no weights in this folder (looked for {', '.join(known)})")
 
 
-def _find_config(
-    file: Path, folder: Path, tensors: dict[str, Stored], model: str | None
-) -> tuple[str, Config]:
+def _find_config(file: Path, folder: Path, tensors: dict[str, Stored], model: str | None) -> tuple[str, Config]:
     """A name to show and the shape: from --model, a file beside the weights, or the folder's name."""
     if model is not None:
         return named_config(model)
@@ -104,9 +100,7 @@ def _find_config(
         try:
             match_tensors(config, tensors, file)
         except UserError as error:
-            raise UserError(
-                f"no config.json, and {guess} is not {known} ({error}): give --model NAME"
-            ) from None
+            raise UserError(f"no config.json, and {guess} is not {known} ({error}): give --model NAME") from None
         note(f"no config.json beside {file.name}: {known} by the name {guess}, and all shapes agree")
         return known, config
     raise UserError(f"{folder}: no config.json or params.json beside {file.name}: give --model NAME")
@@ -138,9 +132,7 @@ def load_model(
     (elements done, of how many) after each tensor. Raises UserError.
     """
     if not (checkpoint.fills or random_weights):
-        raise UserError(
-            f"{checkpoint.name} is a shape without weights: give a checkpoint or --random_weights"
-        )
+        raise UserError(f"{checkpoint.name} is a shape without weights: give a checkpoint or --random_weights")
     with torch.device("meta"):
         model = Transformer(checkpoint.config).to(dtype)
     model.materialize(device)
@@ -242,7 +234,7 @@ def parse_device(name: str) -> torch.device:
     if match is None or (match[2] and match[1] != "cuda"):
         raise UserError(f"--device {name}: give cpu, cuda, cuda:N, mps or auto")
     if match[1] == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: there is no Apple GPU here")
+        raise UserError("--device mps: no Apple GPU here")
     if match[1] != "cuda":
         return torch.device(name)
     n_device = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -250,7 +242,5 @@ def parse_device(name: str) -> torch.device:
     if n_device == 0:
         raise UserError(f"--device {name}: no CUDA device here (--device cpu runs anywhere)")
     if index >= n_device:
-        raise UserError(
-            f"--device {name}: the last of the {n_device} CUDA devices here is cuda:{n_device - 1}"
-        )
+        raise UserError(f"--device {name}: the last of the {n_device} CUDA devices here is cuda:{n_device - 1}")
     return torch.device("cuda", index)

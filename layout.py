@@ -70,9 +70,7 @@ def slots_of(config: Config) -> dict[str, Slot]:
             slots[f"{attention}.wk.{kind}"] = Slot(wqkv, (n_kv, *columns), n_q, rotated=True)
             slots[f"{attention}.wv.{kind}"] = Slot(wqkv, (n_kv, *columns), n_q + n_kv)
         slots[f"{feed_forward}.w1.weight"] = Slot(f"{feed_forward}.w13.weight", (config.ffn_dim, dim))
-        slots[f"{feed_forward}.w3.weight"] = Slot(
-            f"{feed_forward}.w13.weight", (config.ffn_dim, dim), config.ffn_dim
-        )
+        slots[f"{feed_forward}.w3.weight"] = Slot(f"{feed_forward}.w13.weight", (config.ffn_dim, dim), config.ffn_dim)
         whole: dict[str, tuple[int, ...]] = {
             f"{attention}.wo": (dim, n_q),
             f"{feed_forward}.w2": (dim, config.ffn_dim),
@@ -114,9 +112,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def match_tensors(
-    config: Config, tensors: dict[str, Stored], where: Path
-) -> tuple[tuple[Fill, ...], Stored | None]:
+def match_tensors(config: Config, tensors: dict[str, Stored], where: Path) -> tuple[tuple[Fill, ...], Stored | None]:
     """Which tensor fills what, every slot once, and the output of tied embeddings where there is one.
 
     Raises UserError that names a tensor that is missing, unexpected, doubled, or of another shape.

@@ -61,6 +61,8 @@ class Fields:
 
 def make_config(path: Path, **shape: Any) -> Config:
     """A Config; what it says is impossible (sizes that do not divide, ...) is the file's fault."""
+    if shape["n_head"] < 1:  # Config divides by it before it looks
+        raise UserError(f"{path}: config: n_head must be positive, not {shape['n_head']}")
     try:
         return Config(**shape)
     except ValueError as error:

@@ -21,6 +21,8 @@ from torch import Tensor
 from tokenizer import UserError, read_json
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What torch.load raises on damaged files: from its zip reader, its unpickler, its rebuilding of tensors
+UNPICKLING_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _torch_tensors(file: Path) -> dict[str, Stored]:
         state = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError:
         raise UserError(f"{file}: not plain tensors (a pickle that would run code is not loaded)") from None
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError):
+    except (*UNPICKLING_ERRORS, SafetensorError):
         raise UserError(f"{file}: damaged or truncated, or not made by torch.save") from None
     if not isinstance(state, dict) or not state:
         raise UserError(f"{file}: not a dict of tensors")

@@ -90,12 +90,38 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # byte fallback: how a piece spe
 _SPACE = "\u2581"  # how a piece spells a space
 
 
+def _protobuf_fields(data: bytes) -> set[int]:
+    """Numbers of the top-level fields of a message that holds messages only; empty if data is none."""
+
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while data[at] & 0x80:
+            value |= (data[at] & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+        return value | data[at] << shift, at + 1
+
+    fields, at = set(), 0
+    try:
+        while at < len(data):
+            key, at = varint(at)
+            size, at = varint(at)
+            fields.add(key >> 3)
+            at += size
+    except IndexError:
+        return set()
+    return fields if at == len(data) else set()
+
+
 class SentencePieceTokenizer(Tokenizer):
     """Llama 2, Mistral 7B. Encoding puts a space in front of a text, and decoding takes it off again."""
 
     def __init__(self, data: bytes, name: str) -> None:
         import sentencepiece
 
+        # Pieces, how they were trained, how text is normalised: sentencepiece would go on without the
+        # last one, which a truncated file may lack, and encode differently
+        if not _protobuf_fields(data) >= {1, 2, 3}:
+            raise UserError(f"{name}: not a SentencePiece or tiktoken model, or a damaged one")
         try:
             self.model = model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError:  # what sentencepiece raises on any file that is not one of its own
@@ -104,9 +130,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
         self.eos_ids = (model.eos_id(),) if model.eos_id() >= 0 else ()
         self.pieces = [self._bytes(token) for token in range(self.n_vocab)]
-        self.special_ids = {
-            model.id_to_piece(token): token for token in range(self.n_vocab) if model.is_control(token)
-        }
+        self.special_ids = {model.id_to_piece(token): token for token in range(self.n_vocab) if model.is_control(token)}
         spaced = [t for t, piece in enumerate(self.pieces) if re.match(rb" \w", piece)]
         self.drops_space = bool(spaced) and not model.decode(spaced[:1]).startswith(" ")
 
@@ -173,9 +197,7 @@ class TiktokenTokenizer(Tokenizer):
             except (ValueError, binascii.Error):
                 raise UserError(f"{name}: line {n} is not a tiktoken rank; the file is damaged") from None
         if sorted(ranks.values()) != list(range(LLAMA3_RANKS)):  # fewer would shift the special tokens
-            raise UserError(
-                f"{name}: {len(ranks)} tiktoken ranks, where Llama 3 has {LLAMA3_RANKS}; is it truncated?"
-            )
+            raise UserError(f"{name}: {len(ranks)} tiktoken ranks, where Llama 3 has {LLAMA3_RANKS}; is it truncated?")
         self.special_ids = llama3_special_tokens()
         self.n_vocab = LLAMA3_RANKS + len(self.special_ids)
         self.bos_id = self.special_ids["<|begin_of_text|>"]
@@ -248,9 +270,7 @@ class HuggingFaceTokenizer(Tokenizer):
         kinds = {step["type"]: step for step in steps}
         unknown = set(kinds) - {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
         if not kinds or unknown:
-            raise UserError(
-                f"{name}: a decoder of type {', '.join(sorted(unknown)) or 'null'} is not supported"
-            )
+            raise UserError(f"{name}: a decoder of type {', '.join(sorted(unknown)) or 'null'} is not supported")
         self.byte_level, self.byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
         metaspace, strip = kinds.get("Metaspace", {}), kinds.get("Strip", {})
         self.drops_space = (
