@@ -15,7 +15,6 @@ and a softmax does not mind a ring's order. `triton_tiles.py` tells what happens
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,9 +24,26 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.regions import Regions
-from kernels.triton_tiles import HALF_RANGE, NEGATIVE, float_tile, int8_tile, merge_slices, turn_back, two_terms
+from kernels.triton_tiles import (
+    HALF_RANGE,
+    NEGATIVE,
+    float_tile,
+    int8_tile,
+    merge_slices,
+    turn_back,
+    two_terms,
+)
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRET = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: programs run one by one on the CPU
+COUNTS = (
+    "n_kv_head",
+    "group",
+    "sink_size",
+    "n_slot",
+    "n_split",
+    "scale_stride_b",
+    "scale_stride_h",
+)  # any value: one binary
 
 
 @triton.jit
@@ -117,7 +133,19 @@ def int8_share(
     whole = lo + (hi - lo) // BLOCK * BLOCK
     for start in tl.range(lo, whole, BLOCK, num_stages=STAGES):
         state = int8_tile(
-            state, terms, step, k, v_pair, k_scale, v_scale, tok + start, hi, HEAD_DIM, HEADS, False, INTERPRET
+            state,
+            terms,
+            step,
+            k,
+            v_pair,
+            k_scale,
+            v_scale,
+            tok + start,
+            hi,
+            HEAD_DIM,
+            HEADS,
+            False,
+            INTERPRET,
         )
     if whole < hi:
         state = int8_tile(
@@ -129,13 +157,13 @@ def int8_share(
     return tl.sum(even * weight, 0), tl.sum(odd * weight, 0), best * tl.sum(step, 0), sum_of_weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
     q, k, v, k_int, v_pair, k_scale, v_scale, positions, frequencies, partial, statistics,
     q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, row_stride_b, row_stride_h, scale_stride_b, scale_stride_h,
     n_kv_head, group, sink_size, n_slot, n_split, softmax_scale,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, WARPS: tl.constexpr,
-    FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, STAGES: tl.constexpr,
+    FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
     HAS_INT: tl.constexpr, TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program (row, split): one share of the tokens of row = (sequence, KV head, tile of HEADS query heads).
@@ -168,7 +196,7 @@ def split_kernel(
         out, best, total = float_share(
             q, k + batch * slot_stride_b + kv_head * slot_stride_h, v + batch * slot_stride_b + kv_head * slot_stride_h,
             frequencies, q_stride_h, head, group, lo, tl.minimum(lo + float_len, n_full), sink_size,
-            n_token - n_slot, log2_scale, HEAD_DIM, HEADS, WARPS, FLOAT_SLICE, STAGES, TURN_SINKS, INTERPRET,
+            n_token - n_slot, log2_scale, HEAD_DIM, HEADS, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, INTERPRET,
         )  # fmt: skip
         d = tl.arange(0, out.shape[0])[:, None]
         tl.store(partial + d, out, d < HEAD_DIM)
@@ -180,7 +208,7 @@ def split_kernel(
         start = (split - n_float) * int_len
         even, odd, largest, weights = int8_share(
             q, k_int + row_at, v_pair + row_at // 2, k_scale + scale_at, v_scale + scale_at, q_stride_h, head, group,
-            start, tl.minimum(start + int_len, n_int), log2_scale, HEAD_DIM, HEADS, WARPS, INT_SLICE, STAGES, INTERPRET,
+            start, tl.minimum(start + int_len, n_int), log2_scale, HEAD_DIM, HEADS, WARPS, INT_SLICE, INT_STAGES, INTERPRET,
         )  # fmt: skip
         pair = tl.arange(0, even.shape[0])[:, None]
         tl.store(partial + 2 * pair, even, pair < HEAD_DIM // 2)
@@ -189,7 +217,7 @@ def split_kernel(
         tl.store(statistics + HEADS, weights)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
     partial, statistics, positions, out, n_kv_head, group, n_slot, n_split,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, COST: tl.constexpr,
@@ -210,8 +238,8 @@ def combine_kernel(
 
     at = row.to(tl.int64) * n_split * HEADS
     statistics += at * 2 + column
-    split = tl.arange(0, SPLITS)
-    top = tl.max(tl.load(statistics + split * (2 * HEADS), split < n_active, float("-inf")), 0)
+    every = tl.arange(0, SPLITS)
+    top = tl.max(tl.load(statistics + every * (2 * HEADS), every < n_active, float("-inf")), 0)
     DIM: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
     d = tl.arange(0, DIM)
     partial += at * HEAD_DIM + column * HEAD_DIM + d[None, :]
@@ -235,13 +263,14 @@ class Plan(NamedTuple):
     warps: int
     float_slice: int  # tokens per warp and block
     int_slice: int
-    stages: int  # blocks in flight
+    float_stages: int  # blocks in flight
+    int_stages: int
     per_processor: int  # programs on a streaming multiprocessor at once
 
 
 def plan(group: int, head_dim: int, itemsize: int) -> Plan:
     heads = min(max(4, triton.next_power_of_2(group)), 16 if head_dim <= 128 else 8)
-    return Plan(heads, 4, 16, 32, 3, 2)
+    return Plan(heads, 4, 16, 32, 3, 3, 2)
 
 
 @lru_cache
@@ -250,9 +279,7 @@ def n_processor(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def decode_attention(
-    q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None
-) -> Tensor:
+def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None) -> Tensor:
     """Attention of one new token per sequence, already appended, over all that its cache holds.
 
     q: [batch, n_head, head_dim]; positions: int64 [batch]. sink_frequencies [head_dim / 2]: when
@@ -260,10 +287,16 @@ def decode_attention(
     (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them.
     Returns [batch, n_head, head_dim] in q's dtype. No host synchronisation.
     """
+    group = q.shape[1] // regions.k.shape[1]
+    return run(q, regions, positions, sink_frequencies, plan(group, q.shape[2], regions.k.element_size()))
+
+
+def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None, p: Plan) -> Tensor:
+    """`decode_attention` by a given plan."""
     batch, n_head, head_dim = q.shape
+    assert q.stride(2) == 1
     n_kv_head, n_slot = regions.k.shape[1:3]
     group = n_head // n_kv_head
-    p = plan(group, head_dim, regions.k.element_size())
     n_row = batch * n_kv_head * triton.cdiv(group, p.heads)
     n_split = min(max(2, n_processor(q.device) * p.per_processor // n_row), 128)
     float_block, int_block = p.warps * p.float_slice, p.warps * p.int_slice
@@ -283,8 +316,8 @@ def decode_attention(
         *q.stride()[:2], *regions.k.stride()[:2], *k_int.stride()[:2], *k_scale.stride()[:2],
         n_kv_head, group, regions.sink_size, n_slot, n_split, head_dim**-0.5,
         HEAD_DIM=head_dim, HEADS=p.heads, WARPS=p.warps, FLOAT_SLICE=p.float_slice, INT_SLICE=p.int_slice,
-        STAGES=p.stages, HAS_INT=has_int, TURN_SINKS=sink_frequencies is not None, INTERPRET=INTERPRET,
-        num_warps=p.warps,
+        FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages,
+        HAS_INT=has_int, TURN_SINKS=sink_frequencies is not None, INTERPRET=INTERPRET, num_warps=p.warps,
     )  # fmt: skip
     combine_kernel[(batch * n_head,)](
         partial, statistics, positions, out, n_kv_head, group, n_slot, n_split,

@@ -31,7 +31,7 @@ def quantize_rows(x):
     return integers.to(tl.int8), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_kv_head", "sink_size", "window_size", "scale_stride_b", "scale_stride_h"])
 def append_kernel(
     k_new, v_new, k, v, k_int, v_int, k_scale, v_scale, positions,
     new_stride_kb, new_stride_kh, new_stride_vb, new_stride_vh, slot_stride_b, slot_stride_h,

@@ -82,11 +82,11 @@ def int8_tile(
     HALF: tl.constexpr = even.shape[1]
     d, pair = tl.arange(0, DIM), tl.arange(0, HALF)
     k_at = k + tok[:, :, None] * HEAD_DIM + d[None, None, :]
-    v_at = v_pair + tok[:, :, None] * (HEAD_DIM // 2) + pair[None, None, :]
+    v_at = v_pair + tok[:, None, :] * (HEAD_DIM // 2) + pair[None, :, None]  # [WARPS, D / 2, SLICE]
     if MASKED or DIM != HEAD_DIM or 2 * HALF != HEAD_DIM:
         seen = tok < end
         keys = tl.load(k_at, seen[:, :, None] & (d < HEAD_DIM)[None, None, :], 0)
-        pairs = tl.load(v_at, seen[:, :, None] & (pair < HEAD_DIM // 2)[None, None, :], 0)
+        pairs = tl.load(v_at, seen[:, None, :] & (pair < HEAD_DIM // 2)[None, :, None], 0)
         ks = tl.load(k_scale + tok, seen, 0.0)
         vs = tl.load(v_scale + tok, seen, 0.0)
     else:
@@ -108,7 +108,7 @@ def int8_tile(
     new_unit = tl.maximum(unit, tl.max(vs, 1))  # [WARPS]
     weight = (prob * (vs * (1.0 / new_unit * HALF_RANGE)[:, None])[:, :, None]).to(tl.float16)
     keep = (keep * (unit / new_unit)[:, None])[:, None, :]
-    v_even, v_odd = unpack_pairs(tl.trans(pairs, 0, 2, 1), INTERPRET)  # [WARPS, D / 2, SLICE]
+    v_even, v_odd = unpack_pairs(pairs, INTERPRET)
     even = tl.dot(v_even, weight, even * keep)
     odd = tl.dot(v_odd, weight, odd * keep)
     return new_top, total, new_unit, even, odd
@@ -126,14 +126,15 @@ def float_tile(
     top, total, out = state
     DIM: tl.constexpr = q.shape[1]
     d = tl.arange(0, DIM)
-    at = tok[:, :, None] * HEAD_DIM + d[None, None, :]
+    k_at = k + tok[:, :, None] * HEAD_DIM + d[None, None, :]
+    v_at = v + tok[:, None, :] * HEAD_DIM + d[None, :, None]  # [WARPS, D, SLICE]
     if MASKED or DIM != HEAD_DIM:  # what lies beyond may be NaN, and 0 * NaN is NaN
-        seen = (tok < end)[:, :, None] & (d < HEAD_DIM)[None, None, :]
-        keys = tl.load(k + at, seen, 0.0)
-        values = tl.load(v + at, seen, 0.0)
+        seen = tok < end
+        keys = tl.load(k_at, seen[:, :, None] & (d < HEAD_DIM)[None, None, :], 0.0)
+        values = tl.load(v_at, seen[:, None, :] & (d < HEAD_DIM)[None, :, None], 0.0)
     else:
-        keys = tl.load(k + at)
-        values = tl.load(v + at)
+        keys = tl.load(k_at)
+        values = tl.load(v_at)
     if INTERPRET:  # its bfloat16 arithmetic is wrong
         keys, values = keys.to(tl.float32), values.to(tl.float32)
     score = tl.dot(keys, q, input_precision="ieee")  # [WARPS, SLICE, N]
@@ -145,7 +146,6 @@ def float_tile(
         prob = tl.where((tok < end)[:, :, None], prob, 0.0)
     keep = tl.exp2((top - new_top) * step)
     total = total * keep[:, None, :] + prob
-    values = tl.trans(values, 0, 2, 1)
     out = tl.dot(values, prob.to(values.dtype), out * keep[:, None, :], input_precision="ieee")
     return new_top, total, out
 

@@ -1,0 +1,56 @@
+"""Compile the decode kernel for Hopper, with no GPU at hand, and count what matters in its machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.triton_decode import plan, split_kernel
+
+TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "positions": "*i64", "frequencies": "*fp64", "partial": "*fp32",
+         "statistics": "*fp32", "k_int": "*i8", "v_pair": "*i16", "k_scale": "*fp32", "v_scale": "*fp32",
+         "softmax_scale": "fp32"}  # fmt: skip
+
+
+def compile_split_kernel(head_dim: int, group: int, has_int: bool = True) -> dict[str, int] | None:
+    """Registers, spills and instruction counts of `split_kernel`; None if the tools are missing."""
+    p = plan(group, head_dim, 2)
+    constants = {
+        "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
+        "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
+        "HAS_INT": has_int, "TURN_SINKS": False, "INTERPRET": False,
+    }  # fmt: skip
+    names = split_kernel.arg_names
+    signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in names}
+    aligned = [n for n in names if "stride" in n or signature[n].startswith("*")]
+    source = ASTSource(
+        split_kernel,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": p.warps})
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    resources = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout + usage.stderr))
+    count = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HMMA", "IMMA")}
+    return count | {
+        "registers": int(resources["REG"]),
+        "stack": int(resources["STACK"]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "byte_loads": len(re.findall(r"\b(?:LDS\.[US]8|LDG\.E\.[US]8)\b", sass)),
+        "copies": len(re.findall(r"\bLDGSTS", sass)),
+        "shared": compiled.metadata.shared,
+    }
