@@ -120,17 +120,19 @@ class SentencePieceTokenizer(Tokenizer):
 
         # Pieces, how they were trained, how text is normalised: sentencepiece would go on without the
         # last one, which a truncated file may lack, and encode differently
+        damaged = UserError(f"{name}: not a SentencePiece or tiktoken model, or a damaged one")
         if not _protobuf_fields(data) >= {1, 2, 3}:
-            raise UserError(f"{name}: not a SentencePiece or tiktoken model, or a damaged one")
+            raise damaged
         try:
             self.model = model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except RuntimeError:  # what sentencepiece raises on any file that is not one of its own
-            raise UserError(f"{name}: not a SentencePiece or tiktoken model, or a damaged one") from None
-        self.n_vocab = model.vocab_size()
+            self.n_vocab = model.vocab_size()
+            self.pieces = [self._bytes(token) for token in range(self.n_vocab)]
+        except (RuntimeError, UnicodeDecodeError):  # the latter from its own message about the file
+            raise damaged from None
         self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
         self.eos_ids = (model.eos_id(),) if model.eos_id() >= 0 else ()
-        self.pieces = [self._bytes(token) for token in range(self.n_vocab)]
-        self.special_ids = {model.id_to_piece(token): token for token in range(self.n_vocab) if model.is_control(token)}
+        control = [token for token in range(self.n_vocab) if model.is_control(token)]
+        self.special_ids = {model.id_to_piece(token): token for token in control}
         spaced = [t for t, piece in enumerate(self.pieces) if re.match(rb" \w", piece)]
         self.drops_space = bool(spaced) and not model.decode(spaced[:1]).startswith(" ")
 
