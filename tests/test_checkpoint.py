@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,6 +183,9 @@ def test_meta_folder(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text(json.dumps(params))
     assert open_checkpoint(tmp_path).config == SMALL
     assert_close(forward(load(tmp_path)), gpt_fast_logits(fused(state, SMALL), SMALL))
+    del state["output.weight"]  # then the embedding is the output, for params.json has no word on it
+    torch.save(state, tmp_path / "consolidated.00.pth")
+    assert open_checkpoint(tmp_path).config == replace(SMALL, tied_embeddings=True)
     (tmp_path / "consolidated.01.pth").write_bytes(b"")
     with pytest.raises(UserError, match="model-parallel parts"):
         open_checkpoint(tmp_path)
@@ -440,6 +444,10 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     ("edit", "message"),
     [
         (lambda t: t.update({Q: torch.zeros(40, 48)}), rf"{Q} has shape \[40, 48\], .*\[48, 48\]"),
+        (
+            lambda t: t.update({"model.layers.1.mlp.down_proj.weight": torch.zeros(80, 48)}),
+            r"down_proj.weight has shape \[80, 48\], .*\[48, 80\]",  # as many numbers, the wrong way round
+        ),
         (lambda t: t.pop(Q), f"missing {Q}"),
         (lambda t: t.pop("lm_head.weight"), "missing lm_head.weight"),
         (lambda t: t.update({"extra.weight": torch.zeros(1)}), "extra.weight have no place"),
@@ -623,6 +631,15 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    for shard in ("a", "b"):
+        save_file({"model.norm.weight": torch.ones(4)}, tmp_path / f"{shard}.safetensors")
+    index = {"weight_map": {"model.norm.weight": "a.safetensors", "x": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model.norm.weight is in two shards"):
+        open_checkpoint(tmp_path)
+
+
 # --- Random weights ---------------------------------------------------------------------------------
 
 
@@ -638,6 +655,8 @@ def test_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(a.output.weight, c.output.weight)
     assert a.output.weight is a.tok_embeddings.weight and not any(p.requires_grad for p in a.parameters())
     assert (a.layers[79].attention.q_norm.weight == 1).all() and (a.norm.weight == 1).all()
+    stds = [layer.weight.float().std() for layer in (a.layers[5].attention.wqkv, a.layers[5].feed_forward.w2)]
+    assert stds[0] == pytest.approx(0.02, rel=0.05) and stds[1] == pytest.approx(0.02 / 160**0.5, rel=0.05)
     assert forward(a, TOKENS).isfinite().all() and forward(a, TOKENS).std() > 0.01
 
 
