@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 NEGATIVE = tl.constexpr(-1.0e30)  # below any score, and finite: minus itself it is 0, not NaN
+UNSEEN = tl.constexpr(-2.0e30)  # the score of what must not be seen: its weight is 0 even beside NEGATIVE
 HALF_RANGE = tl.constexpr(32768.0)  # the largest weight in float16
 ROUND = tl.constexpr(12582912.0)  # adding and subtracting it rounds a float32 to nearest even
 
@@ -58,8 +59,7 @@ def unpack_pairs(x, INTERPRET: tl.constexpr):
 @triton.jit
 def two_terms(q, N: tl.constexpr):
     """q float32 [D, N] to int8 [D, 2 * N] and step [N]: q[:, n] = step[n] * (254 * t[:, 2n] + t[:, 2n + 1])."""
-    absmax = tl.max(tl.abs(q), 0)
-    unit = tl.where(absmax == 0, 1.0, absmax) / 127.0
+    unit = tl.maximum(tl.max(tl.abs(q), 0), 1e-20) / 127.0
     x = q / unit[None, :]
     hi = tl.minimum(tl.maximum((x + ROUND) - ROUND, -127.0), 127.0)
     lo = ((x - hi) * 254.0 + ROUND) - ROUND
@@ -71,9 +71,9 @@ def two_terms(q, N: tl.constexpr):
 @triton.jit
 def int8_tile(
     state, terms, step, k, v_pair, k_scale, v_scale, tok, end,
-    HEAD_DIM: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, INTERPRET: tl.constexpr,
+    HEAD_DIM: tl.constexpr, N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Add int8 rows tok [WARPS, SLICE] to the softmax of N queries; MASKED: only those before `end`.
+    """Add the int8 rows tok [WARPS, SLICE] that come before `end` to the softmax of N queries.
 
     terms: int8 [WARPS, D, 2 * N]; step: float32 [1, N], from products to log2 units; v_pair: V as int16.
     """
@@ -81,33 +81,28 @@ def int8_tile(
     DIM: tl.constexpr = terms.shape[1]
     HALF: tl.constexpr = even.shape[1]
     d, pair = tl.arange(0, DIM), tl.arange(0, HALF)
-    k_at = k + tok[:, :, None] * HEAD_DIM + d[None, None, :]
-    v_at = v_pair + tok[:, None, :] * (HEAD_DIM // 2) + pair[None, :, None]  # [WARPS, D / 2, SLICE]
-    if MASKED or DIM != HEAD_DIM or 2 * HALF != HEAD_DIM:
-        seen = tok < end
-        keys = tl.load(k_at, seen[:, :, None] & (d < HEAD_DIM)[None, None, :], 0)
-        pairs = tl.load(v_at, seen[:, None, :] & (pair < HEAD_DIM // 2)[None, :, None], 0)
-        ks = tl.load(k_scale + tok, seen, 0.0)
-        vs = tl.load(v_scale + tok, seen, 0.0)
+    row = tl.minimum(tok, end - 1)  # rows that do not count are the last one again: no masks, no garbage
+    k_at = k + row[:, :, None] * HEAD_DIM + d[None, None, :]
+    v_at = v_pair + row[:, None, :] * (HEAD_DIM // 2) + pair[None, :, None]  # [WARPS, D / 2, SLICE]
+    if DIM == HEAD_DIM and 2 * HALF == HEAD_DIM:
+        keys, pairs = tl.load(k_at), tl.load(v_at)
     else:
-        keys = tl.load(k_at)
-        pairs = tl.load(v_at)
-        ks = tl.load(k_scale + tok)
-        vs = tl.load(v_scale + tok)
+        keys = tl.load(k_at, (d < HEAD_DIM)[None, None, :], 0)
+        pairs = tl.load(v_at, (pair < HEAD_DIM // 2)[None, :, None], 0)
+    ks, vs = tl.load(k_scale + row), tl.load(v_scale + row)
     product = tl.dot(keys, terms, out_dtype=tl.int32)  # [WARPS, SLICE, 2 * N]
     hi, lo = tl.split(tl.reshape(product, (product.shape[0], product.shape[1], N, 2)))
     score = (hi * 254 + lo).to(tl.float32) * ks[:, :, None]
-    if MASKED:
-        score = tl.where((tok < end)[:, :, None], score, NEGATIVE)
+    score = tl.where((tok < end)[:, :, None], score, UNSEEN)
     new_top = tl.maximum(top, tl.max(score, 1))
     prob = tl.exp2((score - new_top[:, None, :]) * step[:, None, :])
-    if MASKED:
-        prob = tl.where((tok < end)[:, :, None], prob, 0.0)
     keep = tl.exp2((top - new_top) * step)
     total = total * keep[:, None, :] + prob
-    new_unit = tl.maximum(unit, tl.max(vs, 1))  # [WARPS]
-    weight = (prob * (vs * (1.0 / new_unit * HALF_RANGE)[:, None])[:, :, None]).to(tl.float16)
-    keep = (keep * (unit / new_unit)[:, None])[:, None, :]
+    vs = tl.where(score > UNSEEN, vs[:, :, None], 0.0)  # for each query, and so where the scores are
+    new_unit = tl.maximum(unit, tl.max(vs, 1))
+    inverse = 1.0 / new_unit
+    weight = (prob * (vs * (inverse * HALF_RANGE)[:, None, :])).to(tl.float16)
+    keep = (keep * (unit * inverse))[:, None, :]
     v_even, v_odd = unpack_pairs(pairs, INTERPRET)
     even = tl.dot(v_even, weight, even * keep)
     odd = tl.dot(v_odd, weight, odd * keep)
@@ -115,35 +110,28 @@ def int8_tile(
 
 
 @triton.jit
-def float_tile(
-    state, q, step, k, v, tok, end,
-    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Add full-precision slots tok [WARPS, SLICE] to the softmax; MASKED: only those before `end`.
+def float_tile(state, q, step, k, v, tok, end, HEAD_DIM: tl.constexpr, INTERPRET: tl.constexpr):
+    """Add the full-precision slots tok [WARPS, SLICE] that come before `end` to the softmax.
 
     q: [WARPS, D, N] in the slots' dtype; step: from products to log2 units.
     """
     top, total, out = state
     DIM: tl.constexpr = q.shape[1]
     d = tl.arange(0, DIM)
-    k_at = k + tok[:, :, None] * HEAD_DIM + d[None, None, :]
-    v_at = v + tok[:, None, :] * HEAD_DIM + d[None, :, None]  # [WARPS, D, SLICE]
-    if MASKED or DIM != HEAD_DIM:  # what lies beyond may be NaN, and 0 * NaN is NaN
-        seen = tok < end
-        keys = tl.load(k_at, seen[:, :, None] & (d < HEAD_DIM)[None, None, :], 0.0)
-        values = tl.load(v_at, seen[:, None, :] & (d < HEAD_DIM)[None, :, None], 0.0)
+    slot = tl.minimum(tok, end - 1)  # what lies beyond may be NaN, and 0 * NaN is NaN
+    k_at = k + slot[:, :, None] * HEAD_DIM + d[None, None, :]
+    v_at = v + slot[:, None, :] * HEAD_DIM + d[None, :, None]  # [WARPS, D, SLICE]
+    if DIM == HEAD_DIM:
+        keys, values = tl.load(k_at), tl.load(v_at)
     else:
-        keys = tl.load(k_at)
-        values = tl.load(v_at)
+        keys = tl.load(k_at, (d < HEAD_DIM)[None, None, :], 0.0)
+        values = tl.load(v_at, (d < HEAD_DIM)[None, :, None], 0.0)
     if INTERPRET:  # its bfloat16 arithmetic is wrong
         keys, values = keys.to(tl.float32), values.to(tl.float32)
     score = tl.dot(keys, q, input_precision="ieee")  # [WARPS, SLICE, N]
-    if MASKED:
-        score = tl.where((tok < end)[:, :, None], score, NEGATIVE)
+    score = tl.where((tok < end)[:, :, None], score, UNSEEN)
     new_top = tl.maximum(top, tl.max(score, 1))
     prob = tl.exp2((score - new_top[:, None, :]) * step)
-    if MASKED:
-        prob = tl.where((tok < end)[:, :, None], prob, 0.0)
     keep = tl.exp2((top - new_top) * step)
     total = total * keep[:, None, :] + prob
     out = tl.dot(values, prob.to(values.dtype), out * keep[:, None, :], input_precision="ieee")

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -20,11 +21,11 @@ TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "positions": "*i64", "frequen
 
 def compile_split_kernel(head_dim: int, group: int, has_int: bool = True) -> dict[str, int] | None:
     """Registers, spills and instruction counts of `split_kernel`; None if the tools are missing."""
-    p = plan(group, head_dim, 2)
+    p = plan(group, head_dim, torch.device("cpu"))
     constants = {
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
-        "HAS_INT": has_int, "TURN_SINKS": False, "INTERPRET": False,
+        "HAS_INT": has_int, "TURN_SINKS": False, "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
     }  # fmt: skip
     names = split_kernel.arg_names
     signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in names}
