@@ -329,6 +329,8 @@ def test_sliding_windows_bound_the_context(tmp_path: Path, capsys: pytest.Captur
     assert config_of(tmp_path, model_type="mistral", sliding_window=1024).context == 1024
     assert "compress_kv --sink_size 0 --window_size 1024 --positions original" in capsys.readouterr().err
     assert config_of(tmp_path, model_type="mistral", sliding_window=None).context == 4096
+    assert config_of(tmp_path, model_type="mistral", max_position_embeddings=8192).context == 4096  # unsaid
+    capsys.readouterr()
     qwen = dict(model_type="qwen2", sliding_window=1024)
     assert config_of(tmp_path, **qwen, use_sliding_window=False).context == 4096
     assert capsys.readouterr().err == ""
@@ -744,6 +746,17 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as caught:
         convert_hf_checkpoint.main(["--checkpoint_dir", str(tmp_path / "gone")])
     assert caught.value.code == 2 and "no such folder" in capsys.readouterr().err
+
+
+def test_convert_of_what_is_interleaved_already(tmp_path: Path) -> None:
+    """Meta's names with q, k and v apart become gpt-fast's with the three fused; no row moves."""
+    state = random_gpt_fast(SMALL)
+    torch.save(state, tmp_path / "consolidated.00.pth")
+    write_hugging_face_config(tmp_path)
+    written = torch.load(convert_hf_checkpoint.convert(tmp_path, tmp_path / "out"), weights_only=True)
+    expected = fused(state, SMALL)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
 
 
 def test_convert_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

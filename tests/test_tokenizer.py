@@ -288,7 +288,7 @@ def test_llama3_known_ids() -> None:
 def test_long_runs_without_a_break() -> None:
     """The pattern's engine overflows on a million blanks, and takes the process with it."""
     tokenizer = get("tiktoken")
-    for text in (" " * 300_000, "x " + "ab" * 100_000 + "  y", "\n" * 60_000):
+    for text in (" " * 1_000_000, "x " + "ab" * 100_000 + "  y", "\n" * 60_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -316,6 +316,12 @@ def test_special_tokens_only_on_request(name: str, text: str, tokens: list[int])
         *tokens,
         *tokenizer.encode("b", bos=False),
     ]
+
+
+def test_the_longest_special_name_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = get("byte-level")
+    monkeypatch.setattr(tokenizer, "special_ids", {"<|end": 1, "<|end|>": 2, "<|end|>>": 3})
+    assert tokenizer.encode("<|end|>><|end|><|end", bos=False, special=True) == [3, 2, 1]
 
 
 @every
@@ -371,6 +377,16 @@ def test_all_end_tokens_are_found(tmp_path: Path) -> None:
         load_tokenizer(folder)
 
 
+def test_a_training_limit_is_no_limit_here(tmp_path: Path) -> None:
+    """tokenizer.json may carry the truncation and padding that its last user set."""
+    model = tokenizers.Tokenizer.from_str(byte_level_json())
+    model.enable_truncation(2)
+    model.enable_padding(length=50)
+    (tmp_path / "tokenizer.json").write_text(model.to_str())
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode(SENTENCES[0])) == SENTENCES[0]
+
+
 def test_a_folder_prefers_the_original_tokenizer(tmp_path: Path) -> None:
     folder = folder_with(tmp_path)
     assert load_tokenizer(folder).n_vocab == load_tokenizer(folder / "tokenizer.json").n_vocab
@@ -420,6 +436,17 @@ def test_truncated_files_are_refused(name: str, tmp_path: Path, kept: float) -> 
     with pytest.raises(UserError) as caught:
         load_tokenizer(path)
     assert "\n" not in str(caught.value)
+
+
+def test_sentencepiece_without_its_last_field_is_refused(tmp_path: Path) -> None:
+    """sentencepiece itself takes such a file, with rules that it makes up: runs of blanks would vanish."""
+    data = trained_sentencepiece()
+    cut = data[: data.rindex(b"\n\x08identity") - 2]
+    library = sentencepiece.SentencePieceProcessor(model_proto=cut)
+    assert library.encode("a  b") != sentencepiece.SentencePieceProcessor(model_proto=data).encode("a  b")
+    (tmp_path / "tokenizer.model").write_bytes(cut)
+    with pytest.raises(UserError, match="a damaged one"):
+        load_tokenizer(tmp_path)
 
 
 def test_an_unknown_decoder_is_refused(tmp_path: Path) -> None:
