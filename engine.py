@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor, nn
 
+from checkpoint import first_bad_parameter
 from kv_cache import ModelCache
 from model import Transformer
 from tokenizer import UserError
@@ -221,9 +222,9 @@ class Engine:
 
     def _diagnose(self, prompts: Sequence[Sequence[int]]) -> str:
         """Read the prompts again, looking at every tensor: the name of the first that is not finite."""
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                return f"the logits are not finite: the weight {name} holds a NaN or an infinity"
+        bad = first_bad_parameter(self.model)
+        if bad is not None:
+            return f"the logits are not finite: the weight {bad} holds a NaN or an infinity"
         found: list[str] = []
 
         def look(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:

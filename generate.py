@@ -20,6 +20,7 @@ from pathlib import Path
 from checkpoint import (
     Checkpoint,
     check_tokenizer,
+    end_ids,
     find_demo,
     load_model,
     open_checkpoint,
@@ -123,7 +124,7 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
     else:
         n_new = new_tokens(args, policy, config.context, longest)
         capacity = longest + n_new
-    end_ids = () if args.ignore_eos or tokenizer is None else checkpoint.eos_ids or tokenizer.eos_ids
+    ends = frozenset() if args.ignore_eos or tokenizer is None else end_ids(checkpoint, tokenizer)
     return Job(
         checkpoint,
         tokenizer,
@@ -137,7 +138,7 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
             device,
         ),
         sampling,
-        frozenset(end_ids),
+        ends,
         prompts,
         n_new,
         min(args.prefill_chunk, longest or capacity),

@@ -57,15 +57,15 @@ class Config:
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
-        if self.head_dim == 0:
-            object.__setattr__(self, "head_dim", self.dim // self.n_head)
-        for name in ("vocab_size", "dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "context", "head_dim"):
+        for name in ("vocab_size", "dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be positive, not {getattr(self, name)}")
+        if self.head_dim == 0:
+            object.__setattr__(self, "head_dim", self.dim // self.n_head)
         if self.n_head % self.n_kv_head:
             raise ValueError(f"config: n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.head_dim % 2:
-            raise ValueError(f"config: head_dim {self.head_dim} is odd, and RoPE needs pairs")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"config: head_dim {self.head_dim} is not even, and RoPE needs pairs")
 
     @property
     def rope_frequencies(self) -> Tensor:
@@ -239,8 +239,10 @@ class Transformer(nn.Module):
 
     def materialize(self, device: torch.device) -> Transformer:
         """Allocate the weights (uninitialised) on `device`, and return the model."""
+        if self.config.tied_embeddings:  # to_empty would allocate the shared tensor twice
+            self.output.weight = nn.Parameter(torch.empty(0))
         self.to_empty(device=device)
-        self.tie()  # to_empty gave the two names a tensor each
+        self.tie()
         return self
 
     def rope(self, positions: Tensor) -> Rope:

@@ -1,0 +1,110 @@
+"""The bundled checkpoint's scores and its card: bits per byte by position, passkeys by length and depth."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import passkey
+import torch
+import torch.nn.functional as F
+
+from model import Cache, Transformer
+
+PASSKEY_LENGTHS = (1024, 2048, 4096, 8192)
+BUCKETS = (0, 256, 1024, 2048, 4096, 6144, 8192)
+
+
+@torch.inference_mode()
+def score_text(model: Transformer, cache: Cache, tokens: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
+    """Bits per byte of whole windows of `context` tokens, over all and by position in the window."""
+    context, device = model.config.context, model.norm.weight.device
+    n = (len(tokens) - 1) // context
+    sums = {lo: [0.0, 0] for lo in BUCKETS[:-1] if lo < context}
+    for i in range(n):
+        ids = torch.from_numpy(tokens[i * context : (i + 1) * context + 1].astype(np.int64)).to(device)[None]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(ids[:, :-1], cache)
+        nll = F.cross_entropy(logits[0].float(), ids[0, 1:], reduction="none").double().cpu()
+        size = sizes[ids[0, 1:].cpu().numpy()]
+        for lo, hi in pairwise(BUCKETS):
+            if lo < context:
+                sums[lo][0] += float(nll[lo:hi].sum())
+                sums[lo][1] += int(size[lo:hi].sum())
+    by = {f"{lo}-{hi}": sums[lo][0] / math.log(2) / max(1, sums[lo][1])
+          for lo, hi in pairwise(BUCKETS) if lo in sums}  # fmt: skip
+    bits = sum(s for s, _ in sums.values()) / math.log(2) / sum(b for _, b in sums.values())
+    return {"windows": n, "context": context, "bits_per_byte": bits, "by_position": by}
+
+
+@torch.inference_mode()
+def score_passkeys(
+    model: Transformer, cache: Cache, tokens: np.ndarray, processor: Any, trials: int, seed: int
+) -> dict[str, Any]:
+    """Share of keys whose every digit is the likeliest token (which is greedy decoding), by length and depth."""
+    rng, device = random.Random(seed), model.norm.weight.device
+    table: dict[str, dict[str, float]] = {}
+    for length in (n for n in PASSKEY_LENGTHS if n <= model.config.context):
+        table[str(length)] = {}
+        for tenth in range(11):
+            right = 0
+            for _ in range(trials):
+                start = rng.randrange(len(tokens) - length)
+                name, key = passkey.draw(rng)
+                filler = tokens[start : start + length].tolist()
+                ids, reply = passkey.make_prompt(
+                    processor.encode, filler, length - 8, tenth / 10, name, key, [processor.bos_id()]
+                )
+                batch = torch.tensor([ids + reply[:-1]], device=device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    logits = model(batch, cache)
+                right += logits[0, len(ids) - 1 :].argmax(-1).tolist() == reply
+            table[str(length)][f"{tenth * 10}%"] = right / trials
+    return table
+
+
+def card(model: Transformer, run: dict[str, Any], scores: dict[str, Any], args: argparse.Namespace) -> str:
+    """The model card, from the run's own figures: n_step, n_token and curve."""
+    c = model.config
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    curve = run["curve"][:: max(1, len(run["curve"]) // 12)] + run["curve"][-1:]
+    text, keys = scores["text"], scores["passkeys"]
+    lines = [
+        "# The bundled checkpoint",
+        "",
+        f"A Llama of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters: dim {c.dim}, {c.n_layer} "
+        f"layers, {c.n_head} heads of {c.head_dim}, {c.n_kv_head} KV heads, SwiGLU {c.ffn_dim}, {c.vocab_size} pieces, "
+        f"tied embeddings, RoPE theta {c.rope_theta:g}, {c.context} tokens of context; bfloat16.",
+        "",
+        "Trained by `scripts/train_demo.py` on public-domain English books and a sample of TinyStories "
+        "(CDLA-Sharing-1.0); a tenth of the sequences hide passkeys or repeat a passage far on.",
+        "",
+        f"- Command: `python scripts/train_demo.py {' '.join(args.shown)}`",
+        f"- {run['n_step']} steps, {run['n_token'] / 1e6:.0f} M tokens, seed {args.seed}, one {device}, "
+        f"torch {torch.__version__}, {args.minutes:g} minutes",
+        "",
+        "| step | seconds | training loss (weighted, nats) |",
+        "|---:|---:|---:|",
+        *(f"| {p['step']} | {p['seconds']} | {p['loss']} |" for p in curve),
+        "",
+        f"Held-out text ({text['windows']} windows of {text['context']} tokens, full attention, bfloat16): "
+        f"**{text['bits_per_byte']:.4f} bits per byte**; by position in the window:",
+        "",
+        "| " + " | ".join(text["by_position"]) + " |",
+        "|" + "---:|" * len(text["by_position"]),
+        "| " + " | ".join(f"{v:.4f}" for v in text["by_position"].values()) + " |",
+    ]
+    if keys:
+        lines += [
+            "",
+            f"Passkeys of five digits, exact, {args.trials} a cell, by length and depth:",
+            "",
+            "| length | " + " | ".join(next(iter(keys.values()))) + " |",
+            "|---:|" + "---:|" * 11,
+            *(f"| {n} | " + " | ".join(f"{v:.0%}" for v in row.values()) + " |" for n, row in keys.items()),
+        ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,149 @@
+"""Training the bundled checkpoint, in miniature, and the checkpoint itself."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import demo_data
+import numpy as np
+import passkey
+import pytest
+import sentencepiece
+import torch
+import train_demo
+from conftest import ROOT, SENTENCES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoint import load_model, open_checkpoint
+from tokenizer import load_tokenizer
+
+DEMO = ROOT / "assets" / "demo"
+SMALL = "--vocab_size 400 --dim 32 --n_layer 2 --n_head 2 --n_kv_head 1 --ffn_dim 48 --context 256 --seed 3"
+SHORT = "--batch_tokens 512 --part_tokens 512 --trials 1 --no-compile --device cpu --minutes 100"
+
+
+def write_text(path: Path, seed: int, n: int = 400) -> Path:
+    rng = random.Random(seed)
+    texts = ["\n".join(rng.choices(SENTENCES, k=8)) for _ in range(n // 8)]
+    path.write_text(f"\n{demo_data.END}\n".join(texts) + f"\n{demo_data.END}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """10 steps at once, and 5 steps, an interruption, and 5 more."""
+    folder = tmp_path_factory.mktemp("train")
+    text, val = write_text(folder / "text.txt", 0), write_text(folder / "val.txt", 1, 120)
+    states = {}
+    for name, runs in {
+        "once": [["--max_steps", "10"]],
+        "twice": [["--max_steps", "5"], ["--max_steps", "10", "--resume"]],
+    }.items():
+        for extra in runs:
+            train_demo.main(
+                ["--text", str(text), "--val", str(val), "--export", str(folder / name), "--state",
+                 str(folder / f"{name}.pt"), *SMALL.split(), *SHORT.split(), *extra]
+            )  # fmt: skip
+        states[name] = torch.load(folder / f"{name}.pt", weights_only=True)
+    return {"folder": folder, **states}
+
+
+def test_an_interrupted_run_goes_on(trained: dict[str, Any]) -> None:
+    assert trained["once"]["n_step"] == trained["twice"]["n_step"] == 10
+    assert trained["once"]["n_token"] == trained["twice"]["n_token"] == 10 * 512
+    momentum = [s["optimizers"][0]["state"][0]["momentum_buffer"].norm() for s in (trained["once"], trained["twice"])]
+    assert momentum[1] / momentum[0] == pytest.approx(1, abs=0.5)  # kept, not begun anew
+
+
+def test_what_is_exported_is_what_was_trained(trained: dict[str, Any]) -> None:
+    """Through the ordinary loader, from bfloat16."""
+    checkpoint = open_checkpoint(trained["folder"] / "once", None)
+    model = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    for name, tensor in trained["once"]["model"].items():
+        assert torch.equal(model.state_dict()[name], tensor.bfloat16().float()), name
+
+
+def test_the_card_has_the_runs_figures_and_no_ones_folders(trained: dict[str, Any]) -> None:
+    card = (trained["folder"] / "once" / "README.md").read_text()
+    assert "10 steps" in card and "bits per byte" in card and "--max_steps 10" in card
+    assert str(trained["folder"]) not in card
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(60, 200), st.floats(0, 1), st.integers(0, 99))
+def test_a_passkey_prompt_is_what_it_says(length: int, depth: float, seed: int) -> None:
+    """Exactly as long as asked, the needle at its depth, the key nowhere else, and what follows is the key."""
+
+    def encode(text: str) -> list[int]:
+        return [*text.encode()]
+
+    name, key = passkey.draw(random.Random(seed))
+    length *= 5
+    filler = [ord(".")] * length
+    ids, reply = passkey.make_prompt(encode, filler, length, depth, name, key, bos=[0])
+    assert len(ids) == length and ids[0] == 0
+    text = bytes(ids[1:]).decode()
+    hidden = passkey.needle(name, key)
+    assert text.count(hidden) == 1 and text.replace(hidden, "").count(key) == 0
+    assert text.endswith(passkey.question(name)) and bytes(reply).decode() == f" {key}"
+    filler_before = text.index(hidden)
+    assert abs(filler_before - depth * text.count(".", 0, -len(passkey.question(name)))) <= len(hidden)
+
+
+def test_a_passkey_prompt_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="takes at least"):
+        passkey.make_prompt(lambda text: [*text.encode()], [1] * 999, 50, 0.5, "red box", "12345")
+    with pytest.raises(ValueError, match="of filler are needed"):
+        passkey.make_prompt(lambda text: [*text.encode()], [1] * 9, 900, 0.5, "red box", "12345")
+
+
+def test_sequences_that_need_the_far_past(trained: dict[str, Any]) -> None:
+    """Every asked key was hidden before, its digits carry the weight, and copies are copies."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(trained["folder"] / "once" / "tokenizer.model"))
+    text = (trained["folder"] / "text.txt").read_text()
+    tokens = demo_data.encode_texts(processor, text)
+    far = demo_data.FarSequences(tokens, processor, 3000, 0)
+    for _ in range(20):
+        ids, weights = far.passkeys()
+        assert len(ids) == len(weights) == 3000
+        runs = np.flatnonzero(np.diff(np.concatenate(([0], weights > 1, [0]))))
+        for lo, hi in runs.reshape(-1, 2):
+            key = processor.decode(ids[lo:hi].tolist()).strip()
+            if hi < 3000:
+                assert len(key) == 5 and f"is {key}. Remember" in processor.decode(ids[:lo].tolist())
+    ids, _ = far.copies()
+    found = {tuple(ids[i : i + 48]) for i in range(len(ids) - 48)}
+    assert len(found) < len(ids) - 48
+
+
+def test_documents_become_tokens_and_back(trained: dict[str, Any]) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(trained["folder"] / "once" / "tokenizer.model"))
+    text = "One  two.\n\n  Three \u00e9 \N{SLIGHTLY SMILING FACE} 123\nfour\n"
+    ids = demo_data.encode_texts(processor, f"{text}{demo_data.END}\nfive\n{demo_data.END}\n").tolist()
+    assert ids.count(processor.eos_id()) == ids.count(processor.bos_id()) == 2
+    sizes = demo_data.token_bytes(processor)
+    assert processor.decode(ids[1 : ids.index(processor.eos_id())]) == text.strip("\n")
+    assert sizes[ids].sum() == len((text.strip("\n") + "five").encode())
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        train_demo.main(["--text", str(tmp_path / "no.txt"), "--val", "x", "--export", str(tmp_path / "out")])
+    assert exit_.value.code == 2 and "no.txt: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="the bundled checkpoint is not here")
+def test_the_bundled_checkpoint() -> None:
+    assert sum(f.stat().st_size for f in DEMO.iterdir()) <= 16 << 20
+    config = json.loads((DEMO / "config.json").read_text())
+    assert config["max_position_embeddings"] == 8192 and config["head_dim"] == 64
+    checkpoint = open_checkpoint(DEMO, None)
+    tokenizer = load_tokenizer(DEMO)
+    assert tokenizer.n_vocab == checkpoint.config.vocab_size
+    for text in ("Once upon a time", " two  spaces\n\nand lines\n", "na\u00efve \N{SLIGHTLY SMILING FACE} 12345"):
+        assert tokenizer.decode(tokenizer.encode(text, bos=False)) == text
