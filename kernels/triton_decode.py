@@ -38,7 +38,6 @@ from kernels.triton_tiles import (
 
 INTERPRET = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: programs run one by one on the CPU
 COUNTS = (
-    "n_kv_head",
     "group",
     "sink_size",
     "n_slot",
@@ -220,10 +219,13 @@ def split_kernel(
 def combine_kernel(
     partial, statistics, positions, out, group, n_slot, n_split,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, COST: tl.constexpr,
-    FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, CHUNK: tl.constexpr, HAS_INT: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, CHUNK: tl.constexpr, DIMS: tl.constexpr,
+    HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (query head, sequence): merge the partial softmaxes. out: [sequence, query head, HEAD_DIM]."""
+    """Program (query head, sequence, block of DIMS dims): merge the partial softmaxes, CHUNK at a time.
+
+    out: [sequence, query head, HEAD_DIM]. One warp: a barrier would cost more than it brings.
+    """
     head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n_float, n_full, float_len, n_int, int_len = partition(
         tl.load(positions + batch) + 1, n_slot, n_split, COST, FLOAT_BLOCK, INT_BLOCK, HAS_INT
@@ -231,13 +233,12 @@ def combine_kernel(
     member = head % group
     column = head // group * TILES + member // HEADS
     at = (batch * (tl.num_programs(0) // group * TILES) + column) * n_split * HEADS + member % HEADS
-    DIM: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
-    d = tl.arange(0, DIM)
+    d = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
     partial += at * HEAD_DIM + d[None, :]
     statistics += at * 2
     top = tl.full((1,), NEGATIVE, tl.float32)
     total = tl.zeros((1,), tl.float32)
-    y = tl.zeros((DIM,), tl.float32)
+    y = tl.zeros((DIMS,), tl.float32)
     if OVERLAP:
         gdc_wait()
     for start in range(0, n_split, CHUNK):
@@ -265,26 +266,31 @@ class Plan(NamedTuple):
     warps: int
     float_slice: int  # tokens per warp and block
     int_slice: int
-    float_stages: int  # blocks in flight
+    float_stages: int  # blocks in flight, and one
     int_stages: int
     per_processor: int  # programs on a streaming multiprocessor at once
-    overlap: bool  # start the merging launch before the first one ends (Hopper's dependent launch)
 
 
-def plan(group: int, head_dim: int, device: torch.device) -> Plan:
+def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int) -> Plan:
+    """n_row: sequences times KV heads. What measured best on an H200 (LOG.md, 2026-11-23).
+
+    It must not depend on what the cache keeps: two caches that hold the same slots must agree to the bit.
+    """
     heads = min(max(4, triton.next_power_of_2(group)), 16 if head_dim <= 128 else 8)
-    return Plan(heads, 4, 16, 32, 3, 3, 2, has_overlap(device))
+    few = 4 * n_row <= n_processor  # then two warps that share a program beat two programs to be merged
+    p = Plan(heads, 2, 32, 32, 3, 4, 2) if few else Plan(heads, 1, 32, 64, 3, 3, 3)
+    if heads * head_dim * itemsize > 2048:  # or registers run out
+        p = p._replace(float_slice=16, int_slice=32)
+    return p
 
 
 @lru_cache
-def has_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@lru_cache
-def n_processor(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; the interpreter runs one program at a time."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+def processor(device: torch.device) -> tuple[int, bool]:
+    """Streaming multiprocessors of a GPU, and whether a launch can start before the last one ends (Hopper)."""
+    if device.type != "cuda":
+        return 8, False  # the interpreter
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major >= 9
 
 
 def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None) -> Tensor:
@@ -295,8 +301,9 @@ def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_freque
     (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them.
     Returns [batch, n_head, head_dim] in q's dtype. No host synchronisation.
     """
-    group = q.shape[1] // regions.k.shape[1]
-    return run(q, regions, positions, sink_frequencies, plan(group, q.shape[2], q.device))
+    n_row, group = q.shape[0] * regions.k.shape[1], q.shape[1] // regions.k.shape[1]
+    p = plan(n_row, group, q.shape[2], regions.k.element_size(), processor(q.device)[0])
+    return run(q, regions, positions, sink_frequencies, p)
 
 
 def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None, p: Plan) -> Tensor:
@@ -307,7 +314,8 @@ def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor
     group = n_head // n_kv_head
     tiles = triton.cdiv(group, p.heads)
     n_column = n_kv_head * tiles
-    n_split = min(max(2, n_processor(q.device) * p.per_processor // (batch * n_column)), 128)
+    n_processor, overlap = processor(q.device)
+    n_split = min(max(2, n_processor * p.per_processor // (batch * n_column)), 128)
     float_block, int_block = p.warps * p.float_slice, p.warps * p.int_slice
 
     has_int = regions.k_int is not None
@@ -326,13 +334,14 @@ def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor
         group, regions.sink_size, n_slot, n_split, head_dim**-0.5,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, HAS_INT=has_int,
-        TURN_SINKS=sink_frequencies is not None, INTERPRET=INTERPRET, OVERLAP=p.overlap, num_warps=p.warps,
+        TURN_SINKS=sink_frequencies is not None, INTERPRET=INTERPRET, OVERLAP=overlap, num_warps=p.warps,
     )  # fmt: skip
     chunk = min(triton.next_power_of_2(n_split), 64)
-    combine_kernel[(n_head, batch)](
+    dims = min(triton.next_power_of_2(head_dim), 1024 // chunk)
+    combine_kernel[(n_head, batch, triton.cdiv(head_dim, dims))](
         partial, statistics, positions, out, group, n_slot, n_split,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, COST=regions.k.element_size(), FLOAT_BLOCK=float_block,
-        INT_BLOCK=int_block, CHUNK=chunk, HAS_INT=has_int, OVERLAP=p.overlap, launch_pdl=p.overlap,
-        num_warps=8 if chunk > 32 else 4,
+        INT_BLOCK=int_block, CHUNK=chunk, DIMS=dims, HAS_INT=has_int, OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=1,
     )  # fmt: skip
     return out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from kernels.eager import causal_attention
 from kernels.triton_decode import decode_attention
-from kernels.triton_store import append
+from kernels.triton_history import history_attention
+from kernels.triton_store import append, evict, store_chunk
 
-__all__ = ["append", "decode_attention"]
+__all__ = ["append", "causal_attention", "decode_attention", "evict", "history_attention", "store_chunk"]

@@ -119,8 +119,9 @@ def sdpa_version(name: str, backend: SDPBackend, packed: bool, caches: list[Regi
 def versions(batch: int, n_token: int, heads: Heads, slots: int, with_sdpa: bool = True) -> list[Version]:
     q = torch.randn(batch, heads.n_head, heads.head_dim, device="cuda", dtype=torch.bfloat16)
     positions = torch.full((batch,), n_token - 1, device="cuda")
-    full, selective = [], []
-    while not selective or sum(map(n_bytes, selective)) < L2_BYTES:
+    full: list[Regions] = []
+    selective: list[Regions] = []
+    while not selective or sum(n_bytes(r) for r in selective) < L2_BYTES:
         full.append(random_regions(batch, n_token, heads, slots, int8=False))
         selective.append(random_regions(batch, n_token, heads, slots, int8=True))
     found = [our_version("ours int8", selective, q, positions), our_version("ours bf16", full, q, positions)]

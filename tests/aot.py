@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -19,9 +18,9 @@ TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "positions": "*i64", "frequen
          "softmax_scale": "fp32"}  # fmt: skip
 
 
-def compile_split_kernel(head_dim: int, group: int, has_int: bool = True) -> dict[str, int] | None:
+def compile_split_kernel(head_dim: int, group: int, has_int: bool = True, n_row: int = 8) -> dict[str, int] | None:
     """Registers, spills and instruction counts of `split_kernel`; None if the tools are missing."""
-    p = plan(group, head_dim, torch.device("cpu"))
+    p = plan(n_row, group, head_dim, 2, 132)
     constants = {
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
