@@ -7,4 +7,6 @@ from kernels.triton_decode import decode_attention
 from kernels.triton_history import history_attention
 from kernels.triton_store import append, evict, store_chunk
 
-__all__ = ["append", "causal_attention", "decode_attention", "evict", "history_attention", "store_chunk"]
+NAME = "Triton kernels"
+
+__all__ = ["NAME", "append", "causal_attention", "decode_attention", "evict", "history_attention", "store_chunk"]
