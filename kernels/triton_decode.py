@@ -272,14 +272,20 @@ class Plan(NamedTuple):
 
 
 def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int) -> Plan:
-    """n_row: sequences times KV heads. What measured best on an H200 (LOG.md, 2026-11-23).
+    """n_row: sequences times KV heads. What measured best on an H200 at head_dim 128 (LOG.md, 2026-11-23).
 
     It must not depend on what the cache keeps: two caches that hold the same slots must agree to the bit.
     """
     heads = min(max(4, triton.next_power_of_2(group)), 16 if head_dim <= 128 else 8)
-    few = 4 * n_row <= n_processor  # then two warps that share a program beat two programs to be merged
-    p = Plan(heads, 2, 32, 32, 3, 4, 2) if few else Plan(heads, 1, 32, 64, 3, 3, 3)
-    if heads * head_dim * itemsize > 2048:  # or registers run out
+    if 4 * n_row <= n_processor:
+        p = Plan(heads, 2, 32, 32, 3, 4, 2)  # programs of two warps: fewer partial results to merge
+    elif 2 * n_row <= 3 * n_processor:
+        p = Plan(heads, 1, 32, 64, 3, 3, 3)  # many programs, none of which waits for a second warp
+    else:
+        p = Plan(heads, 2, 16, 64, 4, 4, 2)  # a program per row: it must have enough on its way by itself
+    if head_dim <= 64:
+        p = p._replace(warps=2 * p.warps)  # half the bytes per token: twice the tokens
+    if heads > 8 or heads * head_dim * itemsize > 2048:  # or registers run out
         p = p._replace(float_slice=16, int_slice=32)
     return p
 

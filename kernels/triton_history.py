@@ -75,7 +75,7 @@ def add_rows(
 ):  # fmt: skip
     """Add int8 rows `key` [KEYS]; MASKED: only those before `end`. q: float16 [QUERIES, D]; step: [QUERIES].
 
-    `out` holds sums of weight * v * HALF_RANGE / unit.
+    `top` is in the unit that step turns into log2; `out` holds sums of weight * v * HALF_RANGE / unit.
     """
     top, total, out = state
     DIM: tl.constexpr = q.shape[1]
@@ -88,14 +88,14 @@ def add_rows(
         keys = tl.load(k + at, (d < HEAD_DIM)[None, :], 0)
         values = tl.load(v + at, (d < HEAD_DIM)[None, :], 0)
     ks, vs = tl.load(k_scale + row), tl.load(v_scale + row)
-    score = tl.dot(q, tl.trans(to_half(keys, INTERPRET))) * ks[None, :] * step[:, None]
+    score = tl.dot(q, tl.trans(to_half(keys, INTERPRET))) * ks[None, :]
     if MASKED:
         score = tl.where((key < end)[None, :], score, UNSEEN)
     new_top = tl.maximum(top, tl.max(score, 1))
-    prob = tl.exp2(score - new_top[:, None])
+    prob = tl.exp2(score * step[:, None] - (new_top * step)[:, None])
     new_unit = tl.maximum(unit, tl.max(vs, 0))
     weight = (prob * (vs * (1.0 / new_unit * HALF_RANGE))[None, :]).to(tl.float16)
-    keep = tl.exp2(top - new_top)
+    keep = tl.exp2((top - new_top) * step)
     out = tl.dot(weight, to_half(values, INTERPRET), out * (keep * (unit / new_unit))[:, None])
     return (new_top, total * keep + tl.sum(prob, 1), out), new_unit
 
@@ -151,7 +151,7 @@ def history_kernel(
                 state, unit, half, step, k_int, v_int, k_scale, v_scale, key + whole, n_int, HEAD_DIM, True, INTERPRET
             )
         top, total, sums = state
-        state = (top, total, sums * (unit / HALF_RANGE))
+        state = (top * step, total, sums * (unit / HALF_RANGE))
     k += batch * slot_stride_b + kv_head * slot_stride_h
     v += batch * slot_stride_b + kv_head * slot_stride_h
     slot = tl.arange(0, FLOAT_KEYS)

@@ -1,9 +1,4 @@
-"""The Triton kernels against float64, token by token; and what the compiler makes of them.
-
-Without a GPU the kernels run in Triton's interpreter, on the CPU; with one, on it (`-m gpu`). The reference
-here shares nothing with the kernels, nor with their PyTorch twins, but the reference quantisation.
-Memory that holds no token is full of NaN, so that a kernel that looks at it cannot pass.
-"""
+"""The Triton kernels of a decode step against float64; and what the compiler makes of them."""
 
 from __future__ import annotations
 
@@ -15,107 +10,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_reference import (
+    BF16,
+    DEVICES,
+    FP16,
+    FP32,
+    HAS_GPU,
+    TOLERANCE,
+    error,
+    held,
+    poison,
+    reference,
+    slot_of,
+    tokens,
+    turned,
+)
 from torch import Tensor
 
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-pytest.importorskip("triton", reason="the kernels need Triton")
-
-from kernels import triton_kernels as kernels  # noqa: E402
-from kernels.regions import Regions  # noqa: E402
-from quantize import dequantize, quantize  # noqa: E402
-
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="the GPU runs the same tests")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")]),
-]
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+from kernels import triton_kernels as kernels  # after kernel_reference, which chooses the interpreter
+from kernels.regions import Regions
+from quantize import quantize
 
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     torch.manual_seed(0)
     return request.param
-
-
-def tokens(batch: int, n_kv_head: int, n_token: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random keys and values with an outlier channel in K and sinks that draw much attention."""
-    k, v = (torch.randn(batch, n_kv_head, n_token, head_dim) for _ in "kv")
-    k[..., 1] *= 8
-    k[:, :, :2] *= 2
-    v[:, :, :2] *= 0.1
-    v[:, :, n_token // 2] = 0  # a zero vector has scale 1
-    return k.to(dtype), v.to(dtype)
-
-
-def slot_of(pos: int, sink: int, window: int) -> int:
-    return pos if pos < sink else sink + (pos - sink) % window
-
-
-def held(k: Tensor, v: Tensor, lengths: list[int], sink: int, window: int, n_row: int, device: str) -> Regions:
-    """The memory of a cache that has seen the first lengths[b] tokens of k, v [batch, n_kv_head, token, D]."""
-    batch, n_kv_head, _, head_dim = k.shape
-    slots = [torch.full((batch, n_kv_head, sink + window, head_dim), float("nan"), dtype=k.dtype) for _ in "kv"]
-    ints = [torch.randint(-128, 128, (batch, n_kv_head, n_row, head_dim), dtype=torch.int8) for _ in "kv"]
-    scales = [torch.full((batch, n_kv_head, n_row), float("nan")) for _ in "kv"]
-    for b, n in enumerate(lengths):
-        for pos in range(n):
-            for x, slot, integer, scale in zip((k, v), slots, ints, scales, strict=True):
-                if pos < sink or pos > n - 1 - window:
-                    slot[b, :, slot_of(pos, sink, window)] = x[b, :, pos]
-                elif n_row:
-                    integer[b, :, pos - sink], scale[b, :, pos - sink] = quantize(x[b, :, pos])
-    slots, ints, scales = ([t.to(device) for t in group] for group in (slots, ints, scales))
-    if not n_row:
-        return Regions(slots[0], slots[1], None, None, None, None, sink, window)
-    return Regions(*slots, *ints, *scales, sink, window)
-
-
-def turned(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
-    """x float64 [..., D] rotated by `offset` positions of RoPE."""
-    a, b = x.chunk(2, -1)
-    cos, sin = (frequencies.double() * offset).cos(), (frequencies.double() * offset).sin()
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-def visible(k: Tensor, v: Tensor, n: int, sink: int, window: int, quantised: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """float64 keys and values that token n - 1 sees, and their positions. k, v: [n_kv_head, token, D]."""
-    pos = torch.arange(n)
-    middle = (pos >= sink) & (pos <= n - 1 - window)
-    keys, values = (x[:, :n].double() for x in (k, v))
-    if quantised:
-        keys, values = (
-            torch.where(middle[:, None], dequantize(*quantize(x[:, :n])).double(), exact)
-            for x, exact in ((k, keys), (v, values))
-        )
-        return keys, values, pos
-    return keys[:, ~middle], values[:, ~middle], pos[~middle]
-
-
-def reference(
-    q: Tensor, k: Tensor, v: Tensor, n: int, sink: int, window: int, quantised: bool, frequencies: Tensor | None
-) -> Tensor:
-    """float64 attention of the query of token n - 1. q: [n_head, D]; k, v: [n_kv_head, token, D]."""
-    keys, values, pos = visible(k, v, n, sink, window, quantised)
-    group = q.shape[0] // k.shape[0]
-    if frequencies is not None:
-        dropped = max(0, n - sink - window)
-        keys = torch.where((pos < sink)[:, None], turned(keys, dropped, frequencies), keys)
-    keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
-    score = torch.einsum("hd,hkd->hk", q.double(), keys) * q.shape[-1] ** -0.5
-    return torch.einsum("hk,hkd->hd", score.softmax(-1), values)
-
-
-def error(out: Tensor, expected: Tensor) -> float:
-    return ((out.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-6)).item()
-
-
-def poison(device: str) -> None:
-    """Fill memory about to be reused with NaN: what a kernel does not write, or reads too early, shows."""
-    for n in (1 << 12, 1 << 16, 1 << 20):
-        torch.full((n,), float("nan"), device=device)
 
 
 SMALL = (16, 2, 2)  # head_dim, n_kv_head, group
@@ -290,76 +210,6 @@ def test_append_rounds_as_the_reference_does(device: str) -> None:
     assert torch.equal(regions.k_scale[0, 0, : n - 1].cpu(), scales)
 
 
-CHUNKS = [  # (tokens before the chunk, tokens in it) around S = 3 and W = 20
-    (0, 1), (0, 3), (0, 23), (0, 24), (0, 70), (1, 5), (3, 20), (22, 1), (22, 2), (23, 1), (23, 9), (30, 40), (99, 3),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("n_row", [200, 0])
-@pytest.mark.parametrize(("head_dim", "dtype"), [(16, FP32), (96, BF16)])
-def test_store_chunk(head_dim: int, dtype: torch.dtype, n_row: int, device: str) -> None:
-    """After `evict` and `store_chunk` the memory is what the definition says of the chunk's last token."""
-    sink, window = 3, 20
-    for start, n_token in CHUNKS:
-        end = start + n_token
-        k, v = tokens(2, 2, end, head_dim, dtype)
-        regions = held(k, v, [start, start], sink, window, n_row, device)
-        chunk = torch.cat((k, v), 1)[:, :, start:].transpose(1, 2).contiguous().to(device).transpose(1, 2)
-        kernels.evict(regions, start)
-        kernels.store_chunk(regions, chunk[:, :2], chunk[:, 2:], start)
-        expected = held(k, v, [end, end], sink, window, n_row, "cpu")
-        n_slot, n_left = min(end, sink + window), max(0, end - sink - window)
-        for mine, theirs in zip(regions[:2], expected[:2], strict=True):
-            assert torch.equal(mine[:, :, :n_slot].cpu(), theirs[:, :, :n_slot]), (start, n_token)
-            assert mine[:, :, n_slot:].isnan().all()
-        for mine, theirs in zip(regions[2:6], expected[2:6], strict=True):
-            if isinstance(mine, Tensor):
-                assert torch.equal(mine[:, :, :n_left].cpu(), theirs[:, :, :n_left]), (start, n_token)
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "group", "dtype", "sink", "window", "start", "n_token"),
-    [
-        (16, 2, FP32, 4, 30, 1, 5),
-        (16, 2, FP32, 4, 30, 33, 7),  # the first token that nothing leaves for
-        (16, 2, FP32, 4, 30, 34, 7),
-        (16, 2, FP32, 0, 1, 9, 3),
-        (32, 1, FP16, 3, 70, 74 + 64, 20),
-        (64, 4, BF16, 4, 60, 400, 130),
-        (96, 1, BF16, 2, 50, 180, 9),
-        (256, 2, BF16, 4, 28, 200, 65),
-    ],
-)
-def test_history(
-    head_dim: int, group: int, dtype: torch.dtype, sink: int, window: int, start: int, n_token: int, device: str
-) -> None:
-    k, v = tokens(2, 2, start, head_dim, dtype)
-    q = torch.randn(2, n_token, 2 * group, head_dim).to(dtype).transpose(1, 2)
-    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    for n_row, turn in ((start, None), (0, None), (0, frequencies)):
-        regions = held(k, v, [start, start], sink, window, n_row, device)
-        kernels.evict(regions, start)
-        turn_on = turn.to(device) if turn is not None else None
-        poison(device)
-        out, lse = kernels.history_attention(q.to(device), regions, start, turn_on)
-        for b in range(2):
-            # what a token at `start` sees, itself apart: of start + 1 tokens, the first `start`
-            last = [torch.cat((x[b], torch.zeros_like(x[b, :, :1])), 1) for x in (k, v)]
-            keys, values, pos = visible(last[0], last[1], start + 1, sink, window, n_row > 0)
-            keys, values, pos = keys[:, pos < start], values[:, pos < start], pos[pos < start]
-            if turn is not None:
-                dropped = max(0, start + 1 - sink - window)
-                keys = torch.where((pos < sink)[:, None], turned(keys, dropped, turn), keys)
-            keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
-            if keys.shape[1] == 0:  # nothing is left to see
-                assert (out[b] == 0).all() and (lse[b] == float("-inf")).all()
-                continue
-            score = torch.einsum("htd,hkd->htk", q[b].double(), keys) * head_dim**-0.5
-            expected = torch.einsum("htk,hkd->htd", score.softmax(-1), values)
-            assert error(out[b], expected) < TOLERANCE[dtype]
-            assert torch.allclose(lse[b].double().cpu(), score.logsumexp(-1), atol=2e-2 if dtype == BF16 else 2e-3)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
 def test_one_graph_serves_every_length() -> None:
@@ -396,6 +246,7 @@ print(json.dumps(compile_split_kernel(**json.loads(sys.argv[1]))))
     [
         {"head_dim": 128, "group": 4},
         {"head_dim": 128, "group": 4, "n_row": 64},
+        {"head_dim": 128, "group": 4, "n_row": 256},
         {"head_dim": 128, "group": 16, "n_row": 64},
         {"head_dim": 64, "group": 8, "n_row": 64},
         {"head_dim": 96, "group": 4},

@@ -1,0 +1,107 @@
+"""What the kernels' tests share: a cache's memory made by hand, and attention in float64, by the definition.
+
+Without a GPU the kernels run in Triton's interpreter, on the CPU; with one, on it (`-m gpu`). The reference
+here shares nothing with the kernels, nor with their PyTorch twins, but the reference quantisation.
+Memory that holds no token is full of NaN, so that a kernel that looks at it cannot pass.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from kernels.regions import Regions  # noqa: E402
+from quantize import dequantize, quantize  # noqa: E402
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="the GPU runs the same tests")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")]),
+]
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def tokens(batch: int, n_kv_head: int, n_token: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Random keys and values with an outlier channel in K and sinks that draw much attention."""
+    k, v = (torch.randn(batch, n_kv_head, n_token, head_dim) for _ in "kv")
+    k[..., 1] *= 8
+    k[:, :, :2] *= 2
+    v[:, :, :2] *= 0.1
+    v[:, :, n_token // 2] = 0  # a zero vector has scale 1
+    return k.to(dtype), v.to(dtype)
+
+
+def slot_of(pos: int, sink: int, window: int) -> int:
+    return pos if pos < sink else sink + (pos - sink) % window
+
+
+def held(k: Tensor, v: Tensor, lengths: list[int], sink: int, window: int, n_row: int, device: str) -> Regions:
+    """The memory of a cache that has seen the first lengths[b] tokens of k, v [batch, n_kv_head, token, D]."""
+    batch, n_kv_head, _, head_dim = k.shape
+    slots = [torch.full((batch, n_kv_head, sink + window, head_dim), float("nan"), dtype=k.dtype) for _ in "kv"]
+    ints = [torch.randint(-128, 128, (batch, n_kv_head, n_row, head_dim), dtype=torch.int8) for _ in "kv"]
+    scales = [torch.full((batch, n_kv_head, n_row), float("nan")) for _ in "kv"]
+    for b, n in enumerate(lengths):
+        for pos in range(n):
+            for x, slot, integer, scale in zip((k, v), slots, ints, scales, strict=True):
+                if pos < sink or pos > n - 1 - window:
+                    slot[b, :, slot_of(pos, sink, window)] = x[b, :, pos]
+                elif n_row:
+                    integer[b, :, pos - sink], scale[b, :, pos - sink] = quantize(x[b, :, pos])
+    slots, ints, scales = ([t.to(device) for t in group] for group in (slots, ints, scales))
+    if not n_row:
+        return Regions(slots[0], slots[1], None, None, None, None, sink, window)
+    return Regions(*slots, *ints, *scales, sink, window)
+
+
+def turned(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
+    """x float64 [..., D] rotated by `offset` positions of RoPE."""
+    a, b = x.chunk(2, -1)
+    cos, sin = (frequencies.double() * offset).cos(), (frequencies.double() * offset).sin()
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def visible(k: Tensor, v: Tensor, n: int, sink: int, window: int, quantised: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """float64 keys and values that token n - 1 sees, and their positions. k, v: [n_kv_head, token, D]."""
+    pos = torch.arange(n)
+    middle = (pos >= sink) & (pos <= n - 1 - window)
+    keys, values = (x[:, :n].double() for x in (k, v))
+    if quantised:
+        keys, values = (
+            torch.where(middle[:, None], dequantize(*quantize(x[:, :n])).double(), exact)
+            for x, exact in ((k, keys), (v, values))
+        )
+        return keys, values, pos
+    return keys[:, ~middle], values[:, ~middle], pos[~middle]
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, n: int, sink: int, window: int, quantised: bool, frequencies: Tensor | None
+) -> Tensor:
+    """float64 attention of the query of token n - 1. q: [n_head, D]; k, v: [n_kv_head, token, D]."""
+    keys, values, pos = visible(k, v, n, sink, window, quantised)
+    group = q.shape[0] // k.shape[0]
+    if frequencies is not None:
+        dropped = max(0, n - sink - window)
+        keys = torch.where((pos < sink)[:, None], turned(keys, dropped, frequencies), keys)
+    keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+    score = torch.einsum("hd,hkd->hk", q.double(), keys) * q.shape[-1] ** -0.5
+    return torch.einsum("hk,hkd->hd", score.softmax(-1), values)
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    return ((out.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-6)).item()
+
+
+def poison(device: str) -> None:
+    """Fill memory about to be reused with NaN: what a kernel does not write, or reads too early, shows."""
+    for n in (1 << 12, 1 << 16, 1 << 20):
+        torch.full((n,), float("nan"), device=device)
