@@ -216,9 +216,7 @@ def converse(engine: Engine, job: Job, args: argparse.Namespace) -> Iterator[Tim
         ids = pending + job.tokenizer.encode(text, bos=n_seen == 0)
         room = args.max_new_tokens if job.policy.endless else job.shape.capacity - n_seen - len(ids) + 1
         if room < 1:
-            say(
-                f"no room: that is {1 - room} tokens past the context of {job.shape.capacity}; /reset starts anew"
-            )
+            say(f"no room: that is {1 - room} tokens past the context of {job.shape.capacity}; /reset starts anew")
             continue
         printer = Printer(job.tokenizer, [ids], echo=False)
         rows = 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
+import benchmark
 import pytest
 import torch
 from conftest import STORIES, needs
@@ -11,6 +13,7 @@ from conftest import STORIES, needs
 from checkpoint import load_model, open_checkpoint
 from engine import Engine, Sampling
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
+from model import Transformer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,24 +28,19 @@ def generate(
 ) -> list[list[int]]:
     checkpoint = open_checkpoint(None, "llama-3.2-1b")
     config = checkpoint.config
-    small = load_model_once(checkpoint)
     shape = Shape(len(prompts), config.n_kv_head, config.head_dim, 400, torch.bfloat16, CUDA)
     cache = ModelCache(policy, config.n_layer, shape)
     if path == "reference":
         for layer in cache.layers:
             layer.use_reference()
-    engine = Engine(small, cache, Sampling(temperature=0), capture=path == "captured", **options)
+    engine = Engine(small_model(), cache, Sampling(temperature=0), capture=path == "captured", **options)
     assert (engine.graph is not None) == (path == "captured")
     return [[t for t in row if t is not None] for row in engine.generate(prompts, n)]
 
 
-_loaded: dict[str, object] = {}
-
-
-def load_model_once(checkpoint):  # type: ignore[no-untyped-def]
-    if "model" not in _loaded:
-        _loaded["model"] = load_model(checkpoint, CUDA, torch.bfloat16, random_weights=True)
-    return _loaded["model"]
+@functools.cache
+def small_model() -> Transformer:
+    return load_model(open_checkpoint(None, "llama-3.2-1b"), CUDA, torch.bfloat16, random_weights=True)
 
 
 PROMPTS = [list(range(5, 5 + n)) for n in (1, 3, 40, 129)]
@@ -55,22 +53,10 @@ def test_the_captured_step_writes_what_the_eager_step_writes(policy: KVCache) ->
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_the_kernels_agree_with_the_reference(policy: KVCache) -> None:
-    """Logits of random weights are close together, so compare them and not tokens."""
-    checkpoint = open_checkpoint(None, "llama-3.2-1b")
-    model, config = load_model_once(checkpoint), checkpoint.config
-    tokens = torch.randint(1000, (1, 120), device=CUDA)
-    logits = []
-    for reference in (False, True):
-        shape = Shape(1, config.n_kv_head, config.head_dim, 200, torch.bfloat16, CUDA)
-        cache = ModelCache(policy, config.n_layer, shape)
-        for layer in cache.layers:
-            if reference:
-                layer.use_reference()
-        with torch.inference_mode():
-            out = [model(part, cache.slot(0)) for part in tokens.split([50, 30, *[1] * 40], 1)]
-        logits.append(torch.cat(out, 1).float())
-    error = (logits[0] - logits[1]).norm() / logits[1].norm()
-    assert error < 2e-2
+    """Attention by attention, on the q, k and v of a model: what `gate` allows before anything is timed."""
+    config = open_checkpoint(None, "llama-3.2-1b").config
+    shape = Shape(1, config.n_kv_head, config.head_dim, benchmark.GATE_TOKENS, torch.bfloat16, CUDA)
+    benchmark.gate(small_model(), policy, shape)
 
 
 def test_the_host_may_run_ahead_and_an_end_token_still_ends() -> None:
@@ -82,8 +68,7 @@ def test_the_host_may_run_ahead_and_an_end_token_still_ends() -> None:
     shape = Shape(1, config.n_kv_head, config.head_dim, 400, torch.bfloat16, CUDA)
     for lag in (0, 1, 5):
         cache = ModelCache(FullCache(), config.n_layer, shape)
-        model = load_model_once(checkpoint)
-        engine = Engine(model, cache, Sampling(temperature=0), frozenset({end}), lag=lag)
+        engine = Engine(small_model(), cache, Sampling(temperature=0), frozenset({end}), lag=lag)
         assert [row[0] for row in engine.generate([PROMPTS[2]], 30)] == [r[0] for r in rows[: first + 1]]
 
 
@@ -94,7 +79,7 @@ def test_sampling_in_a_captured_step_is_seeded() -> None:
     texts = []
     for seed in (1, 1, 2):
         cache = ModelCache(FullCache(), config.n_layer, shape)
-        engine = Engine(load_model_once(checkpoint), cache, Sampling(1.0, top_k=50, top_p=0.9, seed=seed))
+        engine = Engine(small_model(), cache, Sampling(1.0, top_k=50, top_p=0.9, seed=seed))
         runs = []
         for _ in range(2):
             runs.append(list(engine.generate(PROMPTS[:2], 20)))
@@ -109,7 +94,7 @@ def test_a_decode_step_takes_no_memory_and_waits_for_nothing(policy: KVCache) ->
     checkpoint = open_checkpoint(None, "llama-3.2-1b")
     config = checkpoint.config
     shape = Shape(1, config.n_kv_head, config.head_dim, 400, torch.bfloat16, CUDA)
-    engine = Engine(load_model_once(checkpoint), ModelCache(policy, config.n_layer, shape), Sampling(0))
+    engine = Engine(small_model(), ModelCache(policy, config.n_layer, shape), Sampling(0))
     engine.read([PROMPTS[2]])
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
