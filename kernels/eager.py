@@ -93,8 +93,8 @@ class RunningSoftmax:
 
 def rotate(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
     """Turn x [..., head_dim] by `offset` more positions of RoPE (negative: back)."""
-    angle = (frequencies * offset).float()
-    cos, sin = angle.cos(), angle.sin()
+    angle = frequencies * offset  # float64: a million positions are many turns
+    cos, sin = angle.cos().float(), angle.sin().float()
     a, b = x.float().chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from any folder
 
 from checkpoint import Checkpoint, open_checkpoint
-from layout import slot_names
+from checkpoint.layout import slot_names
 from tokenizer import UserError
 
 COMPANIONS = (

@@ -16,7 +16,7 @@ from checkpoint import (
     load_model,
     open_checkpoint,
 )
-from layout import slots_of
+from checkpoint.layout import slots_of
 from model import Config, Rope, Transformer
 
 CPU = torch.device("cpu")

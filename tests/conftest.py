@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 from safetensors.torch import save_file
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -95,9 +97,3 @@ def write_checkpoint(folder: Path, seed: int = 0, context: int = 256, **changes:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-llama")
-
-
-@pytest.fixture(autouse=True)
-def _no_plugins_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that defines a cache class leaves it to Python's memory; nothing else is shared."""
-    monkeypatch.setattr(sys, "argv", ["test"])

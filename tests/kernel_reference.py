@@ -7,15 +7,11 @@ Memory that holds no token is full of NaN, so that a kernel that looks at it can
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from kernels.regions import Regions  # noqa: E402

@@ -40,7 +40,7 @@ from checkpoint import (
     parse_device,
     parse_dtype,
 )
-from layout import hugging_face_name
+from checkpoint.layout import hugging_face_name
 from model import CONFIGS, Config
 from tokenizer import UserError, load_tokenizer
 
@@ -311,7 +311,7 @@ def test_parse_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_bundled_model_is_found_or_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(checkpoint_module, "__file__", str(tmp_path / "checkpoint.py"))
+    monkeypatch.setattr(checkpoint_module, "__file__", str(tmp_path / "checkpoint" / "__init__.py"))
     with pytest.raises(UserError, match="assets/demo"):
         find_demo()
     (tmp_path / "assets" / "demo").mkdir(parents=True)

@@ -16,8 +16,8 @@ from checkpoints import (
 from checkpoint import (
     open_checkpoint,
 )
+from checkpoint.configs import config_from_hugging_face, config_from_params, find_name, named_config
 from model import CONFIGS, Config, RopeScaling
-from model_config import config_from_hugging_face, config_from_params, find_name, named_config
 from tokenizer import UserError
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from layout import Fill, match_tensors
+from checkpoint.configs import config_from_hugging_face, config_from_params, find_name, named_config, note
+from checkpoint.layout import Fill, match_tensors
+from checkpoint.stored import Stored, stored_tensors
 from model import Config, Transformer
-from model_config import config_from_hugging_face, config_from_params, find_name, named_config, note
-from stored import Stored, stored_tensors
 from tokenizer import Tokenizer, UserError, eos_ids_of, find_tokenizer, read_json
 
 
@@ -108,7 +108,7 @@ def _find_config(file: Path, folder: Path, tensors: dict[str, Stored], model: st
 
 def find_demo() -> Path:
     """The bundled small model's folder."""
-    path = Path(__file__).resolve().parent / "assets" / "demo"
+    path = Path(__file__).resolve().parents[1] / "assets" / "demo"
     if not path.is_dir():
         raise UserError("no --checkpoint_path, and the bundled model (assets/demo) is not here")
     return path

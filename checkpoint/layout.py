@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoint.stored import Stored
 from model import Config
-from stored import Stored
 from tokenizer import UserError
 
 
