@@ -202,39 +202,13 @@ def test_sink_and_window_stream_far_past_the_context(tmp_path: Path, capsys: pyt
     assert report["tokens_read"] == 100
 
 
-FOURTH = '''
-from dataclasses import dataclass
-from typing import ClassVar
-import torch
-from kv_cache import KVCache, knob
-
-@dataclass
-class Strided(KVCache):
-    """Keep every n-th token, and the chunk being read."""
-
-    name: ClassVar[str] = "strided_kv"
-    stride: int = knob(2, "keep one token in this many", least=1)
-
-    def allocate(self, shape):
-        self.rows = [None] * shape.batch
-
-    def reset(self):
-        self.rows = [None] * len(self.rows)
-
-    def update(self, row, k, v, start):
-        pos = torch.arange(start, start + k.shape[1])
-        held = self.rows[row] or (k[:, :0], v[:, :0], pos[:0])
-        k, v, pos = (torch.cat((a, b), -1 if a.dim() == 1 else 1) for a, b in zip(held, (k, v, pos)))
-        keep = pos % self.stride == 0
-        self.rows[row] = k[:, keep], v[:, keep], pos[keep]
-        return k, v, pos
-'''
-
-
 def test_a_fourth_cache_is_one_class(tiny: Path, tmp_path: Path) -> None:
-    """About 20 lines in a file of the user's own: a subcommand with flags, and the full cache at stride 1."""
+    """The README's own example: a subcommand with flags, and the full cache at stride 1."""
+    readme = (ROOT / "README.md").read_text()
+    code = readme.split("```python\n# my_cache.py\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
     plugin = tmp_path / "my_cache.py"
-    plugin.write_text(FOURTH)
+    plugin.write_text(code)
     base = [sys.executable, "generate.py", "--checkpoint_path", str(tiny), "--prompt", "The red fox"]
     base += ["--max_new_tokens", "12", "--temperature", "0", "--plugin", str(plugin)]
 
