@@ -9,6 +9,8 @@ an accelerator, where this module is only the fallback.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -147,9 +149,12 @@ def _decode_quantised(tile: Tensor, held: Regions, n_slot: int, n_left: int) -> 
     score = query.new_empty(*query.shape[:-1], n_slot + n_left)
     score[..., :n_slot] = query @ held.k[:, :, :n_slot].float().transpose(-1, -2)
     scratch = Scratch()
-    for lo in range(0, n_left, BLOCK):
-        hi = min(lo + BLOCK, n_left)
-        score[..., n_slot + lo : n_slot + hi] = query @ scratch.float(k_int[:, :, lo:hi]).transpose(-1, -2)
+    if n_left >= BLOCK and tile.device.type == "cpu" and int8_products_are_exact():
+        _int8_scores(query[0], k_int[0, :, :n_left], score[0, ..., n_slot:])
+    else:
+        for lo in range(0, n_left, BLOCK):
+            hi = min(lo + BLOCK, n_left)
+            score[..., n_slot + lo : n_slot + hi] = query @ scratch.float(k_int[:, :, lo:hi]).transpose(-1, -2)
     score[..., n_slot:] *= k_scale[:, :, None, :n_left]
     prob = score.softmax(-1)
     prob[..., n_slot:] *= v_scale[:, :, None, :n_left]
@@ -158,6 +163,34 @@ def _decode_quantised(tile: Tensor, held: Regions, n_slot: int, n_left: int) -> 
         hi = min(lo + BLOCK, n_left)
         y += prob[..., n_slot + lo : n_slot + hi] @ scratch.float(v_int[:, :, lo:hi])
     return y
+
+
+@functools.cache
+def int8_products_are_exact() -> bool:
+    """Whether this processor has int8 products worth using: fast, and not saturating in 16 bits on the way."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    worst = torch.full((16, 128), 127, dtype=torch.int8)
+    return bool((torch._int_mm(worst, -worst.t().contiguous()) == -128 * 127 * 127).all())
+
+
+def _int8_scores(query: Tensor, k_int: Tensor, out: Tensor) -> None:
+    """query @ k_int^T without converting a key: a query is three int8 terms, each 1/254 of the one before.
+
+    query: float32 [n_kv_head, group, head_dim]; k_int: int8 [n_kv_head, key, head_dim]; out: float32
+    [n_kv_head, group, key]. Off by 1e-7 of the largest element of a query times the keys, as float32 itself is.
+    """
+    group = query.shape[1]
+    unit = query.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    rest, terms = query / unit, []
+    for _ in range(3):
+        terms.append(rest.round())
+        rest = (rest - terms[-1]) * 254
+    tile = torch.cat(terms, 1).to(torch.int8)  # [n_kv_head, 3 * group, head_dim]
+    for head, scores in enumerate(out):
+        first, second, third = torch._int_mm(tile[head], k_int[head].t()).split(group)
+        scores.copy_(first).add_(second, alpha=1 / 254).add_(third, alpha=1 / 254**2)
+    out *= unit
 
 
 def _add_held(

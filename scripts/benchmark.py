@@ -27,8 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Before torch loads OpenMP: threads that spin while they wait halve the speed, and worse, of a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch loads OpenMP: threads that spin long while they wait take the processor from whoever else needs it.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 from torch import Tensor
