@@ -264,9 +264,12 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         load_plugin(argv)
+        for i, word in enumerate(argv[:-1]):  # "--json quantize_kv": the subcommand, not a file of that name
+            if word == "--json" and argv[i + 1] in caches():
+                argv[i] = "--json=-"
         args = make_parser().parse(argv)
         args.argv = argv
         run(args, policy_from(args))

@@ -79,6 +79,7 @@ class Profiler:
         self._finish()
         (self.folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         lines = [
+            "the times above include the profiler's own",
             f"profile in {self.folder}/: {', '.join([*self.written, 'report.json'])}",
             "  traces open in https://ui.perfetto.dev or chrome://tracing; summaries are text",
         ]

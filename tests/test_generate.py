@@ -67,6 +67,18 @@ def test_options_in_any_order_mean_the_same(tiny: Path, capsys: pytest.CaptureFi
     assert len(set(texts)) == 1
 
 
+def test_json_before_the_subcommand_and_into_a_file(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--json quantize_kv` must not write a file of that name."""
+    base = ["--checkpoint_path", str(tiny), "--prompt", "The", "--max_new_tokens", "3"]
+    generate.main([*base, "--json", *QUANTIZE])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["cache"]["name"] == "quantize_kv"
+    generate.main([*base, "--json", str(tmp_path / "new" / "r.json")])
+    assert json.loads((tmp_path / "new" / "r.json").read_text())["tokens_written"] == 3
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["r.json"]
+
+
 def test_the_report_and_the_text_go_apart(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generate.main(["--checkpoint_path", str(tiny), "--prompt", "The old clock", "--max_new_tokens", "5"])
     out, err = capsys.readouterr()
