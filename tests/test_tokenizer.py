@@ -54,7 +54,8 @@ def test_stream_equals_decode_and_holds_back_unfinished_characters(name: str, da
     for n, token in enumerate(ids, 1):
         text += stream.push(token)
         so_far = tokenizer.decode(ids[:n])
-        assert so_far.startswith(text) and so_far[len(text) :] in ("", "\ufffd")
+        held_back = so_far[len(text) :]  # at most a character's first three bytes
+        assert so_far.startswith(text) and held_back == "\ufffd" * len(held_back) and len(held_back) <= 3
     text += stream.flush()
     raw = b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace")
     assert text == tokenizer.decode(ids) == (raw.removeprefix(" ") if tokenizer.drops_space else raw)
