@@ -251,12 +251,10 @@ class Transformer(nn.Module):
             self.frequencies = self.frequencies.to(positions.device, dtype)
         return Rope(self.frequencies, positions)
 
-    def forward(self, tokens: Tensor, cache: Cache, last_only: bool = False) -> Tensor:
-        """Read a chunk of tokens and return logits.
+    def read(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Read a chunk of tokens, int64 [batch, token], that follow what `cache` has seen so far.
 
-        tokens: int64 [batch, token], the tokens that follow what `cache` has seen so far.
-        Returns [batch, token, vocab_size] in the weights' dtype; with `last_only`, of the last token
-        alone, [batch, 1, vocab_size].
+        Returns what `head` turns into logits, [batch, token, dim].
         """
         step = cache.begin(tokens.shape[1])
         rope = self.rope(step.positions)
@@ -264,4 +262,13 @@ class Transformer(nn.Module):
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = block(x, rope, layer_cache, step)
         cache.advance(step)
-        return self.output(self.norm(x[:, -1:] if last_only else x))
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        """x: [..., dim]. Returns logits [..., vocab_size] in the weights' dtype."""
+        return self.output(self.norm(x))
+
+    def forward(self, tokens: Tensor, cache: Cache, last_only: bool = False) -> Tensor:
+        """Logits after a chunk, [batch, token, vocab_size]; with `last_only` after its last token, [batch, 1, ...]."""
+        x = self.read(tokens, cache)
+        return self.head(x[:, -1:] if last_only else x)
