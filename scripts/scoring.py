@@ -151,7 +151,7 @@ def read_sequential(model: Transformer, policy: KVCache, tokens: Tensor) -> Tens
     c = model.config
     dtype = model.norm.weight.dtype
     shape = Shape(1, c.n_kv_head, c.head_dim, len(tokens), dtype, tokens.device)
-    cache = ModelCache(policy, c.n_layer, shape)
+    cache: Any = ModelCache(policy, c.n_layer, shape)
     return torch.cat([model.read(token[None, None], cache)[0] for token in tokens])
 
 
