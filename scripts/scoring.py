@@ -141,7 +141,7 @@ class Scored:
 @torch.inference_mode()
 def read_parallel(model: Transformer, policy: KVCache, tokens: Tensor) -> Tensor:
     """What `model.head` turns into logits, [token, dim]: every token read as chunk-1 decoding reads it."""
-    cache: Cache = ParallelCache(policy, model.config.n_layer, tokens.device)  # type: ignore[assignment]
+    cache: Cache = ParallelCache(policy, model.config.n_layer, tokens.device)
     return model.read(tokens[None], cache)[0]
 
 

@@ -1,0 +1,103 @@
+"""evaluate.py as its users call it: tables, records, mistakes. What it computes is tested in test_scoring.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+from pathlib import Path
+
+import evaluate
+import pytest
+from conftest import SENTENCES
+
+TEXT = "\n".join(SENTENCES * 2)
+CACHES = ["--caches", "quantize_kv:sink_size=2,window_size=8", "compress_kv:sink_size=2,window_size=8"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt.xz"
+    path.write_bytes(lzma.compress(TEXT.encode()))
+    return path
+
+
+def record(tmp_path: Path, *argv: object) -> dict:  # type: ignore[type-arg]
+    out = tmp_path / "new" / "out.json"
+    evaluate.main([*map(str, argv), "--json", str(out)])
+    assert [f.name for f in out.parent.iterdir()] == ["out.json"]
+    return json.loads(out.read_text())
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main([*map(str, argv)])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2 and out == "" and err.count("\n") == 1
+    return err
+
+
+def test_perplexity_and_divergence_of_a_text(
+    tiny: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--checkpoint_path", tiny, "--text", text, "--context", 100, "--windows", 3, *CACHES]
+    r = record(tmp_path, "perplexity", *base)
+    full, quantised, dropped = r["rows"]
+    assert full["cache"] == "full" and full["kl"] == 0 and full["perplexity_rise"] == 0 and full["same_top"] == 1
+    assert full["tokens"] == 297 and full["windows"] == 3
+    assert abs(quantised["perplexity_rise"]) < 0.01 and 0 < quantised["kl"] < 1e-2 < dropped["kl"]
+    assert quantised["bits_per_quantised_element"] == 8 + 32 / 8  # head_dim 8
+    assert full["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert r["command"][0] == "scripts/evaluate.py" and str(tmp_path) not in json.dumps(r)
+    assert TEXT[:40] not in json.dumps(r)  # figures travel, texts do not
+    sequential = record(tmp_path, "perplexity", *base, "--sequential")
+    for a, b in zip(r["rows"], sequential["rows"], strict=True):
+        assert abs(a["nll"] - b["nll"]) < 1e-3
+    out = capsys.readouterr().out
+    assert "bits/byte" in out and "quantize_kv:sink_size=2,window_size=8" in out
+    record(tmp_path, "divergence", *base)
+    assert "mean KL" in capsys.readouterr().out
+
+
+def test_without_a_text_the_model_writes_one(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["divergence", "--checkpoint_path", tiny, "--context", 60, "--windows", 2, *CACHES]
+    a, b = record(tmp_path, *base), record(tmp_path, *base)
+    assert a["rows"] == b["rows"] and a["rows"][0]["sampled"]
+    assert "the text's entropy" in capsys.readouterr().out
+
+
+def test_passkeys_read_the_cache(tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights recall nothing; what counts is that every cell is tried, and the body is read apart."""
+    reads: list[int] = []
+    original = evaluate.Engine.read
+
+    def spy(self, prompts):  # type: ignore[no-untyped-def]
+        reads.append(len(prompts[0]))
+        return original(self, prompts)
+
+    monkeypatch.setattr(evaluate.Engine, "read", spy)
+    base = ["--checkpoint_path", tiny, "--text", text, "--lengths", 200, 240, "--depths", 0, 1, "--trials", 2]
+    r = record(tmp_path, "passkey", *base, *CACHES)
+    assert len(reads) == 2 * 3 * 2 * 2 * 2
+    assert {a + b for a, b in zip(reads[::2], reads[1::2], strict=True)} == {200, 240}
+    assert all(set(row["recalled"]) == {"200", "240"} for row in r["rows"])
+
+
+def test_mistakes_are_one_line(tiny: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["perplexity", "--checkpoint_path", tiny, "--context", 100]
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    assert "an empty text" in fails(capsys, *base, "--text", empty)
+    short = tmp_path / "short.txt"
+    short.write_text("The red fox")
+    assert "tokens, and a window has 100" in fails(capsys, *base, "--text", short)
+    assert "none.txt" in fails(capsys, *base, "--text", tmp_path / "none.txt")
+    assert "past the model's context of 256" in fails(capsys, "perplexity", "--checkpoint_path", tiny, "--context", 300)
+    assert "no cache is called 'quantise'" in fails(capsys, *base, "--text", text, "--caches", "quantise")
+    assert "takes a value of type int" in fails(capsys, *base, "--caches", "quantize_kv:sink_size=x")
+    passkey = ["passkey", "--checkpoint_path", tiny, "--text", text]
+    assert "a passkey test takes at least" in fails(capsys, *passkey, "--lengths", 20)
+    assert "past the model's context" in fails(capsys, *passkey, "--lengths", 256)
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\xff\xfe")
+    assert "bad.txt" in fails(capsys, *base, "--text", bad)
