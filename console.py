@@ -122,7 +122,7 @@ def write_json(target: str, report: dict[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(report, indent=1) + "\n")
+        part.write_text(json.dumps(report) + "\n")
         part.replace(path)
     except OSError as error:
         raise UserError(f"--json {target}: {error.strerror}") from None

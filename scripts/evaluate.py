@@ -330,7 +330,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         part = args.json.with_name(args.json.name + ".part")
-        part.write_text(json.dumps(record(subject, args.kind, rows, argv), indent=1) + "\n")
+        part.write_text(json.dumps(record(subject, args.kind, rows, argv)) + "\n")
         part.replace(args.json)
 
 

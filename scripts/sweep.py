@@ -1,0 +1,122 @@
+"""A sweep over caches, sinks and windows: one task per setting, one JSON line per task, in outputs/NAME/.
+
+  python scripts/sweep.py --name frontier --kind perplexity --caches quantize_kv compress_kv \
+      --sinks 4 16 --windows 32 256 -- --text my.txt --context 8192
+  python scripts/sweep.py --name speed --kind speed -- --prompt 4000 --max_new_tokens 64
+
+KIND is one of evaluate.py's, or `speed` (generate.py's report). What stands behind `--` goes to that program.
+A task whose result is there is skipped; one that fails leaves nothing behind, is tried again by the next
+call, and makes this one exit with 1 after the others have run. Programs write their results in one step,
+so a killed sweep goes on where it was, and tasks may run at the same time (sweep.sbatch: `--count`, `--index`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from options import Parser, format_policy, make_policy
+from tokenizer import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One setting, where its result goes, and the command that makes it."""
+
+    setting: str
+    result: Path
+    command: tuple[str, ...]
+
+    def is_done(self) -> bool:
+        """Whether the result is there, whole."""
+        try:
+            return isinstance(json.loads(self.result.read_text()), dict)
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+
+    def run(self) -> bool:
+        """Run it, unless it is done; whether it is done then."""
+        if not self.is_done():
+            process = subprocess.run(
+                self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            )
+            if process.returncode or not self.is_done():
+                last = (process.stdout.strip().splitlines() or ["(it said nothing)"])[-1]
+                print(f"{self.setting}: exit code {process.returncode}: {last}", file=sys.stderr)
+                return False
+        return True
+
+
+def settings(args: argparse.Namespace) -> list[str]:
+    """The full cache, then every combination; each spelt in one way, and once."""
+    found = ["full"]
+    for cache, sink, window in itertools.product(args.caches, args.sinks, args.windows):
+        found.append(format_policy(make_policy(cache, {"sink_size": sink, "window_size": window})))
+    return list(dict.fromkeys(found))
+
+
+def tasks(args: argparse.Namespace) -> list[Task]:
+    made = []
+    for setting in settings(args):
+        name = setting.translate(str.maketrans(":,=", "---"))
+        result = args.outputs / args.name / f"{args.kind}-{name}.json"
+        cache, _, knobs = setting.partition(":")
+        if args.kind == "speed":
+            flags = [word for knob in knobs.split(",") if knob for word in (f"--{knob}".split("="))]
+            command = ["generate.py", cache, *flags, *args.rest, "--json", str(result)]
+        else:
+            command = ["scripts/evaluate.py", args.kind, "--caches", setting, *args.rest, "--json", str(result)]
+        made.append(Task(setting, result, (sys.executable, str(ROOT / command[0]), *command[1:])))
+    return made
+
+
+def make_parser() -> Parser:
+    p = Parser("sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--name", required=True, help="results go to outputs/NAME/")
+    p.add_argument("--kind", choices=("perplexity", "divergence", "passkey", "speed"), default="divergence")
+    p.add_argument("--caches", nargs="+", default=["quantize_kv", "compress_kv"])
+    p.add_argument("--sinks", nargs="+", default=["4", "16"])
+    p.add_argument("--windows", nargs="+", default=["32", "128"])
+    p.add_argument("--outputs", type=Path, default=Path("outputs"))
+    p.add_argument("--count", action="store_true", help="print the number of tasks and stop")
+    p.add_argument("--index", type=int, metavar="N", help="run task N alone, counted from 0")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = make_parser().parse(argv[:cut])
+    args.rest = argv[cut + 1 :]
+    try:
+        todo = tasks(args)
+        if args.index is not None and not 0 <= args.index < len(todo):
+            raise UserError(f"--index {args.index}: the tasks are 0 to {len(todo) - 1}")
+    except UserError as error:
+        print(f"sweep.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if args.count:
+        print(len(todo))
+        return
+    if args.index is not None:
+        todo = [todo[args.index]]
+    bar = tqdm(todo, desc=args.name, disable=not sys.stderr.isatty())
+    failed = [task.setting for task in bar if not task.run()]
+    print(f"{len(todo) - len(failed)} of {len(todo)} done, in {args.outputs / args.name}/", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# A sweep on this machine; lists are shell words, and what follows goes to evaluate.py (or generate.py for speed):
+#   NAME=frontier KIND=divergence CACHES="quantize_kv compress_kv" SINKS="4 16" WINDOWS="32 256" \
+#       scripts/sweep.sh --text my.txt --context 4096
+# Call it again after an interruption or a failure: it does what is left, and exits with 1 while something fails.
+set -euo pipefail
+read -ra caches <<<"${CACHES:-quantize_kv compress_kv}"
+read -ra sinks <<<"${SINKS:-4 16}"
+read -ra windows <<<"${WINDOWS:-32 128}"
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=$root/.venv/bin/python
+[ -x "$python" ] || python=python3
+exec "$python" "$root/scripts/sweep.py" --name "${NAME:-sweep}" --kind "${KIND:-divergence}" \
+    --caches "${caches[@]}" --sinks "${sinks[@]}" --windows "${windows[@]}" \
+    ${INDEX:+--index "$INDEX"} ${COUNT:+--count} -- "$@"

@@ -1,0 +1,93 @@
+"""Sweeps: every setting visited, done ones skipped, failed ones neither done nor hidden."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import sweep
+from conftest import ROOT, SENTENCES
+
+NAMES = ["--caches", "quantize_kv", "compress_kv", "--sinks", "2", "4", "--windows", "8", "16"]
+
+
+@pytest.fixture
+def base(tiny: Path, tmp_path: Path) -> list[str]:
+    (tmp_path / "t.txt").write_text("\n".join(SENTENCES))
+    return ["--name", "s", "--outputs", str(tmp_path / "out")]
+
+
+def rest(tiny: Path, tmp_path: Path) -> list[str]:
+    text = str(tmp_path / "t.txt")
+    return ["--", "--checkpoint_path", str(tiny), "--text", text, "--context", "60", "--windows", "1"]
+
+
+def test_every_setting_is_visited_once_and_then_skipped(
+    tiny: Path, tmp_path: Path, base: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shell loops elsewhere visited one element."""
+    argv = [*base, "--kind", "divergence", "--caches", "quantize_kv", "--sinks", "2", "--windows", "8", "16", "8"]
+    sweep.main([*argv, *rest(tiny, tmp_path)])
+    files = sorted((tmp_path / "out" / "s").iterdir())
+    assert [f.name for f in files] == [
+        "divergence-full.json",
+        "divergence-quantize_kv-sink_size-2-window_size-16.json",
+        "divergence-quantize_kv-sink_size-2-window_size-8.json",
+    ]
+    for f in files:
+        assert f.read_text().count("\n") == 1 and json.loads(f.read_text())["rows"]
+    files[1].write_text('{"half of a')  # as if killed by a program that does not write in one step
+    ran: list[str] = []
+    original = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda c, **k: ran.append(c[1]) or original(c, **k))
+    sweep.main([*argv, *rest(tiny, tmp_path)])
+    assert len([c for c in ran if c.endswith("evaluate.py")]) == 1
+
+
+def test_a_failed_task_is_not_done_and_is_told(
+    tiny: Path, tmp_path: Path, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """cold-compress counted failed runs as done."""
+    argv = [*base, "--caches", "compress_kv", "--sinks", "2", "--windows", "8", "400", "--kind", "speed", "--"]
+    argv += ["--checkpoint_path", str(tiny), "--prompt", "The", "--max_new_tokens", "4"]
+    with pytest.raises(SystemExit) as exit_:
+        sweep.main(argv)
+    assert exit_.value.code == 1
+    err = capsys.readouterr().err
+    assert "window_size=400" in err and "past the model's context" in err and "2 of 3 done" in err
+    assert len(list((tmp_path / "out" / "s").iterdir())) == 2
+
+
+def test_tasks_apart_are_the_sweep_together(
+    tiny: Path, tmp_path: Path, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a Slurm array runs it."""
+    sweep.main([*base, *NAMES, "--count"])
+    assert int(capsys.readouterr().out) == 9
+    argv = [*base, "--kind", "speed", "--caches", "quantize_kv", "--sinks", "2", "--windows", "8"]
+    for i in (1, 0):
+        speed = ["--", "--checkpoint_path", str(tiny), "--prompt", "The", "--max_new_tokens", "4"]
+        sweep.main([*argv, "--index", str(i), *speed])
+    reports = [json.loads(f.read_text()) for f in sorted((tmp_path / "out" / "s").iterdir())]
+    assert [r["cache"]["name"] for r in reports] == ["full", "quantize_kv"]
+    assert reports[1]["cache"] == {"name": "quantize_kv", "sink_size": 2, "window_size": 8}
+    with pytest.raises(SystemExit) as exit_:
+        sweep.main([*argv, "--index", "2", *rest(tiny, tmp_path)])
+    assert exit_.value.code == 2
+
+
+def test_the_shell_scripts_visit_every_element(tmp_path: Path) -> None:
+    lists = {"CACHES": "quantize_kv compress_kv", "SINKS": "0 4 16", "WINDOWS": "8 32", "COUNT": "1"}
+    out = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "sweep.sh")],
+        env=os.environ | lists,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert out.stdout.strip() == "13", out.stderr
+    sbatch = (ROOT / "scripts" / "sweep.sbatch").read_text()
+    assert "SLURM_ARRAY_TASK_ID" in sbatch and subprocess.run(["bash", "-n"], input=sbatch, text=True).returncode == 0
