@@ -1,0 +1,219 @@
+"""Pictures from result files alone: python scripts/plot.py results/*.json outputs/frontier/*.json --out assets
+
+Each picture is made where its data is among the files, as PNG and SVG, and reads in black and white:
+
+  memory      weights, cache and the rest as the context grows, per cache   (the plan; no file needed)
+  cache       cache bytes against context: allocated (points), planned (lines)         (no file needed)
+  frontier    mean KL against cache bytes                            evaluate.py divergence or perplexity
+  position    mean KL by position in the window                      evaluate.py divergence or perplexity
+  passkeys    share recalled by length and depth, a map per cache                     evaluate.py passkey
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import kv_cache
+from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
+from model import CONFIGS, Config
+from options import Parser
+from report import make_plan
+from tokenizer import UserError
+
+LOOKS = {  # grey, line, marker, hatch: told apart without colour
+    "full": ("#222222", "-", "o", ""),
+    "compress_kv": ("#888888", ":", "s", "///"),
+    "quantize_kv": ("#555555", "--", "^", "..."),
+}
+POLICIES: list[KVCache] = [FullCache(), SinkWindowCache(16, 32), SelectiveCache(16, 32)]
+GIB = 1 << 30
+
+
+def look(setting: str) -> tuple[str, str, str, str]:
+    return LOOKS.get(setting.partition(":")[0], ("#000000", "-.", "d", "xx"))
+
+
+def short(setting: str) -> str:
+    """ "quantize_kv:sink_size=16,window_size=32" -> "quantize_kv 16/32"."""
+    name, _, knobs = setting.partition(":")
+    values = dict(knob.split("=") for knob in knobs.split(",") if knob)
+    sizes = [values[k] for k in ("sink_size", "window_size") if k in values]
+    return " ".join([name, "/".join(sizes)]).strip()
+
+
+def save(figure: Any, out: Path, name: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for ending in ("png", "svg"):
+        figure.savefig(
+            out / f"{name}.{ending}", dpi=110, bbox_inches="tight", metadata={"Date": None} if ending == "svg" else None
+        )
+    plt.close(figure)
+    print(f"{out / name}.png, .svg")
+
+
+def shape(config: Config, context: int, device: str = "meta") -> Shape:
+    return Shape(1, config.n_kv_head, config.head_dim, context, torch.bfloat16, torch.device(device))
+
+
+def draw_memory(out: Path) -> None:
+    """Where memory goes: Llama 3.1 8B in bfloat16, one sequence, by the plan."""
+    config, contexts = CONFIGS["llama-3.1-8b"], [8192, 32768, 131072]
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), sharey=True)
+    for axis, policy in zip(axes, POLICIES, strict=True):
+        plans = [make_plan(config, policy, shape(config, n), 8192) for n in contexts]
+        parts = [
+            ("weights", [p.weights / GIB for p in plans], "#dddddd", ""),
+            ("cache", [sum(p.cache.values()) / GIB for p in plans], "#777777", "///"),
+            ("activations", [p.activations / GIB for p in plans], "#ffffff", "..."),
+        ]
+        base = [0.0] * len(plans)
+        for name, sizes, grey, hatch in parts:
+            axis.bar(range(len(plans)), sizes, bottom=base, color=grey, hatch=hatch, edgecolor="black", label=name)
+            base = [a + b for a, b in zip(base, sizes, strict=True)]
+        for i, total in enumerate(base):
+            axis.text(i, total + 0.4, f"{total:.1f}", ha="center", fontsize=9)
+        axis.set_xticks(range(len(plans)), [f"{n // 1024}k" for n in contexts])
+        axis.set_title(policy.name)
+        axis.set_xlabel("context")
+        axis.set_ylim(0, 38)
+    axes[0].set_ylabel("GiB, Llama 3.1 8B in bfloat16")
+    axes[0].legend(loc="upper left", fontsize=8)
+    save(figure, out, "memory")
+
+
+def draw_cache(out: Path) -> None:
+    """Cache bytes against context: the plan as lines, really allocated caches as points."""
+    config = CONFIGS["llama-3.2-1b"]
+    figure, axis = plt.subplots(figsize=(5.5, 3.4))
+    for policy in POLICIES:
+        grey, line, marker, _ = look(policy.name)
+        planned = [2**i for i in range(6, 15)]
+        sizes = [sum(kv_cache.plan(policy, config.n_layer, shape(config, n)).values()) for n in planned]
+        axis.plot(planned, [s / 2**20 for s in sizes], line, color=grey, label=f"{policy.name}, planned")
+        for n in planned[::2]:
+            cache = ModelCache(policy, config.n_layer, shape(config, n, "cpu"))
+            axis.plot(n, sum(cache.nbytes().values()) / 2**20, marker, color=grey, markerfacecolor="white")
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MiB, Llama 3.2 1B in bfloat16")
+    axis.legend(fontsize=8)
+    axis.grid(True, which="major", alpha=0.3)
+    save(figure, out, "cache")
+
+
+def draw_frontier(rows: list[dict[str, Any]], out: Path) -> None:
+    """Quality against memory, a panel per text."""
+    texts = list(dict.fromkeys(r["text"] for r in rows))
+    figure, axes = plt.subplots(1, len(texts), figsize=(4.2 * len(texts), 3.4), squeeze=False, sharey=True)
+    for axis, text in zip(axes[0], texts, strict=True):
+        for r in {r["cache"]: r for r in rows if r["text"] == text and r["cache"] != "full"}.values():
+            grey, _, marker, _ = look(r["cache"])
+            axis.plot(r["cache_bytes"] / 2**20, r["kl"], marker, color=grey, markersize=7)
+            axis.annotate(short(r["cache"]), (r["cache_bytes"] / 2**20, r["kl"]), xytext=(6, 4),
+                          textcoords="offset points", fontsize=7)  # fmt: skip
+        full = next(r for r in rows if r["text"] == text and r["cache"] == "full")
+        axis.axvline(full["cache_bytes"] / 2**20, color="black", linewidth=1)
+        axis.text(
+            full["cache_bytes"] / 2**20, 0.96, "full ", transform=axis.get_xaxis_transform(), ha="right", fontsize=8
+        )
+        axis.set(yscale="log", title=text, xlabel="cache, MiB")
+        axis.margins(x=0.18, y=0.15)
+        axis.grid(True, alpha=0.3)
+    axes[0][0].set_ylabel("mean KL from the full cache, nats")
+    save(figure, out, "frontier")
+
+
+def draw_position(rows: list[dict[str, Any]], out: Path) -> None:
+    """Divergence by position in the window, of the first text."""
+    figure, axis = plt.subplots(figsize=(6, 3.4))
+    found = [r for r in rows if r["text"] == rows[0]["text"] and r["cache"] != "full"]
+    for i, r in enumerate({r["cache"]: r for r in found}.values()):
+        grey, line, marker, _ = look(r["cache"])
+        where = list(r["by_position"])
+        filled = grey if i % 2 else "white"
+        axis.plot(where, [max(r["by_position"][w]["kl"], 1e-9) for w in where], line, marker=marker, color=grey,
+                  markerfacecolor=filled, label=short(r["cache"]))  # fmt: skip
+    axis.set(yscale="log", xlabel=f"position in the window, {rows[0]['text']}", ylabel="mean KL, nats")
+    axis.legend(fontsize=8)
+    axis.grid(True, alpha=0.3)
+    save(figure, out, "position")
+
+
+def draw_passkeys(rows: list[dict[str, Any]], out: Path) -> None:
+    rows = list({r["cache"]: r for r in rows}.values())
+    figure, axes = plt.subplots(1, len(rows), figsize=(2.6 * len(rows), 2.6), squeeze=False, sharey=True)
+    for axis, r in zip(axes[0], rows, strict=True):
+        lengths, depths = list(r["recalled"]), list(next(iter(r["recalled"].values())))
+        shares = [[r["recalled"][n][d] for d in depths] for n in lengths]
+        axis.imshow(shares, cmap="Greys_r", vmin=0, vmax=1, aspect="auto")
+        for y, row in enumerate(shares):
+            for x, share in enumerate(row):
+                axis.text(
+                    x,
+                    y,
+                    f"{share:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if share < 0.5 else "black",
+                )
+        axis.set_xticks(range(len(depths)), [f"{float(d):.0%}" for d in depths], fontsize=7)
+        axis.set_yticks(range(len(lengths)), lengths, fontsize=8)
+        axis.set_title(short(r["cache"]), fontsize=9)
+        axis.set_xlabel("depth", fontsize=8)
+    axes[0][0].set_ylabel("length, tokens", fontsize=8)
+    save(figure, out, "passkeys")
+
+
+def read(paths: list[Path]) -> list[dict[str, Any]]:
+    """Every JSON object of the files, one a line or one a file."""
+    found = []
+    for path in paths:
+        try:
+            text = path.read_text()
+            found += [json.loads(text)] if text.count("\n{") == 0 else [json.loads(line) for line in text.splitlines()]
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path}: {error}") from None
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = Parser("plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("files", type=Path, nargs="*", help="what evaluate.py and sweep.py wrote")
+    p.add_argument("--out", type=Path, default=Path("outputs/pictures"))
+    args = p.parse(sys.argv[1:] if argv is None else argv)
+    try:
+        records = read(args.files)
+    except UserError as error:
+        print(f"plot.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    scores = [row for r in records if r.get("kind") in ("perplexity", "divergence") for row in r["rows"]]
+    keys = [row for r in records if r.get("kind") == "passkey" for row in r["rows"]]
+    draw_memory(args.out)
+    draw_cache(args.out)
+    if scores:
+        draw_frontier(scores, args.out)
+        draw_position(scores, args.out)
+    else:
+        print(
+            "no frontier and no position: `scripts/evaluate.py divergence --json FILE` makes their data",
+            file=sys.stderr,
+        )
+    if keys:
+        draw_passkeys(keys, args.out)
+    else:
+        print("no passkeys: `scripts/evaluate.py passkey --json FILE` makes their data", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
