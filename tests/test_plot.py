@@ -1,0 +1,48 @@
+"""Pictures from small made-up result files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import plot
+import pytest
+
+
+def files(folder: Path) -> list[str]:
+    caches = [
+        "full",
+        "quantize_kv:sink_size=16,window_size=32",
+        "compress_kv:sink_size=16,window_size=32,positions=cache",
+    ]
+    rows = [
+        {"text": text, "cache": c, "cache_bytes": 1e6 * (i + 1), "kl": 10.0**-i if i else 0.0,
+         "by_position": {"0-256": {"kl": 0.1 * i}, "256-1024": {"kl": 0.2 * i}}}
+        for text in ("a.txt", "b.txt") for i, c in enumerate(caches)
+    ]  # fmt: skip
+    keys = [{"cache": c, "recalled": {"1024": {"0": 1.0, "0.5": 0.5}, "2048": {"0": 0.0, "0.5": 1.0}}} for c in caches]
+    (folder / "d.json").write_text(json.dumps({"kind": "divergence", "rows": rows}) + "\n")
+    (folder / "p.json").write_text(json.dumps({"kind": "passkey", "rows": keys}, indent=1))
+    return [str(folder / "d.json"), str(folder / "p.json")]
+
+
+def test_every_picture_is_made_from_the_files_alone(tmp_path: Path) -> None:
+    plot.main([*files(tmp_path), "--out", str(tmp_path / "pictures")])
+    for name in ("memory", "cache", "frontier", "position", "passkeys"):
+        png, svg = ((tmp_path / "pictures" / f"{name}.{ending}").read_bytes() for ending in ("png", "svg"))
+        assert png.startswith(b"\x89PNG") and len(png) > 3000 and b"<svg" in svg
+
+
+def test_missing_data_names_the_command_that_makes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot.main(["--out", str(tmp_path / "pictures")])
+    err = capsys.readouterr().err
+    assert "evaluate.py divergence" in err and "evaluate.py passkey" in err
+    assert {f.stem for f in (tmp_path / "pictures").iterdir()} == {"memory", "cache"}
+
+
+def test_a_broken_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.json").write_text('{"kind": ')
+    with pytest.raises(SystemExit) as exit_:
+        plot.main([str(tmp_path / "bad.json"), "--out", str(tmp_path / "pictures")])
+    assert exit_.value.code == 2 and "bad.json" in capsys.readouterr().err
+    assert not (tmp_path / "pictures").exists()
