@@ -1,8 +1,9 @@
-"""What each cache costs in quality, through the cache: perplexity, divergence, passkeys.
+"""What each cache costs in quality, through the cache: perplexity, divergence, passkeys, ROUGE-L.
 
   python scripts/evaluate.py perplexity --text val_books.txt.xz --context 8192 --windows 8
   python scripts/evaluate.py divergence --text my.txt --caches quantize_kv:sink_size=16,window_size=32
   python scripts/evaluate.py passkey --lengths 1024 8192 --trials 4
+  python scripts/evaluate.py rouge --text stories.jsonl --context 8192
 
 The full cache is always the reference, and always run. Texts are scored as token-by-token decoding would
 leave the cache (scoring.py: the exact parallel form, or `--sequential`). Without a text the model writes
@@ -37,13 +38,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import passkey
 import scoring
+import summaries
+import tables
 
 import kv_cache
-from checkpoint import check_tokenizer, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
+from checkpoint import check_tokenizer, end_ids, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from engine import Engine, Sampling
 from kv_cache import FullCache, KVCache, ModelCache, Shape
 from options import Parser, format_policy, parse_policy, positive
-from report import size
 from tokenizer import Tokenizer, UserError, load_tokenizer
 
 CACHES = [
@@ -68,6 +70,7 @@ class Subject:
         self.name, self.config = checkpoint.name, checkpoint.config
         self.tokenizer: Tokenizer = load_tokenizer(checkpoint.tokenizer_path)
         check_tokenizer(self.config, self.tokenizer)
+        self.end_ids = end_ids(checkpoint, self.tokenizer)
         self.dtype = parse_dtype(args.dtype, checkpoint, self.device)
         others = [parse_policy(text) for text in args.caches]
         self.policies: list[KVCache] = [FullCache(), *(p for p in others if not isinstance(p, FullCache))]
@@ -195,31 +198,6 @@ def row_of(
     }  # fmt: skip
 
 
-def print_scores(rows: list[dict[str, Any]], kind: str) -> None:
-    for name, group in itertools.groupby(rows, lambda r: r["text"]):
-        found = list(group)
-        first = found[0]
-        entropy = f"; the text's entropy {first['nll']:.4f} nats a token" if first["sampled"] else ""
-        print(f"{name}: {first['windows']} windows, {first['tokens']} tokens{entropy}")
-        if kind == "perplexity":
-            print(f"{'cache':<58}{'perplexity':>11}{'rise':>10}{'+-':>9}{'bits/byte':>11}{'cache':>12}")
-            for r in found:
-                error = "" if r["perplexity_rise_error"] is None else f"{r['perplexity_rise_error']:.4%}"
-                print(f"{r['cache']:<58}{r['perplexity']:>11.4f}{r['perplexity_rise']:>+10.4%}{error:>9}"
-                      f"{r['bits_per_byte'] or math.nan:>11.4f}{size(r['cache_bytes']):>12}")  # fmt: skip
-        else:
-            print(f"{'cache':<58}{'mean KL':>11}{'+-':>9}{'99th pct':>10}{'same top':>10}{'cache':>12}")
-            for r in found:
-                error = "" if r["kl_error"] is None else f"{r['kl_error']:.1e}"
-                print(f"{r['cache']:<58}{r['kl']:>11.2e}{error:>9}{r['kl_p99']:>10.1e}{r['same_top']:>10.2%}"
-                      f"{size(r['cache_bytes']):>12}")  # fmt: skip
-        where = list(first["by_position"])
-        value = "nll" if kind == "perplexity" else "kl"
-        print(f"  {value} by position: " + "  ".join(where))
-        for r in found:
-            print(f"  {r['cache']:<56}" + "  ".join(f"{r['by_position'][w][value]:.3g}" for w in where))
-
-
 def score_passkeys(subject: Subject) -> list[dict[str, Any]]:
     """Greedy answers from the real caches. All but the question is read first, so that the answer can only
     come from what the cache holds of it."""
@@ -272,15 +250,49 @@ def recalls(
     return "".join(itertools.takewhile(str.isdigit, answer.strip())) == key
 
 
-def print_passkeys(rows: list[dict[str, Any]]) -> None:
-    for r in rows:
-        print(
-            f"{r['cache']}: {r['mean']:.1%} of keys recalled, {r['trials_per_cell']} a cell; {size(r['cache_bytes'])}"
-        )
-        depths = list(next(iter(r["recalled"].values())))
-        print(f"  {'length':>8} " + " ".join(f"{float(d):>5.0%}" for d in depths) + "   depth")
-        for length, row in r["recalled"].items():
-            print(f"  {length:>8} " + " ".join(f"{row[d]:>5.0%}" for d in depths))
+def score_summaries(subject: Subject) -> list[dict[str, Any]]:
+    """Greedy summaries by every cache. A document is cut at its end where the prompt would not fit."""
+    args = subject.args
+    if len(args.text) != 1:
+        raise UserError("rouge takes one --text: a JSONL file of documents with references")
+    documents = summaries.read_documents(args.text[0], args.documents)
+    context, n_cut = min(args.context, subject.config.context), 0
+    bar = progress(None, len(documents) * len(subject.policies), "summaries")
+    written: list[list[str]] = [[] for _ in subject.policies]
+    for document in documents:
+        question = subject.tokenizer.encode(document.question, bos=False)
+        room = context - args.max_new_tokens - len(question)
+        if room < 1:
+            raise UserError(f"--context {context} has no room for a document beside {args.max_new_tokens} new tokens")
+        ids = subject.tokenizer.encode(document.text)
+        n_cut += len(ids) > room
+        for texts, policy in zip(written, subject.policies, strict=True):
+            cache = ModelCache(policy, subject.config.n_layer, subject.shape(context))
+            engine = Engine(subject.model, cache, Sampling(temperature=0), subject.end_ids, capture=False, lag=0)
+            engine.read([ids[:room]])  # the document apart: the summary is written from what the cache holds
+            rows = engine.generate([question], args.max_new_tokens)
+            tokens = [token for row in rows for token in row if token is not None and token not in subject.end_ids]
+            texts.append(subject.tokenizer.decode(tokens))
+            bar.update()
+    bar.close()
+    if n_cut:
+        print(f"{n_cut} of {len(documents)} documents were cut to fit {context} tokens", file=sys.stderr)
+    return [
+        {
+            "text": args.text[0].name,
+            "sha256": hashlib.sha256(args.text[0].read_bytes()).hexdigest(),
+            "cache": format_policy(policy),
+            "documents": len(documents),
+            "rouge_l": summaries.mean_and_interval(
+                [summaries.rouge_l(t, d.references) for t, d in zip(texts, documents, strict=True)]
+            ),
+            "rouge_l_to_full": summaries.mean_and_interval(
+                [summaries.rouge_l(t, [full]) for t, full in zip(texts, written[0], strict=True)]
+            ),
+            **subject.memory(policy, context),
+        }
+        for policy, texts in zip(subject.policies, written, strict=True)
+    ]
 
 
 def record(subject: Subject, kind: str, rows: list[dict[str, Any]], argv: list[str]) -> dict[str, Any]:
@@ -297,19 +309,21 @@ def record(subject: Subject, kind: str, rows: list[dict[str, Any]], argv: list[s
 
 def make_parser() -> Parser:
     p = Parser("evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("kind", choices=("perplexity", "divergence", "passkey"))
+    p.add_argument("kind", choices=("perplexity", "divergence", "passkey", "rouge"))
     p.add_argument("--checkpoint_path", type=Path, help="(default: the bundled model)")
     p.add_argument("--model", metavar="NAME")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--device", default="auto")
     p.add_argument("--caches", nargs="+", default=CACHES, metavar="CACHE", help="beside the full cache")
-    p.add_argument("--text", type=Path, nargs="+", default=[], help="plain or .xz; for passkeys, the filler")
+    p.add_argument("--text", type=Path, nargs="+", default=[], help="plain or .xz; passkey: filler; rouge: JSONL")
     p.add_argument("--context", type=positive, default=2048, help="tokens of a window (default: 2048)")
     p.add_argument("--windows", type=positive, default=4, help="windows of each text, evenly spread (default: 4)")
     p.add_argument("--sequential", action="store_true", help="token by token through the cache: slow, the same")
     p.add_argument("--lengths", nargs="+", type=positive, default=[1024, 2048, 4096])
     p.add_argument("--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
     p.add_argument("--trials", type=positive, default=4, help="passkeys a cell (default: 4)")
+    p.add_argument("--documents", type=positive, default=25, help="rouge: how many (default: 25)")
+    p.add_argument("--max_new_tokens", type=positive, default=128, help="rouge: of a summary (default: 128)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
     return p
@@ -323,10 +337,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         raise UserError("--depths lie between 0 and 1")
     if args.kind == "passkey":
         rows = score_passkeys(subject)
-        print_passkeys(rows)
+        tables.print_passkeys(rows)
+    elif args.kind == "rouge":
+        rows = score_summaries(subject)
+        tables.print_summaries(rows)
     else:
         rows = score_texts(subject)
-        print_scores(rows, args.kind)
+        tables.print_scores(rows, args.kind)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         part = args.json.with_name(args.json.name + ".part")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import evaluate
 import pytest
+import summaries
 from conftest import SENTENCES
 
 TEXT = "\n".join(SENTENCES * 2)
@@ -101,3 +102,34 @@ def test_mistakes_are_one_line(tiny: Path, tmp_path: Path, text: Path, capsys: p
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"\xff\xfe")
     assert "bad.txt" in fails(capsys, *base, "--text", bad)
+
+
+def test_rouge_of_summaries(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SQuALITY's layout and a plain one; the full cache agrees with itself; a window of all agrees too."""
+    responses = [{"response_text": t} for t in SENTENCES[:2]]
+    squality = {"document": TEXT, "questions": [{"question_text": "What is the plot?", "responses": responses}]}
+    for line in (squality, {"document": TEXT, "summary": SENTENCES[0]}, {"prompt": TEXT, "references": SENTENCES[:3]}):
+        path = tmp_path / "d.jsonl"
+        path.write_text(f"{json.dumps(line)}\n{json.dumps(line)}\n")
+        base = ["rouge", "--checkpoint_path", tiny, "--text", path, "--context", 200, "--max_new_tokens", 12]
+        r = record(tmp_path, *base, "--caches", "quantize_kv:sink_size=2,window_size=200", "compress_kv:window_size=2")
+        full, same, other = r["rows"]
+        assert full["rouge_l_to_full"]["mean"] == same["rouge_l_to_full"]["mean"] == 1
+        assert full["rouge_l"] == same["rouge_l"] and full["documents"] == 2
+        assert other["rouge_l_to_full"]["mean"] < 1
+        assert SENTENCES[0] not in json.dumps(r)
+    assert "were cut to fit" in capsys.readouterr().err
+    for line, message in (
+        ('{"document": "a"}', "line 1: the field 'summary'"),
+        ("{", "line 1: not JSON"),
+        ("", "no document"),
+    ):
+        path.write_text(line)
+        assert message in fails(capsys, *base)
+
+
+def test_an_interval_holds_its_mean_and_narrows() -> None:
+    few = summaries.mean_and_interval([0.1, 0.5, 0.3])
+    many = summaries.mean_and_interval([0.1, 0.5, 0.3] * 50)
+    assert few["low"] <= few["mean"] <= few["high"] and few["high"] - few["low"] > many["high"] - many["low"]
+    assert summaries.rouge_l("the fox jumps", ["a dog", "the fox jumped"]) == 1  # stemmed; the best reference
