@@ -4,6 +4,7 @@ Each picture is made where its data is among the files, as PNG and SVG, and read
 
   memory      weights, cache and the rest as the context grows, per cache   (the plan; no file needed)
   cache       cache bytes against context: allocated (points), planned (lines)         (no file needed)
+  table       perplexity, divergence, passkeys, ROUGE-L, tokens/s and memory per cache               any of them
   frontier    mean KL against cache bytes                            evaluate.py divergence or perplexity
   position    mean KL by position in the window                      evaluate.py divergence or perplexity
   passkeys    share recalled by length and depth, a map per cache                     evaluate.py passkey
@@ -175,6 +176,38 @@ def draw_passkeys(rows: list[dict[str, Any]], out: Path) -> None:
     save(figure, out, "passkeys")
 
 
+def draw_table(records: list[dict[str, Any]], out: Path) -> None:
+    """Every figure of every cache side by side, as far as the files have them."""
+    cells: dict[str, dict[str, str]] = {}
+    for record in records:
+        for r in record.get("rows", []):
+            row = cells.setdefault(r["cache"], {})
+            if record["kind"] in ("perplexity", "divergence") and r["text"] == record["rows"][0]["text"]:
+                row |= {"perplexity": f"{r['perplexity']:.4f}", "mean KL": f"{r['kl']:.1e}"}
+                row["same top"], row["cache"] = f"{r['same_top']:.2%}", f"{r['cache_bytes'] / 2**20:.2f} MiB"
+            elif record["kind"] == "passkey":
+                row["passkeys"] = f"{r['mean']:.0%}"
+            elif record["kind"] == "rouge":
+                row["ROUGE-L"] = f"{r['rouge_l']['mean']:.4f}"
+                row["to full"] = f"{r['rouge_l_to_full']['mean']:.4f}"
+        if "decode_tokens_per_s" in record:  # generate.py's report
+            knobs = ",".join(f"{k}={v}" for k, v in record["cache"].items() if k != "name")
+            setting = f"{record['cache']['name']}:{knobs}" if knobs else record["cache"]["name"]
+            cells.setdefault(setting, {})["tokens/s"] = f"{record['decode_tokens_per_s']:.1f}"
+    order = ("cache", "perplexity", "mean KL", "same top", "passkeys", "ROUGE-L", "to full", "tokens/s")
+    columns = [c for c in order if any(c in row for row in cells.values())]
+    figure, axis = plt.subplots(figsize=(1.7 + 1.05 * len(columns), 0.3 + 0.3 * len(cells)))
+    axis.axis("off")
+    table = axis.table(
+        [[row.get(c, "") for c in columns] for row in cells.values()],
+        rowLabels=[short(setting) for setting in cells], colLabels=columns, loc="center", cellLoc="right",
+    )  # fmt: skip
+    table.auto_set_font_size(False)
+    table.set_fontsize(9)
+    table.scale(1, 1.4)
+    save(figure, out, "table")
+
+
 def read(paths: list[Path]) -> list[dict[str, Any]]:
     """Every JSON object of the files, one a line or one a file."""
     found = []
@@ -199,6 +232,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     scores = [row for r in records if r.get("kind") in ("perplexity", "divergence") for row in r["rows"]]
     keys = [row for r in records if r.get("kind") == "passkey" for row in r["rows"]]
+    if any("rows" in r or "decode_tokens_per_s" in r for r in records):
+        draw_table(records, args.out)
     draw_memory(args.out)
     draw_cache(args.out)
     if scores:

@@ -15,12 +15,16 @@ def files(folder: Path) -> list[str]:
         "quantize_kv:sink_size=16,window_size=32",
         "compress_kv:sink_size=16,window_size=32,positions=cache",
     ]
-    rows = [
-        {"text": text, "cache": c, "cache_bytes": 1e6 * (i + 1), "kl": 10.0**-i if i else 0.0,
-         "by_position": {"0-256": {"kl": 0.1 * i}, "256-1024": {"kl": 0.2 * i}}}
-        for text in ("a.txt", "b.txt") for i, c in enumerate(caches)
-    ]  # fmt: skip
-    keys = [{"cache": c, "recalled": {"1024": {"0": 1.0, "0.5": 0.5}, "2048": {"0": 0.0, "0.5": 1.0}}} for c in caches]
+    rows = []
+    for text in ("a.txt", "b.txt"):
+        for i, cache in enumerate(caches):
+            positions = {"0-256": {"kl": 0.1 * i}, "256-1024": {"kl": 0.2 * i}}
+            row = {"text": text, "cache": cache, "cache_bytes": 1e6 * (i + 1), "perplexity": 9.0, "same_top": 1.0}
+            rows.append(row | {"kl": 10.0**-i if i else 0.0, "by_position": positions})
+    keys = [
+        {"cache": c, "mean": 0.5, "recalled": {"1024": {"0": 1.0, "0.5": 0.5}, "2048": {"0": 0.0, "0.5": 1.0}}}
+        for c in caches
+    ]
     (folder / "d.json").write_text(json.dumps({"kind": "divergence", "rows": rows}) + "\n")
     (folder / "p.json").write_text(json.dumps({"kind": "passkey", "rows": keys}, indent=1))
     return [str(folder / "d.json"), str(folder / "p.json")]
@@ -28,7 +32,7 @@ def files(folder: Path) -> list[str]:
 
 def test_every_picture_is_made_from_the_files_alone(tmp_path: Path) -> None:
     plot.main([*files(tmp_path), "--out", str(tmp_path / "pictures")])
-    for name in ("memory", "cache", "frontier", "position", "passkeys"):
+    for name in ("table", "memory", "cache", "frontier", "position", "passkeys"):
         png, svg = ((tmp_path / "pictures" / f"{name}.{ending}").read_bytes() for ending in ("png", "svg"))
         assert png.startswith(b"\x89PNG") and len(png) > 3000 and b"<svg" in svg
 
