@@ -97,6 +97,8 @@ def card(model: Transformer, run: dict[str, Any], scores: dict[str, Any], args: 
         "| " + " | ".join(text["by_position"]) + " |",
         "|" + "---:|" * len(text["by_position"]),
         "| " + " | ".join(f"{v:.4f}" for v in text["by_position"].values()) + " |",
+        "",
+        f"As much of the text it was trained on: {scores['training_text']['bits_per_byte']:.4f} bits per byte.",
     ]
     if keys:
         lines += [

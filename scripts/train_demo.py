@@ -37,7 +37,7 @@ import demo_data
 from demo_scores import card, score_passkeys, score_text
 
 from checkpoint import load_model, open_checkpoint
-from model import Config, LayerCache, Rope, Step, Transformer
+from model import Attention, Config, FeedForward, LayerCache, Rope, Step, Transformer
 from options import Parser, positive
 from tokenizer import UserError
 
@@ -120,11 +120,17 @@ class Trainer:
         self.model, self.args, self.device = model, args, device
         self.cache = TrainingCache(model.config.n_layer, device)
         matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
-        rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
+        embeddings = [p for n, p in model.named_parameters() if "embed" in n]
+        norms = [p for n, p in model.named_parameters() if p.dim() != 2]
+        groups = [{"params": embeddings, "weight_decay": args.embedding_decay}, {"params": norms, "weight_decay": 0.0}]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"),
+            torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=device.type == "cuda"),
         ]
+        if args.dropout:  # of the embeddings and of what each branch adds: a hook, so that model.py needs no training
+            for module in model.modules():
+                if isinstance(module, Attention | FeedForward | torch.nn.Embedding):
+                    module.register_forward_hook(lambda m, _, out: F.dropout(out, args.dropout, m.training))
         self.done = 0.0  # share of the time
         self.n_step = self.n_token = 0
         self.curve: list[dict[str, float]] = []
@@ -262,7 +268,7 @@ def make_parser() -> Parser:
     p = Parser("train_demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--text", type=Path, nargs="+", required=True, help="training text, plain or .xz")
     p.add_argument("--extra", type=Path, nargs="*", default=[], help="more text, read --extra_passes times a pass")
-    p.add_argument("--extra_passes", type=positive, default=2)
+    p.add_argument("--extra_passes", type=positive, default=1)
     p.add_argument("--val", type=Path, required=True, help="held-out text")
     p.add_argument("--export", type=Path, required=True, help="the folder that the checkpoint is written to")
     p.add_argument("--state", type=Path, default=Path("outputs/train_demo.pt"), help="where a run is kept")
@@ -276,11 +282,13 @@ def make_parser() -> Parser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--lr", type=float, default=4e-3)
     p.add_argument(
-        "--weight_decay", type=float, default=0.5,
+        "--weight_decay", type=float, default=0.6,
         help="of matrices; many passes over little text want much: what is learnt is forgotten in "
-        "1 / (lr * weight_decay) steps, and the text's details before its rules (default: 0.5)",
+        "1 / (lr * weight_decay) steps, and the text's details before its rules (default: 0.6)",
     )  # fmt: skip
-    p.add_argument("--short_share", type=float, default=0.55, help=f"of the time, on {SHORT} tokens (default: 0.55)")
+    p.add_argument("--embedding_decay", type=float, default=0.1, help="the same, of the embeddings (default: 0.1)")
+    p.add_argument("--dropout", type=float, default=0.1, help="while training; for many passes too (default: 0.1)")
+    p.add_argument("--short_share", type=float, default=0.6, help=f"of the time, on {SHORT} tokens (default: 0.6)")
     p.add_argument("--batch_tokens", type=positive, default=262_144, help="of one step")
     p.add_argument("--part_tokens", type=positive, default=65_536, help="of one forward and backward pass")
     p.add_argument("--vocab_size", type=positive, default=4096)
@@ -329,8 +337,10 @@ def run(args: argparse.Namespace) -> None:
     trainer.save(args.state)
     export(model, model_bytes, args.export)
     model.eval()
+    sizes = demo_data.token_bytes(processor)
     scores = {
-        "text": score_text(model, trainer.cache, val, demo_data.token_bytes(processor)),
+        "text": score_text(model, trainer.cache, val, sizes),
+        "training_text": score_text(model, trainer.cache, tokens[: min(len(val), len(tokens))], sizes),
         "passkeys": score_passkeys(model, trainer.cache, val, processor, args.trials, args.seed),
     }
     (args.export / "README.md").write_text(card(model, vars(trainer), scores, args))
