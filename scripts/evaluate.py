@@ -23,6 +23,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ CACHES = [
 ]
 BUCKETS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 ANSWER_TOKENS = 8
+Save = Callable[[list[dict[str, Any]]], None]  # called with the rows that are done
 
 
 class Subject:
@@ -143,7 +145,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
     return t.mean().item(), (t.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
 
 
-def score_texts(subject: Subject) -> list[dict[str, Any]]:
+def score_texts(subject: Subject, save: Save) -> list[dict[str, Any]]:
     """One row per text and setting, with everything that perplexity and divergence report."""
     rows = []
     texts = subject.texts()
@@ -163,6 +165,7 @@ def score_texts(subject: Subject) -> list[dict[str, Any]]:
             row_of(text, subject, policy, results, scored[0], n_bytes)
             for policy, results in zip(subject.policies, scored, strict=True)
         ]
+        save(rows)
     bar.close()
     return rows
 
@@ -198,7 +201,7 @@ def row_of(
     }  # fmt: skip
 
 
-def score_passkeys(subject: Subject) -> list[dict[str, Any]]:
+def score_passkeys(subject: Subject, save: Save) -> list[dict[str, Any]]:
     """Greedy answers from the real caches. All but the question is read first, so that the answer can only
     come from what the cache holds of it."""
     args = subject.args
@@ -226,6 +229,7 @@ def score_passkeys(subject: Subject) -> list[dict[str, Any]]:
         cells = [share for row in right.values() for share in row.values()]
         rows.append({"cache": format_policy(policy), "recalled": right, "mean": sum(cells) / len(cells),
                      "trials_per_cell": args.trials, **subject.memory(policy, longest)})  # fmt: skip
+        save(rows)
     bar.close()
     return rows
 
@@ -250,7 +254,7 @@ def recalls(
     return "".join(itertools.takewhile(str.isdigit, answer.strip())) == key
 
 
-def score_summaries(subject: Subject) -> list[dict[str, Any]]:
+def score_summaries(subject: Subject, save: Save) -> list[dict[str, Any]]:
     """Greedy summaries by every cache. A document is cut at its end where the prompt would not fit."""
     args = subject.args
     if len(args.text) != 1:
@@ -274,13 +278,23 @@ def score_summaries(subject: Subject) -> list[dict[str, Any]]:
             tokens = [token for row in rows for token in row if token is not None and token not in subject.end_ids]
             texts.append(subject.tokenizer.decode(tokens))
             bar.update()
+        save(summary_rows(subject, documents, written))
     bar.close()
     if n_cut:
         print(f"{n_cut} of {len(documents)} documents were cut to fit {context} tokens", file=sys.stderr)
+    return summary_rows(subject, documents, written)
+
+
+def summary_rows(
+    subject: Subject, documents: list[summaries.Document], written: list[list[str]]
+) -> list[dict[str, Any]]:
+    """One row per setting, over the documents that all of them have summarised."""
+    path, context = subject.args.text[0], min(subject.args.context, subject.config.context)
+    documents = documents[: len(written[-1])]
     return [
         {
-            "text": args.text[0].name,
-            "sha256": hashlib.sha256(args.text[0].read_bytes()).hexdigest(),
+            "text": path.name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "cache": format_policy(policy),
             "documents": len(documents),
             "rouge_l": summaries.mean_and_interval(
@@ -295,7 +309,7 @@ def score_summaries(subject: Subject) -> list[dict[str, Any]]:
     ]
 
 
-def record(subject: Subject, kind: str, rows: list[dict[str, Any]], argv: list[str]) -> dict[str, Any]:
+def record(subject: Subject, kind: str, rows: list[dict[str, Any]], argv: list[str], finished: bool) -> dict[str, Any]:
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
@@ -303,7 +317,8 @@ def record(subject: Subject, kind: str, rows: list[dict[str, Any]], argv: list[s
         "kind": kind, "model": subject.name, "dtype": str(subject.dtype).removeprefix("torch."),
         "device": str(subject.device), "seed": subject.args.seed, "torch": torch.__version__,
         "python": sys.version.split()[0], "commit": git.stdout.strip() or None,
-        "command": ["scripts/evaluate.py", *(Path(w).name if "/" in w else w for w in argv)], "rows": rows,
+        "command": ["scripts/evaluate.py", *(Path(w).name if "/" in w else w for w in argv)], "finished": finished,
+        "rows": rows,
     }  # fmt: skip
 
 
@@ -335,20 +350,25 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         raise UserError(f"--context {args.context} is past the model's context of {subject.config.context}")
     if any(not 0 <= depth <= 1 for depth in args.depths):
         raise UserError("--depths lie between 0 and 1")
+
+    def save(rows: list[dict[str, Any]], finished: bool = False) -> None:
+        """What is done so far: a crash later loses none of it."""
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            part = args.json.with_name(args.json.name + ".part")
+            part.write_text(json.dumps(record(subject, args.kind, rows, argv, finished)) + "\n")
+            part.replace(args.json)
+
     if args.kind == "passkey":
-        rows = score_passkeys(subject)
+        rows = score_passkeys(subject, save)
         tables.print_passkeys(rows)
     elif args.kind == "rouge":
-        rows = score_summaries(subject)
+        rows = score_summaries(subject, save)
         tables.print_summaries(rows)
     else:
-        rows = score_texts(subject)
+        rows = score_texts(subject, save)
         tables.print_scores(rows, args.kind)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        part = args.json.with_name(args.json.name + ".part")
-        part.write_text(json.dumps(record(subject, args.kind, rows, argv)) + "\n")
-        part.replace(args.json)
+    save(rows, finished=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@
   python scripts/sweep.py --name speed --kind speed -- --prompt 4000 --max_new_tokens 64
 
 KIND is one of evaluate.py's, or `speed` (generate.py's report). What stands behind `--` goes to that program.
-A task whose result is there is skipped; one that fails leaves nothing behind, is tried again by the next
+A task whose result is there is skipped; one that fails or was killed is not done, is tried again by the next
 call, and makes this one exit with 1 after the others have run. Programs write their results in one step,
 so a killed sweep goes on where it was, and tasks may run at the same time (sweep.sbatch: `--count`, `--index`).
 """
@@ -39,9 +39,10 @@ class Task:
     command: tuple[str, ...]
 
     def is_done(self) -> bool:
-        """Whether the result is there, whole."""
+        """Whether the result is there, whole: evaluate.py saves what it has so far, and says so."""
         try:
-            return isinstance(json.loads(self.result.read_text()), dict)
+            record = json.loads(self.result.read_text())
+            return isinstance(record, dict) and record.get("finished", True)
         except (FileNotFoundError, json.JSONDecodeError):
             return False
 

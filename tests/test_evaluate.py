@@ -7,10 +7,12 @@ import json
 import lzma
 from pathlib import Path
 
-import evaluate
 import pytest
-import summaries
 from conftest import SENTENCES
+
+pytest.importorskip("rouge_score", reason="evaluate.py needs rouge_score")
+import evaluate
+import summaries
 
 TEXT = "\n".join(SENTENCES * 2)
 CACHES = ["--caches", "quantize_kv:sink_size=2,window_size=8", "compress_kv:sink_size=2,window_size=8"]
@@ -82,6 +84,26 @@ def test_passkeys_read_the_cache(tiny: Path, tmp_path: Path, text: Path, monkeyp
     assert len(reads) == 2 * 3 * 2 * 2 * 2
     assert {a + b for a, b in zip(reads[::2], reads[1::2], strict=True)} == {200, 240}
     assert all(set(row["recalled"]) == {"200", "240"} for row in r["rows"])
+
+
+def test_a_crash_loses_no_finished_result(
+    tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passkeys: the second setting fails; the first one's figures are in the file, which says it is not finished."""
+    original = evaluate.recalls
+
+    def crash(subject, policy, *rest):  # type: ignore[no-untyped-def]
+        if policy.name == "quantize_kv":
+            raise KeyboardInterrupt
+        return original(subject, policy, *rest)
+
+    monkeypatch.setattr(evaluate, "recalls", crash)
+    out = tmp_path / "out.json"
+    argv = ["--checkpoint_path", str(tiny), "--text", str(text), "--lengths", "200", "--json", str(out), *CACHES]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(["passkey", *argv])
+    saved = json.loads(out.read_text())
+    assert [row["cache"] for row in saved["rows"]] == ["full"] and not saved["finished"]
 
 
 def test_mistakes_are_one_line(tiny: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

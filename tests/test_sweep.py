@@ -40,11 +40,12 @@ def test_every_setting_is_visited_once_and_then_skipped(
     for f in files:
         assert f.read_text().count("\n") == 1 and json.loads(f.read_text())["rows"]
     files[1].write_text('{"half of a')  # as if killed by a program that does not write in one step
+    files[2].write_text('{"finished": false, "rows": []}')  # as if killed between two texts
     ran: list[str] = []
     original = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda c, **k: ran.append(c[1]) or original(c, **k))
     sweep.main([*argv, *rest(tiny, tmp_path)])
-    assert len([c for c in ran if c.endswith("evaluate.py")]) == 1
+    assert len([c for c in ran if c.endswith("evaluate.py")]) == 2
 
 
 def test_a_failed_task_is_not_done_and_is_told(
