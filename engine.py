@@ -16,7 +16,9 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor, nn
 
+import kernels
 from checkpoint import first_bad_parameter
+from kernels.step import FusedStep
 from kv_cache import ModelCache
 from model import Transformer
 from tokenizer import UserError
@@ -101,18 +103,25 @@ class Engine:
     end_ids: frozenset[int] = frozenset()
     prefill_chunk: int = PREFILL_CHUNK
     capture: bool = True  # record the step as a CUDA graph where the cache's kernels allow it
+    fuse: bool = True  # small operations into the matrix products, where there are kernels for that
     lag: int = -1  # steps ahead of the tokens seen; -1: the device's best. 0 if the cache is used on after an end token
     timing: Timing = field(default_factory=Timing)
     hook: Callable[[str], None] | None = None  # called with "prefill", "decode", "step", "end"; for profiling
 
     def __post_init__(self) -> None:
         device = self.cache.shape.device
+        self.forward: Callable[[Tensor], Tensor] = lambda tokens: self.model(tokens, self.cache)[:, -1]
         self.device = device
         self.generator = torch.Generator(device).manual_seed(self.sampling.seed)
         self.tokens = torch.zeros(self.cache.shape.batch, 1, dtype=torch.int64, device=device)  # fed next
         self.picked = torch.zeros(self.cache.shape.batch, dtype=torch.int64, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.step_path = "eager step"
+        functions = kernels.for_device(device)
+        if self.fuse and functions is not kernels.eager:
+            fused = FusedStep(self.model, functions)
+            self.forward = lambda tokens: fused(tokens, self.cache)
+            self.step_path = "fused step"
         if self.lag < 0:
             self.lag = LAG if device.type == "cuda" else 0
         if self.capture and self.cache.layers[0].capturable:
@@ -131,7 +140,7 @@ class Engine:
         graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph):
             self._step()
-        self.graph, self.step_path = graph, "captured step (CUDA graph)"
+        self.graph, self.step_path = graph, self.step_path.replace("eager", "captured") + " (CUDA graph)"
         self.reset()
 
     def reset(self) -> None:
@@ -140,8 +149,7 @@ class Engine:
         self.generator.manual_seed(self.sampling.seed)
 
     def _step(self) -> None:
-        logits = self.model(self.tokens, self.cache)[:, -1]
-        self._choose(logits)
+        self._choose(self.forward(self.tokens))
 
     def _choose(self, logits: Tensor) -> None:
         self.picked.copy_(self.sampling.pick(logits, self.generator))

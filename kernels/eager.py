@@ -101,6 +101,45 @@ def rotate(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    swiglu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """weight @ x, with an RMSNorm before it and a bias, SwiGLU or a residual after it, where they are given.
+
+    x: [n_token, k]; weight: [n, k], the gate's rows before the up projection's with swiglu; bias: [n]; norm: [k];
+    residual: like the output, [n_token, n] or [n_token, n / 2]. Returns x's dtype.
+    """
+    if norm is not None:
+        x = F.rms_norm(x, norm.shape, norm, eps)
+    y = F.linear(x, weight, bias)
+    if swiglu:
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def rotate_qk(
+    qkv: Tensor, n_head: int, n_qk: int, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor, float] | None
+) -> None:
+    """RoPE, in place, of the first n_qk heads, of which n_head are q's; `norms` (q's, k's, eps) come before it.
+
+    qkv: [batch, head, head_dim]; cos, sin: float32 [batch, head_dim], as `model.Rope` has them.
+    """
+    qk = qkv[:, :n_qk]
+    if norms is not None:
+        q_norm, k_norm, eps = norms
+        q, k = qk.split([n_head, n_qk - n_head], 1)
+        qk = torch.cat((F.rms_norm(q, q_norm.shape, q_norm, eps), F.rms_norm(k, k_norm.shape, k_norm, eps)), 1)
+    turned = torch.addcmul(qk * cos[:, None], qk.roll(qkv.shape[2] // 2, -1), sin[:, None])
+    qkv[:, :n_qk] = turned.to(qkv.dtype)
+
+
 def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
     """Write one token per sequence; the one that it pushes out of the window is quantised, or dropped.
 

@@ -167,6 +167,7 @@ def split_kernel(
     """
     if OVERLAP:
         gdc_launch_dependents()  # the merging programs may take their places; they wait for these to end
+        gdc_wait()  # for the token's own key and value
     column, split = tl.program_id(0), tl.program_id(2)
     batch, kv_head = tl.program_id(1).to(tl.int64), (column // TILES).to(tl.int64)
     DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 32))
@@ -240,6 +241,7 @@ def combine_kernel(
     total = tl.zeros((1,), tl.float32)
     y = tl.zeros((DIMS,), tl.float32)
     if OVERLAP:
+        gdc_launch_dependents()
         gdc_wait()
     for start in range(0, n_split, CHUNK):
         split = start + tl.arange(0, CHUNK)
@@ -340,7 +342,8 @@ def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor
         group, regions.sink_size, n_slot, n_split, head_dim**-0.5,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, HAS_INT=has_int,
-        TURN_SINKS=sink_frequencies is not None, INTERPRET=INTERPRET, OVERLAP=overlap, num_warps=p.warps,
+        TURN_SINKS=sink_frequencies is not None, INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=p.warps,
     )  # fmt: skip
     chunk = min(triton.next_power_of_2(n_split), 64)
     dims = min(triton.next_power_of_2(head_dim), 1024 // chunk)

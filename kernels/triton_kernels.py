@@ -5,8 +5,19 @@ from __future__ import annotations
 from kernels.eager import causal_attention
 from kernels.triton_decode import decode_attention
 from kernels.triton_history import history_attention
+from kernels.triton_linear import linear, rotate_qk
 from kernels.triton_store import append, evict, store_chunk
 
 NAME = "Triton kernels"
 
-__all__ = ["NAME", "append", "causal_attention", "decode_attention", "evict", "history_attention", "store_chunk"]
+__all__ = [
+    "NAME",
+    "append",
+    "causal_attention",
+    "decode_attention",
+    "evict",
+    "history_attention",
+    "linear",
+    "rotate_qk",
+    "store_chunk",
+]

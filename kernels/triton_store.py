@@ -10,8 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.regions import Regions
+from kernels.triton_decode import processor
 
 ROUND = tl.constexpr(12582912.0)  # adding and subtracting it rounds a small float32 to nearest even
 
@@ -36,9 +38,12 @@ def append_kernel(
     k_new, v_new, k, v, k_int, v_int, k_scale, v_scale, positions,
     new_stride_kb, new_stride_kh, new_stride_vb, new_stride_vh, slot_stride_b, slot_stride_h,
     row_stride_b, row_stride_h, scale_stride_b, scale_stride_h, n_kv_head, sink_size, window_size,
-    HEAD_DIM: tl.constexpr, HAS_INT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence and KV head, 0 for K and 1 for V)."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     batch, head = (tl.program_id(0) // n_kv_head).to(tl.int64), (tl.program_id(0) % n_kv_head).to(tl.int64)
     if tl.program_id(1) == 0:
         append_one(
@@ -87,10 +92,12 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
         (regions.k_int, regions.v_int, regions.k_scale, regions.v_scale) if has_int else (regions.k,) * 4
     )
     assert k_int is not None and v_int is not None and k_scale is not None and v_scale is not None
+    overlap = processor(k.device)[1]
     append_kernel[(batch * n_kv_head, 2)](
         k, v, regions.k, regions.v, k_int, v_int, k_scale, v_scale, positions,
         *k.stride()[:2], *v.stride()[:2], *regions.k.stride()[:2], *k_int.stride()[:2], *k_scale.stride()[:2],
-        n_kv_head, regions.sink_size, regions.window_size, HEAD_DIM=head_dim, HAS_INT=has_int, num_warps=1,
+        n_kv_head, regions.sink_size, regions.window_size, HEAD_DIM=head_dim, HAS_INT=has_int,
+        OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
     )  # fmt: skip
 
 

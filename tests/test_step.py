@@ -1,0 +1,85 @@
+"""The fused step of a decode: its matrix products against float64, and the whole of it against the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, make
+from kernel_reference import BF16, DEVICES, FP16, FP32, poison  # chooses the interpreter before Triton is loaded
+from torch import Tensor
+
+from checkpoint import load_model, open_checkpoint
+from kernels import eager, triton_kernels
+from kernels.step import FusedStep
+from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
+
+CLOSE = {FP32: 1e-5, FP16: 1.5e-3, BF16: 1e-2}  # relative to the whole output: a few roundings of its dtype
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    torch.manual_seed(0)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("n_token", [1, 3])
+@pytest.mark.parametrize(("k", "n"), [(64, 12), (672, 33)])  # K a power of two, or not
+def test_linear(dtype: torch.dtype, n_token: int, k: int, n: int, device: str) -> None:
+    for swiglu in (False, True):
+        rows = 2 * n if swiglu else n
+        x, norm, residual = torch.randn(n_token, k), 1 + torch.rand(k), torch.randn(n_token, n)
+        x[:, 1] *= 30  # an outlier channel
+        weight, bias = torch.randn(rows, k) / k**0.5, torch.randn(rows)
+        around: list[dict[str, Tensor]] = [{}, {"norm": norm}, {"residual": residual}, {"norm": norm, "bias": bias}]
+        for given in around if not swiglu else around[:3]:
+            cast = {name: t.to(dtype) for name, t in {"x": x, "weight": weight, **given}.items()}
+            want = eager.linear(**{name: t.double() for name, t in cast.items()}, eps=1e-5, swiglu=swiglu)
+            poison(device)
+            got = triton_kernels.linear(**{name: t.to(device) for name, t in cast.items()}, eps=1e-5, swiglu=swiglu)
+            assert got.dtype == dtype
+            error = (got.double().cpu() - want).norm() / want.norm()
+            assert error < CLOSE[dtype], (swiglu, list(given))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize(("head_dim", "normed"), [(64, False), (96, False), (128, True)])
+def test_rotate_qk(dtype: torch.dtype, head_dim: int, normed: bool, device: str) -> None:
+    qkv, (cos, sin) = torch.randn(3, 7, head_dim).to(dtype), torch.randn(2, 3, head_dim)
+    norms = (torch.rand(head_dim).to(dtype), torch.rand(head_dim).to(dtype), 1e-6) if normed else None
+    wide = None if norms is None else (norms[0].double(), norms[1].double(), 1e-6)
+    want, got = qkv.double(), qkv.to(device)
+    eager.rotate_qk(want, 4, 6, cos.double(), sin.double(), wide)
+    there = None if norms is None else (norms[0].to(device), norms[1].to(device), 1e-6)
+    triton_kernels.rotate_qk(got, 4, 6, cos.to(device), sin.to(device), there)
+    assert (got.double().cpu() - want).norm() / want.norm() < CLOSE[dtype]
+    assert torch.equal(got[:, 6].cpu(), qkv[:, 6])  # v is left alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", [FullCache(), SelectiveCache(2, 2), SinkWindowCache(2, 2)], ids=str)
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_fused_step_is_the_model(n: int, family: str, policy: KVCache, tmp_path: Path, device: str) -> None:
+    """A ragged batch, decoded: by the twins and by the kernels, at float32."""
+    make(family, tmp_path)
+    checkpoint = open_checkpoint(tmp_path, None)
+    config = checkpoint.config
+    model = load_model(checkpoint, torch.device(device), torch.float32)
+    shape = Shape(n, config.n_kv_head, config.head_dim, 20, torch.float32, torch.device(device))
+    tokens = torch.randint(97, (10, n, 1), device=device)
+    outs = []
+    with torch.inference_mode():
+        for kernels in (None, eager, triton_kernels):
+            if kernels is triton_kernels and device == "cpu" and family not in ("qwen2", "qwen3"):
+                continue  # a bias, a norm of q and k; the interpreter takes its time
+            cache = ModelCache(policy, config.n_layer, shape)
+            for b, length in enumerate((3, 7)[:n]):
+                model(tokens[:length, b].T, cache.slot(b))
+            step = (lambda t, c: model(t, c)[:, -1]) if kernels is None else FusedStep(model, kernels)
+            outs.append(torch.stack([step(t, cache) for t in tokens[:4]]))
+    assert (outs[1] - outs[0]).abs().max() < 1e-4
+    # a rounding that differs in the last bit may turn an integer of the middle into its neighbour
+    most = 5e-2 if device == "cuda" and isinstance(policy, SelectiveCache) else 1e-4
+    assert (outs[-1] - outs[0]).abs().max() < most
