@@ -241,8 +241,8 @@ def combine_kernel(
     total = tl.zeros((1,), tl.float32)
     y = tl.zeros((DIMS,), tl.float32)
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()  # not before: the next launch would take room and reads from the splits
     for start in range(0, n_split, CHUNK):
         split = start + tl.arange(0, CHUNK)
         wrote = tl.where(split < n_float, split * float_len < n_full, (split - n_float) * int_len < n_int)

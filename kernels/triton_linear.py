@@ -114,6 +114,8 @@ class Plan(NamedTuple):
 
 def plan(n_out: int, k: int, swiglu: bool, itemsize: int) -> Plan:
     """What measured best on an H200 in bfloat16 for Llama 8B's shapes (LOG.md, 2026-11-24)."""
+    if k * itemsize > 16384:
+        return Plan(1, 16384 // itemsize, 16)
     widest = min(triton.next_power_of_2(k), 8192 // itemsize)
     if n_out * k * itemsize < 40 << 20 and not swiglu:  # few programs: smaller ones
         return Plan(2, max(16, min(widest, 4096 // itemsize)), 8)

@@ -42,8 +42,8 @@ def append_kernel(
 ):  # fmt: skip
     """Program (sequence and KV head, 0 for K and 1 for V)."""
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()  # not before: the splits must find every processor as empty as the next
     batch, head = (tl.program_id(0) // n_kv_head).to(tl.int64), (tl.program_id(0) % n_kv_head).to(tl.int64)
     if tl.program_id(1) == 0:
         append_one(
