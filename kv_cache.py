@@ -9,7 +9,7 @@ What a query at position p sees, with S = sink_size and W = window_size:
     cache          name           full precision              quantised   gone
     full           full           all                         -           -
     sink + window  compress_kv    pos < S and pos > p - W     -           the rest
-    selective      quantize_kv    pos < S and pos > p - W     the rest    -
+    selective      quantize_kv    pos < S and pos > p - W     the rest    -      (8 or 4 bits: quantize.py)
 
 A chunk of tokens sees itself causally in full precision, and what the cache held when the chunk's
 first token came. A token is written once, and quantised once: when it leaves the window.
@@ -34,7 +34,8 @@ from torch import Tensor
 import kernels
 from kernels import Regions
 from kernels.eager import rotate
-from quantize import dequantize, quantize, require_finite
+from kernels.regions import Stored
+from quantize import INT8, Format, hadamard, require_finite
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class RopeLike(Protocol):
     def frequencies(self) -> Tensor: ...
 
 
-def knob(default: Any, help: str, least: int | None = None, choices: Sequence[str] = ()) -> Any:
-    """A dataclass field that becomes a command-line flag. least: the smallest value allowed."""
-    return field(default=default, metadata={"help": help, "least": least, "choices": tuple(choices)})
+def knob(default: Any, help: str, least: int | None = None, choices: Sequence[Any] = (), rare: bool = False) -> Any:
+    """A dataclass field that becomes a command-line flag. least: the smallest value allowed; rare: a setting's
+    name leaves it out where it has its default."""
+    return field(default=default, metadata={"help": help, "least": least, "choices": tuple(choices), "rare": rare})
 
 
 @dataclass
@@ -81,7 +83,7 @@ class KVCache:
             if least is not None and value < least:
                 raise ValueError(f"--{f.name} must be at least {least}, not {value}")
             if f.metadata.get("choices") and value not in f.metadata["choices"]:
-                raise ValueError(f"--{f.name} must be one of {', '.join(f.metadata['choices'])}, not {value}")
+                raise ValueError(f"--{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, not {value}")
 
     @property
     def n_exact(self) -> int:
@@ -153,6 +155,10 @@ class _RegionCache(KVCache):
 
     quantises: ClassVar[bool] = False
 
+    def formats(self) -> tuple[Format, Format]:
+        """K's and V's, in what has left the window."""
+        return INT8, INT8
+
     def allocate(self, shape: Shape) -> None:
         sink, window = self.sizes(shape.capacity)
         sink = min(sink, shape.capacity)
@@ -164,11 +170,17 @@ class _RegionCache(KVCache):
             return torch.zeros(shape.batch, shape.n_kv_head, n, *tail, dtype=dtype, device=shape.device)
 
         k, v = (room(sink + window, shape.dtype, shape.head_dim) for _ in "kv")
-        k_int = v_int = k_scale = v_scale = None
+        k_format, v_format = self.formats()
+        k_int = v_int = k_scale = v_scale = rotation = None
         if n_row:
-            k_int, v_int = (room(n_row, torch.int8, shape.head_dim) for _ in "kv")
-            k_scale, v_scale = (room(n_row, torch.float32) for _ in "kv")
-        self.regions = Regions(k, v, k_int, v_int, k_scale, v_scale, sink, window)
+            k_format.check(shape.head_dim)
+            v_format.check(shape.head_dim)
+            rows = (shape.batch, shape.n_kv_head, n_row)
+            k_int, k_scale = k_format.room(rows, shape.head_dim, shape.device)
+            v_int, v_scale = v_format.room(rows, shape.head_dim, shape.device)
+            if k_format.rotated:
+                rotation = hadamard(shape.head_dim, shape.device).to(shape.dtype)
+        self.regions = Regions(k, v, k_int, v_int, k_scale, v_scale, sink, window, k_format, v_format, rotation)
         self.kernels = kernels.for_device(shape.device)
 
     def use_reference(self) -> None:
@@ -186,8 +198,8 @@ class _RegionCache(KVCache):
         r = self.regions
         slot_bytes = 2 * r.k[:, :, 0].nbytes
         sizes = {"sink": r.sink_size * slot_bytes, "window": r.window_size * slot_bytes}
-        sizes["quantised"] = sum(ints.nbytes for _, ints, _ in r.quantised())
-        sizes["scales"] = sum(scale.nbytes for _, _, scale in r.quantised())
+        sizes["quantised"] = sum(part.ints.nbytes for part in r.quantised())
+        sizes["scales"] = sum(part.scales.nbytes for part in r.quantised())
         return {region: n for region, n in sizes.items() if n}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, rope: RopeLike) -> Tensor:
@@ -216,12 +228,13 @@ class _RegionCache(KVCache):
         middle = (past >= r.sink_size) & (past <= start - r.window_size)
         slots = torch.where(past < r.sink_size, past, r.sink_size + (past - r.sink_size) % r.window_size)
         dense = []
-        for chunk, values, (ints, scales) in zip((k, v), (r.k, r.v), self._rows(row), strict=True):
+        stored: list[Stored | None] = list(r.quantised()) or [None, None]
+        for chunk, values, held in zip((k, v), (r.k, r.v), stored, strict=True):
             kept = values[row, :, slots[~middle]].float()
             parts = [kept[:, : r.sink_size], kept[:, r.sink_size :], chunk.float()]
-            if ints is not None and scales is not None:
+            if held is not None:
                 rows = past[middle] - r.sink_size
-                parts.insert(1, dequantize(ints[:, rows], scales[:, rows]))
+                parts.insert(1, held.format.dequantize(held.ints[row, :, rows], held.scales[row, :, rows]))
             dense.append(torch.cat(parts, 1))
         positions = past if self.regions.k_int is not None else past[~middle]
         for i in range(k.shape[1]):
@@ -232,18 +245,15 @@ class _RegionCache(KVCache):
         own = torch.arange(start, start + k.shape[1], device=k.device)
         return dense[0], dense[1], torch.cat((positions, own))
 
-    def _rows(self, row: int) -> list[tuple[Tensor, Tensor] | tuple[None, None]]:
-        """K's and V's integers [n_kv_head, n_row, head_dim] and scales of one sequence."""
-        return [(i[row], s[row]) for _, i, s in self.regions.quantised()] or [(None, None)] * 2
-
     def _leave(self, row: int, pos: int) -> None:
         """The token at `pos` leaves the window: quantise it, this once."""
         if pos < self.regions.sink_size:
             return
-        for values, ints, scales in self.regions.quantised():
+        at = pos - self.regions.sink_size
+        for values, ints, scales, form in self.regions.quantised():
             token = values[row, :, self.regions.slot(pos)]
             require_finite(token, f"the key or value at position {pos}")
-            ints[row, :, pos - self.regions.sink_size], scales[row, :, pos - self.regions.sink_size] = quantize(token)
+            ints[row, :, at], scales[row, :, at] = form.quantize(token)
 
 
 @dataclass
@@ -299,7 +309,7 @@ class SinkWindowCache(_RegionCache):
 
 @dataclass
 class SelectiveCache(_RegionCache):
-    """Keep the first and the most recent tokens in full precision and everything between them in int8."""
+    """Keep the first and the most recent tokens in full precision and everything between them in 8 or 4 bits."""
 
     name: ClassVar[str] = "quantize_kv"
     quantises: ClassVar[bool] = True
@@ -310,6 +320,27 @@ class SelectiveCache(_RegionCache):
         "most recent tokens kept in full precision: a larger one is closer to the full cache, and larger",
         1,
     )
+
+    k_bits: int = knob(
+        8,
+        "8 or 4 bits for the keys between them: half the memory; keys are the more sensitive",
+        choices=(8, 4),
+        rare=True,
+    )  # fmt: skip
+    v_bits: int = knob(8, "8 or 4 bits for the values between them: half the memory", choices=(8, 4), rare=True)
+    group_size: int = knob(
+        0, "elements that share a scale at 4 bits, head_dim or half of it; 0: head_dim. Half is closer, and "
+        "0.25 to 0.5 bits an element larger", 0, rare=True,
+    )  # fmt: skip
+    rotate: bool = knob(
+        True,
+        "turn 4-bit keys and their queries by a Hadamard matrix, which spreads outliers: costs no memory",
+        rare=True,
+    )
+
+    def formats(self) -> tuple[Format, Format]:
+        size = self.group_size
+        return Format(self.k_bits, size, self.rotate) if self.k_bits == 4 else INT8, Format(self.v_bits, size)
 
     @property
     def n_exact(self) -> int:

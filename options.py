@@ -77,7 +77,9 @@ def parse_policy(text: str) -> KVCache:
 
 def format_policy(policy: KVCache) -> str:
     """What `parse_policy` reads."""
-    knobs = ",".join(f"{k}={str(v).lower()}" for k, v in dataclasses.asdict(policy).items())
+    values = [(f, getattr(policy, f.name)) for f in dataclasses.fields(policy)]
+    shown = [(f.name, v) for f, v in values if v != f.default or not f.metadata.get("rare")]
+    knobs = ",".join(f"{name}={str(v).lower()}" for name, v in shown)
     return f"{policy.name}:{knobs}" if knobs else policy.name
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.regions import Regions
-from quantize import quantize
+from quantize import INT8, Format
 
 NAME = "PyTorch kernels"
 BLOCK = 2048  # keys at a time: their float32 form must stay in a CPU's cache, and calls be few
@@ -59,8 +59,10 @@ class RunningSoftmax:
         v_scale: Tensor | None = None,
         q: Tensor | None = None,
         hidden: Tensor | None = None,
+        k_format: Format = INT8,
+        v_format: Format = INT8,
     ) -> None:
-        """k, v: [batch, n_kv_head, key, head_dim], float or int8 with scales [batch, n_kv_head, key].
+        """k, v: [batch, n_kv_head, key, head_dim], or integers with scales, in their formats.
 
         q: another rotation of the queries for these keys. hidden: bool [row, key], True where a row
         must not look.
@@ -69,8 +71,8 @@ class RunningSoftmax:
         n_key = min(BLOCK, max(64, SCORES // query.shape[2]))
         for lo in range(0, k.shape[2], n_key):
             block = slice(lo, lo + n_key)
-            score = query @ self.scratch.float(k[:, :, block]).transpose(-1, -2)
-            if k_scale is not None:
+            score = query @ self.values(k, k_scale, k_format, block).transpose(-1, -2)
+            if k_scale is not None and k_format.bits == 8:
                 score *= k_scale[:, :, None, block]
             if hidden is not None:
                 score.masked_fill_(hidden[:, block], float("-inf"))
@@ -79,10 +81,16 @@ class RunningSoftmax:
             prob = score.sub_(safe).exp_()
             keep = (self.top - safe).exp_()
             self.total = self.total * keep + prob.sum(-1, keepdim=True)
-            if v_scale is not None:
+            if v_scale is not None and v_format.bits == 8:
                 prob *= v_scale[:, :, None, block]
-            self.out = self.out * keep + prob @ self.scratch.float(v[:, :, block])
+            self.out = self.out * keep + prob @ self.values(v, v_scale, v_format, block)
             self.top = top
+
+    def values(self, x: Tensor, scale: Tensor | None, format: Format, block: slice) -> Tensor:
+        """A block of keys or values in float32. int8's scale is left to the scores: 1 product, not head_dim."""
+        if scale is not None and format.bits == 4:
+            return format.stored(x[:, :, block], scale[:, :, block])
+        return self.scratch.float(x[:, :, block])
 
     def result(self) -> Tensor:
         """float32 [batch, n_kv_head, row, head_dim]; zero for a row that saw no key."""
@@ -148,8 +156,8 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
     for b, pos in enumerate(positions.tolist()):
         slot, n_left = regions.slot(pos), regions.n_left(pos + 1)
         if n_left > 0:
-            for values, ints, scales in regions.quantised():
-                ints[b, :, n_left - 1], scales[b, :, n_left - 1] = quantize(values[b, :, slot])
+            for values, ints, scales, form in regions.quantised():
+                ints[b, :, n_left - 1], scales[b, :, n_left - 1] = form.quantize(values[b, :, slot])
         regions.k[b, :, slot] = k[b]
         regions.v[b, :, slot] = v[b]
 
@@ -183,24 +191,28 @@ def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_freque
 
 def _decode_quantised(tile: Tensor, held: Regions, n_slot: int, n_left: int) -> Tensor:
     """All scores, one softmax, all values: for one query token the scores are few, and calls are what costs."""
-    (_, k_int, k_scale), (_, v_int, v_scale) = held.quantised()
+    (_, k_int, k_scale, k_format), (_, v_int, v_scale, v_format) = held.quantised()
     query = tile.float() * tile.shape[-1] ** -0.5
+    turned = k_format.turn(query)
     score = query.new_empty(*query.shape[:-1], n_slot + n_left)
     score[..., :n_slot] = query @ held.k[:, :, :n_slot].float().transpose(-1, -2)
-    scratch = Scratch()
-    if n_left >= BLOCK and tile.device.type == "cpu" and int8_products_are_exact():
-        _int8_scores(query[0], k_int[0, :, :n_left], score[0, ..., n_slot:])
+    softmax = RunningSoftmax(tile)  # for its scratch
+    blocks = [slice(lo, min(lo + BLOCK, n_left)) for lo in range(0, n_left, BLOCK)]
+    middle = score[..., n_slot:]
+    if n_left >= BLOCK and k_format.bits == 8 and tile.device.type == "cpu" and int8_products_are_exact():
+        _int8_scores(turned[0], k_int[0, :, :n_left], middle[0])
     else:
-        for lo in range(0, n_left, BLOCK):
-            hi = min(lo + BLOCK, n_left)
-            score[..., n_slot + lo : n_slot + hi] = query @ scratch.float(k_int[:, :, lo:hi]).transpose(-1, -2)
-    score[..., n_slot:] *= k_scale[:, :, None, :n_left]
+        for block in blocks:
+            middle[..., block] = turned @ softmax.values(k_int, k_scale, k_format, block).transpose(-1, -2)
+    if k_format.bits == 8:
+        middle *= k_scale[:, :, None, :n_left]
     prob = score.softmax(-1)
-    prob[..., n_slot:] *= v_scale[:, :, None, :n_left]
     y = prob[..., :n_slot] @ held.v[:, :, :n_slot].float()
-    for lo in range(0, n_left, BLOCK):
-        hi = min(lo + BLOCK, n_left)
-        y += prob[..., n_slot + lo : n_slot + hi] @ scratch.float(v_int[:, :, lo:hi])
+    prob = prob[..., n_slot:]
+    if v_format.bits == 8:
+        prob *= v_scale[:, :, None, :n_left]
+    for block in blocks:
+        y += prob[..., block] @ softmax.values(v_int, v_scale, v_format, block)
     return y
 
 
@@ -249,8 +261,10 @@ def _add_held(
     for lo, hi in spans:
         softmax.add(regions.k[:, :, lo:hi], regions.v[:, :, lo:hi])
     if n_left > 0 and regions.k_int is not None:
-        (_, k_int, k_scale), (_, v_int, v_scale) = regions.quantised()
-        softmax.add(k_int[:, :, :n_left], v_int[:, :, :n_left], k_scale[:, :, :n_left], v_scale[:, :, :n_left])
+        (_, *k, k_format), (_, *v, v_format) = regions.quantised()
+        (k_int, k_scale), (v_int, v_scale) = ((t[:, :, :n_left] for t in held) for held in (k, v))
+        query = k_format.turn(tile) if k_format.rotated else tile
+        softmax.add(k_int, v_int, k_scale, v_scale, query, k_format=k_format, v_format=v_format)
 
 
 def history_attention(
@@ -308,8 +322,8 @@ def store_chunk(regions: Regions, k: Tensor, v: Tensor, start: int) -> None:
     first = max(start, sink)  # chunk tokens that pass through the window without staying in it
     if first < end - window:
         rows, passing = slice(first - sink, end - window - sink), slice(first - start, end - window - start)
-        for chunk, (_, ints, scales) in zip((k, v), regions.quantised(), strict=False):
-            ints[:, :, rows], scales[:, :, rows] = quantize(chunk[:, :, passing])
+        for chunk, (_, ints, scales, form) in zip((k, v), regions.quantised(), strict=False):
+            ints[:, :, rows], scales[:, :, rows] = form.quantize(chunk[:, :, passing])
     kept = [*range(start, min(sink, end)), *range(max(start, sink, end - window), end)]
     slots = torch.tensor([regions.slot(pos) for pos in kept], device=k.device)
     index = torch.tensor([pos - start for pos in kept], device=k.device)
@@ -324,5 +338,5 @@ def _quantize_slots(regions: Regions, first: int, end: int) -> None:
         return
     slots = torch.tensor([regions.slot(pos) for pos in range(first, end)], device=regions.k.device)
     rows = slice(first - regions.sink_size, end - regions.sink_size)
-    for values, ints, scales in regions.quantised():
-        ints[:, :, rows], scales[:, :, rows] = quantize(values[:, :, slots])
+    for values, ints, scales, form in regions.quantised():
+        ints[:, :, rows], scales[:, :, rows] = form.quantize(values[:, :, slots])

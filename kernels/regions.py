@@ -7,6 +7,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from quantize import INT8, Format
+
+
+class Stored(NamedTuple):
+    """K or V: full precision, integers, scales, and how to read the last two."""
+
+    values: Tensor
+    ints: Tensor
+    scales: Tensor
+    format: Format
+
 
 class Regions(NamedTuple):
     """Sink and window in full precision, what has left the window as integers.
@@ -23,12 +34,15 @@ class Regions(NamedTuple):
 
     k: Tensor  # [batch, n_kv_head, sink_size + window_size, head_dim], a float dtype
     v: Tensor
-    k_int: Tensor | None  # int8 [batch, n_kv_head, n_row, head_dim]; None: what leaves is dropped
+    k_int: Tensor | None  # [batch, n_kv_head, n_row, bytes], as `k_format` has it; None: what leaves is dropped
     v_int: Tensor | None
-    k_scale: Tensor | None  # float32 [batch, n_kv_head, n_row]
+    k_scale: Tensor | None  # [batch, n_kv_head, n_row, ...], 4 bytes per group of elements
     v_scale: Tensor | None
     sink_size: int  # >= 0
     window_size: int  # >= 1
+    k_format: Format = INT8
+    v_format: Format = INT8
+    rotation: Tensor | None = None  # [head_dim, head_dim] of 1 and -1 in k's dtype, where k_format is rotated
 
     def slot(self, pos: int) -> int:
         """The full-precision slot of a position."""
@@ -38,19 +52,13 @@ class Regions(NamedTuple):
         """How many of the first n_token tokens are no longer in full precision."""
         return max(0, n_token - self.sink_size - self.window_size)
 
-    def quantised(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """K's and V's (full precision, integers, scales); nothing where the middle is dropped."""
-        for values, ints, scale in ((self.k, self.k_int, self.k_scale), (self.v, self.v_int, self.v_scale)):
-            if ints is not None and scale is not None:
-                yield values, ints, scale
+    def quantised(self) -> Iterator[Stored]:
+        """K's and V's; nothing where the middle is dropped."""
+        if self.k_int is not None and self.v_int is not None and self.k_scale is not None and self.v_scale is not None:
+            yield Stored(self.k, self.k_int, self.k_scale, self.k_format)
+            yield Stored(self.v, self.v_int, self.v_scale, self.v_format)
 
     def batch_rows(self, first: int, n: int) -> Regions:
         """Views of n sequences, from `first` on."""
-
-        def view(t: Tensor) -> Tensor:
-            return t[first : first + n]
-
-        k, v = view(self.k), view(self.v)
-        if self.k_int is None or self.v_int is None or self.k_scale is None or self.v_scale is None:
-            return self._replace(k=k, v=v)
-        return Regions(k, v, view(self.k_int), view(self.v_int), view(self.k_scale), view(self.v_scale), *self[6:])
+        tensors = [t if t is None else t[first : first + n] for t in self[:6]]
+        return Regions(*tensors, *self[6:])  # type: ignore[arg-type, call-arg]

@@ -26,14 +26,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.regions import Regions
 from kernels.triton_tiles import (
-    HALF_RANGE,
     NEGATIVE,
     UNSEEN,
     float_tile,
-    int8_tile,
+    int_tile,
     merge_slices,
+    new_state,
     turn_back,
     two_terms,
+    weighted_values,
 )
 
 INTERPRET = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: programs run one by one on the CPU
@@ -41,9 +42,8 @@ COUNTS = (
     "group",
     "sink_size",
     "n_slot",
+    "n_row",
     "n_split",
-    "scale_stride_b",
-    "scale_stride_h",
 )  # any value: one binary
 
 
@@ -123,44 +123,70 @@ def float_share(
 
 
 @triton.jit
-def int8_share(
-    x, k, v_pair, k_scale, v_scale, lo, hi, scale,
-    HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+def int_share(
+    x, q, q_stride, head, n_head, rotation, k, v_pair, k_scale, v_scale, lo, hi, scale,
+    HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, ROTATED: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Rows lo to hi - 1. Returns weighted sums of values as [D / 2, HEADS, 2], and the rest as above."""
+    """Rows lo to hi - 1. x: queries, float32 [D, HEADS], and q where they come from.
+
+    Returns weighted sums of values as [dims / 2, HEADS, 2], twice (see `weighted_values`), largest scores
+    in log2 units and sums of weights.
+    """
     DIM: tl.constexpr = x.shape[0]
     HEADS: tl.constexpr = x.shape[1]
-    terms, unit = two_terms(x, HEADS)
-    terms = tl.broadcast_to(terms[None], (WARPS, DIM, 2 * HEADS))
-    step = (unit * scale)[None, :]  # [1, HEADS]
+    if K_BITS == 8:
+        unit = tl.maximum(tl.max(tl.abs(x), 0), 1e-20) / 127.0
+        terms, added = two_terms(x, unit, HEADS)
+        both = (tl.broadcast_to(terms[None], (WARPS, DIM, 2 * HEADS)),)
+        sums = (added,)
+    else:
+        half = tl.arange(0, DIM // 2)
+        if ROTATED:
+            d = tl.arange(0, DIM)
+            at = rotation + half[:, None] * HEAD_DIM + d[None, :]
+            low, high = tl.load(at), tl.load(at + HEAD_DIM // 2 * HEAD_DIM)
+            same = x.to(tl.float32 if INTERPRET else rotation.dtype.element_ty)  # as it was stored: exact
+            low, high = low.to(same.dtype), high.to(same.dtype)
+            norm: tl.constexpr = HEAD_DIM**-0.5
+            low = tl.dot(low, same, input_precision="ieee") * norm
+            high = tl.dot(high, same, input_precision="ieee") * norm
+        else:
+            low = load_q(q, q_stride, head, n_head, half, half < HEAD_DIM // 2)
+            high = load_q(q, q_stride, head, n_head, half + HEAD_DIM // 2, half < HEAD_DIM // 2)
+        unit = tl.maximum(tl.maximum(tl.max(tl.abs(low), 0), tl.max(tl.abs(high), 0)), 1e-20) / 127.0
+        low_terms, low_sum = two_terms(low, unit, HEADS)
+        high_terms, high_sum = two_terms(high, unit, HEADS)
+        both = (
+            tl.broadcast_to(low_terms[None], (WARPS, DIM // 2, 2 * HEADS)),
+            tl.broadcast_to(high_terms[None], (WARPS, DIM // 2, 2 * HEADS)),
+        )
+        sums = (low_sum, high_sum)
+    step = (unit / 254.0 * scale)[None, :]  # [1, HEADS]
     tok = (tl.arange(0, WARPS) * SLICE)[:, None] + tl.arange(0, SLICE)[None, :]
-    state = (
-        tl.full((WARPS, HEADS), NEGATIVE, tl.float32),
-        tl.zeros((WARPS, SLICE, HEADS), tl.float32),
-        tl.full((WARPS, HEADS), 1e-30, tl.float32),
-        tl.zeros((WARPS, DIM // 2, HEADS), tl.float32),
-        tl.zeros((WARPS, DIM // 2, HEADS), tl.float32),
-    )
+    state = new_state(WARPS, SLICE, DIM, HEADS, V_BITS, V_GROUPS)
     for start in tl.range(lo, hi, WARPS * SLICE, num_stages=STAGES):
-        state = int8_tile(state, terms, step, k, v_pair, k_scale, v_scale, tok + start, hi, HEAD_DIM, HEADS, INTERPRET)
-    top, total, v_unit, even, odd = state
-    weight, best, sum_of_weights = merge_slices(top, total, step)
-    weight = (weight * (v_unit / HALF_RANGE))[:, None, :]
-    out = tl.sum(tl.join(even * weight, odd * weight), 0)
-    return out, best * tl.sum(step, 0), sum_of_weights
+        state = int_tile(
+            state, both, sums, step, k, v_pair, k_scale, v_scale, tok + start, hi, HEAD_DIM, HEADS, K_BITS, V_BITS,
+            K_GROUPS, V_GROUPS, INTERPRET,
+        )  # fmt: skip
+    weight, best, sum_of_weights = merge_slices(state[0], state[1], step)
+    first, second = weighted_values(state, weight, V_BITS, V_GROUPS)
+    return first, second, best * tl.sum(step, 0), sum_of_weights
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
-    q, k, v, k_int, v_pair, k_scale, v_scale, positions, frequencies, partial, statistics,
-    q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, row_stride_b, row_stride_h, scale_stride_b, scale_stride_h,
-    group, sink_size, n_slot, n_split, softmax_scale,
+    q, k, v, k_int, v_pair, k_scale, v_scale, rotation, positions, frequencies, partial, statistics,
+    q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, n_row, group, sink_size, n_slot, n_split, softmax_scale,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
-    HAS_INT: tl.constexpr, TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
+    ROTATED: tl.constexpr, COST: tl.constexpr, TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (column, sequence, split): a share of the tokens of one sequence, one KV head (column //
-    TILES) and HEADS of its query heads.
+    TILES) and HEADS of its query heads. K_BITS 0: nothing is quantised.
 
     partial: float32 [sequence, column, n_split, HEADS, HEAD_DIM], weighted sums of values; statistics:
     float32 [sequence, column, n_split, HEADS, 2], the largest score in log2 units and the sum of weights.
@@ -177,7 +203,7 @@ def split_kernel(
     x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)  # early: it is a while on its way
     n_token = tl.load(positions + batch) + 1
 
-    COST: tl.constexpr = k.dtype.element_ty.primitive_bitwidth // 8
+    HAS_INT: tl.constexpr = K_BITS > 0
     n_float, n_full, float_len, n_int, int_len = partition(
         n_token, n_slot, n_split, COST, WARPS * FLOAT_SLICE, WARPS * INT_SLICE, HAS_INT
     )
@@ -204,14 +230,21 @@ def split_kernel(
     elif HAS_INT:
         first = (split - n_float) * int_len
         if first < n_int:
-            row_at = batch * row_stride_b + kv_head * row_stride_h
-            scale_at = batch * scale_stride_b + kv_head * scale_stride_h
-            sums, largest, weights = int8_share(
-                x, k_int + row_at, v_pair + row_at // 2, k_scale + scale_at, v_scale + scale_at, first,
-                tl.minimum(first + int_len, n_int), log2_scale, HEAD_DIM, WARPS, INT_SLICE, INT_STAGES, INTERPRET,
+            row_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_row
+            sums, high_sums, largest, weights = int_share(
+                x, q, q_stride_h, head, group, rotation,
+                k_int + row_at * (HEAD_DIM * K_BITS // 8), v_pair + row_at * (HEAD_DIM * V_BITS // 16),
+                k_scale + row_at * K_GROUPS, v_scale + row_at * V_GROUPS, first,
+                tl.minimum(first + int_len, n_int), log2_scale, HEAD_DIM, WARPS, INT_SLICE, INT_STAGES, K_BITS, V_BITS,
+                K_GROUPS, V_GROUPS, ROTATED, INTERPRET,
             )  # fmt: skip
-            dim = 2 * tl.arange(0, DIM // 2)[:, None, None] + tl.arange(0, 2)[None, None, :]
-            tl.store(partial + part[None, :, None] * HEAD_DIM + dim, sums, dim < HEAD_DIM)
+            dim = 2 * tl.arange(0, sums.shape[0])[:, None, None] + tl.arange(0, 2)[None, None, :]
+            to = partial + part[None, :, None] * HEAD_DIM + dim
+            if V_BITS == 8:
+                tl.store(to, sums, dim < HEAD_DIM)
+            else:
+                tl.store(to, sums)
+                tl.store(to + HEAD_DIM // 2, high_sums)
             tl.store(statistics, largest)
             tl.store(statistics + 1, weights)
 
@@ -314,6 +347,11 @@ def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_freque
     return run(q, regions, positions, sink_frequencies, p)
 
 
+def as_words(scales: Tensor) -> Tensor:
+    """Scales of 4 bytes per group: float32 as they are, pairs of float16 as int32."""
+    return scales if scales.dtype == torch.float32 else scales.view(torch.int32)
+
+
 def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None, p: Plan) -> Tensor:
     """`decode_attention` by a given plan."""
     batch, n_head, head_dim = q.shape
@@ -326,30 +364,38 @@ def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor
     n_split = min(max(2, n_processor * p.per_processor // (batch * n_column)), 128)
     float_block, int_block = p.warps * p.float_slice, p.warps * p.int_slice
 
-    has_int = regions.k_int is not None
-    k_int, v_int, k_scale, v_scale = (
-        (regions.k_int, regions.v_int, regions.k_scale, regions.v_scale) if has_int else (regions.k,) * 4
-    )
-    assert k_int is not None and v_int is not None and k_scale is not None and v_scale is not None
-    most = triton.cdiv(n_slot, float_block) + (triton.cdiv(k_int.shape[2], int_block) if has_int else 0)
+    k_int, v_int, k_scale, v_scale = regions.k_int, regions.v_int, regions.k_scale, regions.v_scale
+    k_bits = v_bits = 0
+    if k_int is None or v_int is None or k_scale is None or v_scale is None:
+        k_int = v_int = k_scale = v_scale = regions.k  # never looked at
+    else:
+        k_bits, v_bits = regions.k_format.bits, regions.v_format.bits
+        assert k_int.is_contiguous() and v_int.is_contiguous() and k_scale.is_contiguous() and v_scale.is_contiguous()
+        k_int, v_int = k_int.view(torch.int8), v_int.view(torch.int16)
+        k_scale, v_scale = as_words(k_scale), as_words(v_scale)
+    has_int = k_bits > 0
+    n_row = k_int.shape[2]
+    cost = round(16 * regions.k.element_size() / (k_bits + v_bits)) if has_int else 1  # of a slot, in rows
+    most = triton.cdiv(n_slot, float_block) + (triton.cdiv(n_row, int_block) if has_int else 0)
     partial = torch.empty(batch, n_column, n_split, p.heads, head_dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(batch, n_column, n_split, p.heads, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, n_head, head_dim, dtype=q.dtype, device=q.device)
     split_kernel[(n_column, batch, min(n_split, most))](
-        q, regions.k, regions.v, k_int, v_int.view(torch.int16), k_scale, v_scale, positions,
+        q, regions.k, regions.v, k_int, v_int, k_scale, v_scale,
+        regions.k if regions.rotation is None else regions.rotation, positions,
         positions if sink_frequencies is None else sink_frequencies, partial, statistics,
-        *q.stride()[:2], *regions.k.stride()[:2], *k_int.stride()[:2], *k_scale.stride()[:2],
-        group, regions.sink_size, n_slot, n_split, head_dim**-0.5,
+        *q.stride()[:2], *regions.k.stride()[:2], n_row, group, regions.sink_size, n_slot, n_split, head_dim**-0.5,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
-        INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, HAS_INT=has_int,
-        TURN_SINKS=sink_frequencies is not None, INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=p.warps,
+        INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
+        V_BITS=v_bits, K_GROUPS=regions.k_format.n_group(head_dim), V_GROUPS=regions.v_format.n_group(head_dim),
+        ROTATED=regions.rotation is not None, COST=cost, TURN_SINKS=sink_frequencies is not None,
+        INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip
     chunk = min(triton.next_power_of_2(n_split), 64)
     dims = min(triton.next_power_of_2(head_dim), 1024 // chunk)
     combine_kernel[(n_head, batch, triton.cdiv(head_dim, dims))](
         partial, statistics, positions, out, group, n_slot, n_split,
-        HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, COST=regions.k.element_size(), FLOAT_BLOCK=float_block,
+        HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, COST=cost, FLOAT_BLOCK=float_block,
         INT_BLOCK=int_block, CHUNK=chunk, DIMS=dims, HAS_INT=has_int, OVERLAP=overlap, launch_pdl=overlap,
         num_warps=1,
     )  # fmt: skip

@@ -2,12 +2,12 @@
 
 Flash attention (Dao 2023, arXiv:2307.08691) without causality: every query of the chunk sees every key
 here. The chunk's attention over itself is someone else's, and the two are merged by their log-sum-exps.
-Integers become float16 in registers, a block at a time: no dense copy exists anywhere. A query is divided by its
-largest element first, so that float16 holds it whatever its size, and K's scale multiplies the score; the
-probability times V's scale is kept in float16's range by `unit`, as in `triton_tiles.py`.
 
-One program takes QUERIES tokens of one head. Matrix units want both operands long here (a chunk has many
-queries), so this is the usual tile [queries, keys], unlike decoding's.
+Full-precision slots: one program takes QUERIES tokens of one head. Matrix units want both operands long here
+(a chunk has many queries), so this is the usual tile [queries, keys], unlike decoding's. Quantised rows: a block of
+BLOCK_ROWS of them is made dense, met by a library's flash kernel and merged, and the next block takes its place. A
+chunk of thousands of queries looks at each row thousands of times: reading it costs nothing, and the library's
+kernel is three times as fast as ours was with integers in it (LOG.md).
 """
 
 from __future__ import annotations
@@ -17,36 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.eager import RunningSoftmax
 from kernels.regions import Regions
-from kernels.triton_tiles import HALF_RANGE, NEGATIVE, UNSEEN, turn_back
+from kernels.triton_store import operands
+from kernels.triton_tiles import NEGATIVE, UNSEEN, scale_and_base, turn_back
+from quantize import rotate
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
-COUNTS = ("group", "n_token", "n_sink", "n_slot", "gap", "n_int", "n_dropped", "scale_stride_b", "scale_stride_h")
-
-
-@triton.jit
-def to_half(x, INTERPRET: tl.constexpr):
-    """int8 to float16, four elements at a time: a byte under the exponent of 1024, minus 1024 + 128."""
-    if INTERPRET:  # the interpreter knows no assembly
-        return x.to(tl.float16)
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 u, a, b, bias;
-        xor.b32 u, $2, 0x80808080;
-        prmt.b32 a, u, 0x64646464, 0x4140;
-        prmt.b32 b, u, 0x64646464, 0x4342;
-        mov.b32 bias, 0x64806480;
-        sub.f16x2 $0, a, bias;
-        sub.f16x2 $1, b, bias;
-        }
-        """,
-        "=r,=r,r",
-        [x],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=4,
-    )
+COUNTS = ("group", "n_token", "n_sink", "n_slot", "gap", "n_dropped")
+BLOCK_ROWS = 16384  # quantised rows made dense at a time
 
 
 @triton.jit
@@ -68,47 +47,14 @@ def add_slots(state, q, step, k, v, key, seen, HEAD_DIM: tl.constexpr, INTERPRET
     return new_top, total * keep + tl.sum(prob, 1), out
 
 
-@triton.jit
-def add_rows(
-    state, unit, q, step, k, v, k_scale, v_scale, key, end,
-    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Add int8 rows `key` [KEYS]; MASKED: only those before `end`. q: float16 [QUERIES, D]; step: [QUERIES].
-
-    `top` is in the unit that step turns into log2; `out` holds sums of weight * v * HALF_RANGE / unit.
-    """
-    top, total, out = state
-    DIM: tl.constexpr = q.shape[1]
-    d = tl.arange(0, DIM)
-    row = tl.minimum(key, end - 1) if MASKED else key
-    at = row[:, None] * HEAD_DIM + d[None, :]
-    if DIM == HEAD_DIM:
-        keys, values = tl.load(k + at), tl.load(v + at)
-    else:
-        keys = tl.load(k + at, (d < HEAD_DIM)[None, :], 0)
-        values = tl.load(v + at, (d < HEAD_DIM)[None, :], 0)
-    ks, vs = tl.load(k_scale + row), tl.load(v_scale + row)
-    score = tl.dot(q, tl.trans(to_half(keys, INTERPRET))) * ks[None, :]
-    if MASKED:
-        score = tl.where((key < end)[None, :], score, UNSEEN)
-    new_top = tl.maximum(top, tl.max(score, 1))
-    prob = tl.exp2(score * step[:, None] - (new_top * step)[:, None])
-    new_unit = tl.maximum(unit, tl.max(vs, 0))
-    weight = (prob * (vs * (1.0 / new_unit * HALF_RANGE))[None, :]).to(tl.float16)
-    keep = tl.exp2((top - new_top) * step)
-    out = tl.dot(weight, to_half(values, INTERPRET), out * (keep * (unit / new_unit))[:, None])
-    return (new_top, total * keep + tl.sum(prob, 1), out), new_unit
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def history_kernel(
-    q, k, v, k_int, v_int, k_scale, v_scale, frequencies, out, lse,
-    q_stride_b, q_stride_h, q_stride_t, slot_stride_b, slot_stride_h, row_stride_b, row_stride_h,
-    scale_stride_b, scale_stride_h, group, n_token, n_sink, n_slot, gap, n_int, n_dropped, softmax_scale,
-    HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, FLOAT_KEYS: tl.constexpr, INT_KEYS: tl.constexpr,
-    STAGES: tl.constexpr, HAS_INT: tl.constexpr, TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr,
+    q, k, v, frequencies, out, lse, q_stride_b, q_stride_h, q_stride_t, slot_stride_b, slot_stride_h,
+    group, n_token, n_sink, n_slot, gap, n_dropped, softmax_scale,
+    HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of queries, head, sequence): slots [0, n_slot) but for `gap`, and rows [0, n_int).
+    """Program (block of queries, head, sequence): slots [0, n_slot) but for `gap`.
 
     With TURN_SINKS, slots below n_sink are seen by queries turned back by n_dropped positions.
     out: [sequence, head, n_token, HEAD_DIM]; lse: float32 [sequence, head, n_token].
@@ -128,44 +74,20 @@ def history_kernel(
         tl.zeros((QUERIES,), tl.float32),
         tl.zeros((QUERIES, DIM), tl.float32),
     )
-    unit = HALF_RANGE + 0.0  # until the first row comes, sums are as they are
-    if HAS_INT:
-        largest = tl.maximum(tl.max(tl.abs(x), 1), 1e-20)
-        half = (x / largest[:, None]).to(tl.float16)
-        step = largest * log2_scale
-        row_at = batch * row_stride_b + kv_head * row_stride_h
-        scale_at = batch * scale_stride_b + kv_head * scale_stride_h
-        k_int += row_at
-        v_int += row_at
-        k_scale += scale_at
-        v_scale += scale_at
-        unit = 1e-30
-        key = tl.arange(0, INT_KEYS)
-        whole = n_int // INT_KEYS * INT_KEYS
-        for start in tl.range(0, whole, INT_KEYS, num_stages=STAGES):
-            state, unit = add_rows(
-                state, unit, half, step, k_int, v_int, k_scale, v_scale, key + start, n_int, HEAD_DIM, False, INTERPRET
-            )
-        if whole < n_int:
-            state, unit = add_rows(
-                state, unit, half, step, k_int, v_int, k_scale, v_scale, key + whole, n_int, HEAD_DIM, True, INTERPRET
-            )
-        top, total, sums = state
-        state = (top * step, total, sums * (unit / HALF_RANGE))
     k += batch * slot_stride_b + kv_head * slot_stride_h
     v += batch * slot_stride_b + kv_head * slot_stride_h
-    slot = tl.arange(0, FLOAT_KEYS)
+    slot = tl.arange(0, KEYS)
     first = n_slot * 0
     if TURN_SINKS:
         swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
         y = tl.load(q + token[:, None].to(tl.int64) * q_stride_t + swapped[None, :], there, 0.0).to(tl.float32)
         turned = tl.trans(turn_back(tl.trans(x), tl.trans(y), frequencies, n_dropped, d, HEAD_DIM)).to(dtype)
-        for start in range(0, n_sink, FLOAT_KEYS):
+        for start in range(0, n_sink, KEYS):
             seen = slot + start < n_sink
             state = add_slots(state, turned, log2_scale, k, v, slot + start, seen, HEAD_DIM, INTERPRET)
         first = n_sink
     queries = x.to(dtype)
-    for start in tl.range(first, n_slot, FLOAT_KEYS, num_stages=STAGES):
+    for start in tl.range(first, n_slot, KEYS, num_stages=STAGES):
         seen = (slot + start < n_slot) & (slot + start != gap)
         state = add_slots(state, queries, log2_scale, k, v, slot + start, seen, HEAD_DIM, INTERPRET)
     top, total, sums = state
@@ -178,6 +100,89 @@ def history_kernel(
     tl.store(lse + at, log_sum, token < n_token)
 
 
+@triton.jit
+def load_vectors(
+    ints, scales, row, end, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """The stored values of the rows `row` [N] that come before `end`, as their two halves: float32 [N, D / 2]."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    d = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
+    known = row < end
+    mask = known[:, None] & (d < HALF)
+    if BITS == 8:
+        at = ints + row[:, None] * HEAD_DIM + d
+        scale = tl.load(scales + row, known, 0.0)[:, None]
+        low, high = tl.load(at, mask, 0).to(tl.float32) * scale, tl.load(at + HALF, mask, 0).to(tl.float32) * scale
+    else:
+        packed = tl.load(ints + row[:, None] * HALF + d, mask, 0).to(tl.int32)
+        scale, base = scale_and_base(tl.load(scales + row * GROUPS, known, 0))
+        low = base[:, None] + scale[:, None] * (packed & 15).to(tl.float32)
+        if GROUPS == 2:
+            scale, base = scale_and_base(tl.load(scales + row * GROUPS + 1, known, 0))
+        high = base[:, None] + scale[:, None] * ((packed >> 4) & 15).to(tl.float32)
+    return low, high
+
+
+@triton.jit(do_not_specialize=["first", "end", "n_row"])
+def dequantize_kernel(
+    k_int, v_int, k_scale, v_scale, k, v, first, end, n_row,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GROUPS: tl.constexpr,
+    V_GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (block of rows, sequence and KV head, 0 for K and 1 for V): rows first to end - 1 into k, v
+    [sequence, KV head, end - first, HEAD_DIM]."""
+    one = tl.program_id(1).to(tl.int64)
+    row = first + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    d = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
+    mask = (row < end)[:, None] & (d < HALF)
+    at = (one * (end - first) + row - first)[:, None] * HEAD_DIM + d
+    row_at = one * n_row
+    if tl.program_id(2) == 0:
+        ints, scales = k_int + row_at * (HEAD_DIM * K_BITS // 8), k_scale + row_at * K_GROUPS
+        low, high = load_vectors(ints, scales, row, end, HEAD_DIM, K_BITS, K_GROUPS)
+        tl.store(k + at, low.to(k.dtype.element_ty), mask)
+        tl.store(k + at + HALF, high.to(k.dtype.element_ty), mask)
+    else:
+        ints, scales = v_int + row_at * (HEAD_DIM * V_BITS // 8), v_scale + row_at * V_GROUPS
+        low, high = load_vectors(ints, scales, row, end, HEAD_DIM, V_BITS, V_GROUPS)
+        tl.store(v + at, low.to(v.dtype.element_ty), mask)
+        tl.store(v + at + HALF, high.to(v.dtype.element_ty), mask)
+
+
+def dequantize_rows(regions: Regions, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """The stored values (rotated, if they are) of rows first to end - 1 in the slots' dtype: two tensors
+    [batch, n_kv_head, end - first, head_dim]."""
+    batch, n_kv_head, _, head_dim = regions.k.shape
+    k, v = (regions.k.new_empty(batch, n_kv_head, end - first, head_dim) for _ in "kv")
+    (k_int, v_int, k_scale, v_scale, _), flags = operands(regions)
+    flags = {name: flags[name] for name in ("HEAD_DIM", "K_BITS", "V_BITS", "K_GROUPS", "V_GROUPS")}
+    dequantize_kernel[(triton.cdiv(end - first, 32), batch * n_kv_head, 2)](
+        k_int, v_int, k_scale, v_scale, k, v, first, end, k_int.shape[2], **flags, BLOCK=32, num_warps=4
+    )
+    return k, v
+
+
+def slot_attention(q: Tensor, regions: Regions, start: int, sink_frequencies: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`history_attention` over the full-precision slots alone."""
+    batch, n_head, n_token, head_dim = q.shape
+    n_left = regions.n_left(start + 1)
+    n_slot, gap = (regions.k.shape[2], regions.slot(start)) if n_left > 0 else (start, start)
+    turn = sink_frequencies is not None and n_left > 0
+    out = torch.empty(batch, n_head, n_token, head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, n_head, n_token, dtype=torch.float32, device=q.device)
+    wide = head_dim > 128 or q.element_size() > 2
+    queries = 64 if wide else 128
+    history_kernel[(triton.cdiv(n_token, queries), n_head, batch)](
+        q, regions.k, regions.v, sink_frequencies if turn else lse, out, lse,
+        *q.stride()[:3], *regions.k.stride()[:2], n_head // regions.k.shape[1], n_token,
+        min(regions.sink_size, n_slot), n_slot, gap, n_left, head_dim**-0.5,
+        HEAD_DIM=head_dim, QUERIES=queries, KEYS=32 if wide else 64, STAGES=2 if wide else 3,
+        TURN_SINKS=turn, INTERPRET=INTERPRET, num_warps=4 if wide else 8,
+    )  # fmt: skip
+    return out, lse
+
+
 def history_attention(
     q: Tensor, regions: Regions, start: int, sink_frequencies: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -187,30 +192,27 @@ def history_attention(
     first): its slot, which `start` will take, is not looked at. Returns the output, shaped and typed like
     q, and the log-sum-exp of its scores, float32 [batch, n_head, token].
     """
-    batch, n_head, n_token, head_dim = q.shape
     if q.stride(3) != 1:
         q = q.contiguous()
+    out, lse = slot_attention(q, regions, start, sink_frequencies)
     n_left = regions.n_left(start + 1)
-    full = n_left > 0
-    n_slot, gap = (regions.k.shape[2], regions.slot(start)) if full else (start, start)
-    has_int = regions.k_int is not None and full
-    turn = sink_frequencies is not None and full
-    k_int, v_int, k_scale, v_scale = (
-        (regions.k_int, regions.v_int, regions.k_scale, regions.v_scale) if has_int else (regions.k,) * 4
-    )
-    assert k_int is not None and v_int is not None and k_scale is not None and v_scale is not None
-    out = torch.empty(batch, n_head, n_token, head_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, n_head, n_token, dtype=torch.float32, device=q.device)
-    wide = head_dim > 128 or q.element_size() > 2
-    queries = 64 if wide else 128
-    history_kernel[(triton.cdiv(n_token, queries), n_head, batch)](
-        q, regions.k, regions.v, k_int, v_int, k_scale, v_scale,
-        sink_frequencies if turn else lse, out, lse,
-        *q.stride()[:3], *regions.k.stride()[:2], *k_int.stride()[:2], *k_scale.stride()[:2],
-        n_head // regions.k.shape[1], n_token, min(regions.sink_size, n_slot), n_slot, gap,
-        n_left if has_int else 0, n_left, head_dim**-0.5,
-        HEAD_DIM=head_dim, QUERIES=queries, FLOAT_KEYS=32 if wide else 64, INT_KEYS=32 if wide else 64,
-        STAGES=2 if wide else 3,
-        HAS_INT=has_int, TURN_SINKS=turn, INTERPRET=INTERPRET, num_warps=4 if wide else 8,
-    )  # fmt: skip
+    if regions.k_int is None or n_left == 0:
+        return out, lse
+    turned = rotate(q).to(q.dtype) if regions.k_format.rotated else q
+    for first in range(0, n_left, BLOCK_ROWS):
+        k, v = dequantize_rows(regions, first, min(first + BLOCK_ROWS, n_left))
+        y, y_lse = dense_attention(turned, k, v)
+        share = torch.sigmoid(y_lse - lse)[..., None]  # of the softmax's mass
+        out = torch.lerp(out.float(), y.float(), share).to(q.dtype)
+        lse = torch.logaddexp(lse, y_lse)
     return out, lse
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention without a mask, and its log-sum-exp: by a library's flash kernel where there is one."""
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False)[:2]
+        return out, lse
+    softmax = RunningSoftmax(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]))
+    softmax.add(k, v)
+    return softmax.result().view(q.shape).to(q.dtype), softmax.lse().view(q.shape[:3])

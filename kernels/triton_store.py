@@ -1,8 +1,9 @@
-"""Writing to the cache in Triton: new tokens into their slots, what leaves the window into int8 rows.
+"""Writing to the cache in Triton: new tokens into their slots, what leaves the window into quantised rows.
 
 A token is quantised once, from its slot, in the launch that gives the slot to a newer token (`append`), or
 straight from the chunk it came with if it passes through the window without staying (`store_chunk`). The
-integers are those of `quantize.quantize`, bit for bit: divisions are IEEE ones and halves round to even.
+integers are those of `quantize.py`, bit for bit: divisions are IEEE ones and halves round to even. (After a
+rotation, a sum of head_dim terms, they are off by one where the sum's last bit tips a half.)
 """
 
 from __future__ import annotations
@@ -13,72 +14,172 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.regions import Regions
-from kernels.triton_decode import processor
+from kernels.triton_decode import INTERPRET, as_words, processor
 
 ROUND = tl.constexpr(12582912.0)  # adding and subtracting it rounds a small float32 to nearest even
 
 
 @triton.jit
-def quantize_rows(x):
-    """x: float32 [N, D], padded with zeros. Returns int8 [N, D] and float32 scales [N].
-
-    A vector with a NaN or an infinity gets a scale that says so, and integers of no meaning.
-    """
-    absmax = tl.max(tl.abs(x), 1)
-    scale = tl.where(absmax == 0, 1.0, tl.div_rn(absmax, tl.full(absmax.shape, 127.0, tl.float32)))
-    scale = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), scale)
+def eight_bits(x, scale):
+    """x: float32 [N, D]; scale: [N]. Returns int8 [N, D]."""
     ratio = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
     ratio = tl.where(ratio == ratio, ratio, 0.0)
-    integers = (tl.minimum(tl.maximum(ratio, -127.0), 127.0) + ROUND) - ROUND
-    return integers.to(tl.int8), scale
+    return ((tl.minimum(tl.maximum(ratio, -127.0), 127.0) + ROUND) - ROUND).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["n_kv_head", "sink_size", "window_size", "scale_stride_b", "scale_stride_h"])
-def append_kernel(
-    k_new, v_new, k, v, k_int, v_int, k_scale, v_scale, positions,
-    new_stride_kb, new_stride_kh, new_stride_vb, new_stride_vh, slot_stride_b, slot_stride_h,
-    row_stride_b, row_stride_h, scale_stride_b, scale_stride_h, n_kv_head, sink_size, window_size,
-    HEAD_DIM: tl.constexpr, HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
+@triton.jit
+def group_scale(low, high):
+    """Scale and base, float32 with the values of float16, of a group whose least and largest elements are given."""
+    fifteen = tl.full(low.shape, 15.0, tl.float32)
+    scale = tl.div_rn(high - low, fifteen).to(tl.float16).to(tl.float32)
+    return tl.where(scale == 0, 1.0, scale), low.to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def four_bits(x, scale, base):
+    """x: float32 [N, D]; scale, base: [N]. Returns int32 [N, D] from 0 to 15."""
+    ratio = tl.div_rn(x - base[:, None], tl.broadcast_to(scale[:, None], x.shape))
+    ratio = tl.where(ratio == ratio, ratio, 0.0)
+    return ((tl.minimum(tl.maximum(ratio, 0.0), 15.0) + ROUND) - ROUND).to(tl.int32)
+
+
+@triton.jit
+def one_word(scale, base):
+    """Two float16 in an int32, the scale in its lower half."""
+    low = scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | (base.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def least(x, there):
+    return tl.min(tl.where(there, x, float("inf")), 1)
+
+
+@triton.jit
+def store_vectors(
+    low, high, ints, scales, row, wanted, rotation,
+    HEAD_DIM: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, ROTATED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence and KV head, 0 for K and 1 for V)."""
+    """Quantise vectors given as their lower and upper halves, [N, D / 2] each in a float dtype, into the rows `row`
+    [N] where `wanted`. ints, scales: of one KV head of one sequence; with 4 bits as bytes and as int32.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    d = tl.arange(0, low.shape[1])
+    there = d[None, :] < HALF
+    mask = wanted[:, None] & there
+    if ROTATED:
+        dtype: tl.constexpr = tl.float32 if INTERPRET else rotation.dtype.element_ty
+        norm: tl.constexpr = HEAD_DIM**-0.5
+        at = rotation + d[:, None] * HEAD_DIM + d[None, :]  # symmetric: its quarters are those of its transpose
+        one, two = tl.load(at).to(dtype), tl.load(at + HALF).to(dtype)
+        four = tl.load(at + HALF * HEAD_DIM + HALF).to(dtype)
+        a, b = low.to(dtype), high.to(dtype)  # exact: this is the dtype of the slots
+        low = tl.dot(b, two, tl.dot(a, one, input_precision="ieee"), input_precision="ieee") * norm
+        high = tl.dot(b, four, tl.dot(a, two, input_precision="ieee"), input_precision="ieee") * norm
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    if BITS == 8:
+        absmax = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1)
+        scale = tl.where(absmax == 0, 1.0, tl.div_rn(absmax, tl.full(absmax.shape, 127.0, tl.float32)))
+        bad = tl.max(((low != low) | (high != high)).to(tl.int32), 1)
+        scale = tl.where(bad > 0, float("nan"), scale)  # a NaN says so; integers have no meaning then
+        at = ints + row[:, None] * HEAD_DIM + d[None, :]
+        tl.store(at, eight_bits(low, scale), mask)
+        tl.store(at + HALF, eight_bits(high, scale), mask)
+        tl.store(scales + row, scale, wanted)
+    else:
+        first, second = least(low, there), least(high, there)
+        first_top, second_top = -least(-low, there), -least(-high, there)
+        if GROUPS == 1:
+            first = tl.minimum(first, second)
+            first_top = tl.maximum(first_top, second_top)
+            second, second_top = first, first_top
+        scale, base = group_scale(first, first_top)
+        packed = four_bits(low, scale, base)
+        tl.store(scales + row * GROUPS, one_word(scale, base), wanted)
+        if GROUPS == 2:
+            scale, base = group_scale(second, second_top)
+            tl.store(scales + row * GROUPS + 1, one_word(scale, base), wanted)
+        packed |= four_bits(high, scale, base) << 4
+        tl.store(ints + row[:, None] * HALF + d[None, :], packed.to(tl.uint8), mask)
+
+
+@triton.jit(do_not_specialize=["n_kv_head", "n_row", "sink_size", "window_size"])
+def append_kernel(
+    k_new, v_new, k, v, k_int, v_int, k_scale, v_scale, rotation, positions,
+    new_stride_kb, new_stride_kh, new_stride_vb, new_stride_vh, slot_stride_b, slot_stride_h,
+    n_row, n_kv_head, sink_size, window_size,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GROUPS: tl.constexpr,
+    V_GROUPS: tl.constexpr, ROTATED: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence and KV head, 0 for K and 1 for V). K_BITS 0: what leaves is dropped."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()  # not before: the splits must find every processor as empty as the next
-    batch, head = (tl.program_id(0) // n_kv_head).to(tl.int64), (tl.program_id(0) % n_kv_head).to(tl.int64)
+    one = tl.program_id(0)
+    batch, head = (one // n_kv_head).to(tl.int64), (one % n_kv_head).to(tl.int64)
+    slot_at = batch * slot_stride_b + head * slot_stride_h
+    row_at = one.to(tl.int64) * n_row
+    pos = tl.load(positions + batch)
     if tl.program_id(1) == 0:
         append_one(
-            k_new + batch * new_stride_kb + head * new_stride_kh,
-            k + batch * slot_stride_b + head * slot_stride_h,
-            k_int + batch * row_stride_b + head * row_stride_h,
-            k_scale + batch * scale_stride_b + head * scale_stride_h,
-            tl.load(positions + batch), sink_size, window_size, HEAD_DIM, HAS_INT,
+            k_new + batch * new_stride_kb + head * new_stride_kh, k + slot_at,
+            k_int + row_at * (HEAD_DIM * K_BITS // 8),
+            k_scale + row_at * K_GROUPS, rotation, pos, sink_size, window_size, HEAD_DIM, K_BITS, K_GROUPS, ROTATED,
+            INTERPRET,
         )  # fmt: skip
     else:
         append_one(
-            v_new + batch * new_stride_vb + head * new_stride_vh,
-            v + batch * slot_stride_b + head * slot_stride_h,
-            v_int + batch * row_stride_b + head * row_stride_h,
-            v_scale + batch * scale_stride_b + head * scale_stride_h,
-            tl.load(positions + batch), sink_size, window_size, HEAD_DIM, HAS_INT,
+            v_new + batch * new_stride_vb + head * new_stride_vh, v + slot_at,
+            v_int + row_at * (HEAD_DIM * V_BITS // 8),
+            v_scale + row_at * V_GROUPS, rotation, pos, sink_size, window_size, HEAD_DIM, V_BITS, V_GROUPS, False,
+            INTERPRET,
         )  # fmt: skip
 
 
 @triton.jit
-def append_one(new, slots, rows, scales, pos, sink_size, window_size, HEAD_DIM: tl.constexpr, HAS_INT: tl.constexpr):
+def append_one(
+    new, slots, ints, scales, rotation, pos, sink_size, window_size,
+    HEAD_DIM: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, ROTATED: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
     """One token of one head: quantise what its slot holds if that leaves the window, then write the slot."""
-    DIM: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    DIM: tl.constexpr = triton.next_power_of_2(HALF)
+    # Matrix units rotate 16 vectors or none: here all are the same one, and the first is stored.
+    N: tl.constexpr = 16 if ROTATED else 1
+    n = tl.arange(0, N)
     d = tl.arange(0, DIM)
-    there = d < HEAD_DIM
     slot = tl.where(pos < sink_size, pos, sink_size + (pos - sink_size) % window_size)
-    x = tl.load(new + d, there, 0.0)
-    at = slots + slot * HEAD_DIM + d
-    if HAS_INT and pos >= sink_size + window_size:
-        row = pos - window_size - sink_size
-        integers, scale = quantize_rows(tl.load(at, there, 0.0).to(tl.float32)[None, :])
-        tl.store(rows + row * HEAD_DIM + d[None, :], integers, there[None, :])
-        tl.store(scales + row + tl.arange(0, 1), scale)
-        tl.debug_barrier()  # the old token has been read before the new one overwrites it
-    tl.store(at, x.to(slots.dtype.element_ty), there)
+    at = d[None, :] + n[:, None] * 0
+    there = at < HALF
+    first, second = tl.load(new + at, there, 0.0), tl.load(new + HALF + at, there, 0.0)
+    at = slots + slot * HEAD_DIM + at
+    if BITS > 0:  # noqa: SIM102, the first is decided when compiling
+        if pos >= sink_size + window_size:
+            row = pos - window_size - sink_size + n
+            store_vectors(
+                tl.load(at, there, 0.0), tl.load(at + HALF, there, 0.0), ints, scales, row, n == 0, rotation,
+                HEAD_DIM, BITS, GROUPS, ROTATED, INTERPRET,
+            )  # fmt: skip
+            tl.debug_barrier()  # the old token has been read before the new one overwrites it
+    there &= (n == 0)[:, None]
+    tl.store(at, first.to(slots.dtype.element_ty), there)
+    tl.store(at + HALF, second.to(slots.dtype.element_ty), there)
+
+
+def operands(regions: Regions) -> tuple[list[Tensor], dict[str, int]]:
+    """What the kernels here take of the quantised rows: integers, scales, rotation; and how to read them."""
+    head_dim = regions.k.shape[3]
+    flags = {
+        "HEAD_DIM": head_dim, "K_BITS": 0, "V_BITS": 0, "K_GROUPS": regions.k_format.n_group(head_dim),
+        "V_GROUPS": regions.v_format.n_group(head_dim), "ROTATED": regions.rotation is not None, "INTERPRET": INTERPRET,
+    }  # fmt: skip
+    k_int, v_int, k_scale, v_scale = regions.k_int, regions.v_int, regions.k_scale, regions.v_scale
+    if k_int is None or v_int is None or k_scale is None or v_scale is None:
+        return [regions.k] * 5, flags
+    assert all(t.is_contiguous() for t in (k_int, v_int, k_scale, v_scale))
+    flags |= {"K_BITS": regions.k_format.bits, "V_BITS": regions.v_format.bits}
+    rotation = regions.k if regions.rotation is None else regions.rotation
+    return [k_int, v_int, as_words(k_scale), as_words(v_scale), rotation], flags
 
 
 def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
@@ -86,54 +187,63 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
 
     k, v: [batch, n_kv_head, head_dim]; positions: int64 [batch], where the new tokens stand.
     """
-    batch, n_kv_head, head_dim = k.shape
-    has_int = regions.k_int is not None
-    k_int, v_int, k_scale, v_scale = (
-        (regions.k_int, regions.v_int, regions.k_scale, regions.v_scale) if has_int else (regions.k,) * 4
-    )
-    assert k_int is not None and v_int is not None and k_scale is not None and v_scale is not None
+    batch, n_kv_head, _ = k.shape
     overlap = processor(k.device)[1]
+    stored, flags = operands(regions)
     append_kernel[(batch * n_kv_head, 2)](
-        k, v, regions.k, regions.v, k_int, v_int, k_scale, v_scale, positions,
-        *k.stride()[:2], *v.stride()[:2], *regions.k.stride()[:2], *k_int.stride()[:2], *k_scale.stride()[:2],
-        n_kv_head, regions.sink_size, regions.window_size, HEAD_DIM=head_dim, HAS_INT=has_int,
-        OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
+        k, v, regions.k, regions.v, *stored, positions,
+        *k.stride()[:2], *v.stride()[:2], *regions.k.stride()[:2], stored[0].shape[2],
+        n_kv_head, regions.sink_size, regions.window_size, **flags, OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["start", "first", "end", "sink_size", "window_size", "scale_stride_b", "scale_stride_h"])
+@triton.jit
+def load_halves(x, at, wanted, HEAD_DIM: tl.constexpr):
+    """Two tiles [N, D / 2] of vectors that begin at the offsets `at` [N]; zeros where not wanted."""
+    d = tl.arange(0, triton.next_power_of_2(HEAD_DIM // 2))[None, :]
+    mask = wanted[:, None] & (d < HEAD_DIM // 2)
+    at = at[:, None] + d
+    return tl.load(x + at, mask, 0.0), tl.load(x + at + HEAD_DIM // 2, mask, 0.0)
+
+
+@triton.jit(do_not_specialize=["start", "first", "end", "n_row", "n_kv_head", "sink_size", "window_size"])
 def quantize_kernel(
-    chunk_k, chunk_v, k, v, k_int, v_int, k_scale, v_scale, start, first, end,
+    chunk_k, chunk_v, k, v, k_int, v_int, k_scale, v_scale, rotation, start, first, end,
     k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, slot_stride_b, slot_stride_h,
-    row_stride_b, row_stride_h, scale_stride_b, scale_stride_h, n_kv_head, sink_size, window_size,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    n_row, n_kv_head, sink_size, window_size,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GROUPS: tl.constexpr,
+    V_GROUPS: tl.constexpr, ROTATED: tl.constexpr, INTERPRET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (block of tokens, sequence and KV head, 0 for K and 1 for V): positions first to end - 1 are
     quantised from their slots if they are older than `start`, and from the chunk that begins there if not.
     """
-    batch, head = (tl.program_id(1) // n_kv_head).to(tl.int64), (tl.program_id(1) % n_kv_head).to(tl.int64)
+    one = tl.program_id(1)
+    batch, head = (one // n_kv_head).to(tl.int64), (one % n_kv_head).to(tl.int64)
     pos = first + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
-    wanted = (pos < end)[:, None] & (d < HEAD_DIM)
-    old = (pos < start)[:, None]
-    slot_at = (sink_size + (pos - sink_size) % window_size)[:, None] * HEAD_DIM + d
-    slot_at += batch * slot_stride_b + head * slot_stride_h
-    row_at = batch * row_stride_b + head * row_stride_h + (pos - sink_size)[:, None] * HEAD_DIM + d
-    scale_at = batch * scale_stride_b + head * scale_stride_h + pos - sink_size
+    wanted = pos < end
+    old, fresh = wanted & (pos < start), wanted & (pos >= start)
+    slot_at = batch * slot_stride_b + head * slot_stride_h + (sink_size + (pos - sink_size) % window_size) * HEAD_DIM
+    row, row_at = pos - sink_size, one.to(tl.int64) * n_row
     if tl.program_id(2) == 0:
-        chunk_at = batch * k_stride_b + head * k_stride_h + (pos - start)[:, None] * k_stride_t + d
-        x = tl.load(chunk_k + chunk_at, wanted & (old == 0), 0.0).to(tl.float32)
-        x += tl.load(k + slot_at, wanted & old, 0.0).to(tl.float32)  # one of the two is zero
-        integers, scale = quantize_rows(x)
-        tl.store(k_int + row_at, integers, wanted)
-        tl.store(k_scale + scale_at, scale, pos < end)
+        low, high = load_halves(
+            chunk_k, batch * k_stride_b + head * k_stride_h + (pos - start) * k_stride_t, fresh, HEAD_DIM
+        )
+        old_low, old_high = load_halves(k, slot_at, old, HEAD_DIM)
+        low, high = tl.where(old[:, None], old_low, low), tl.where(old[:, None], old_high, high)
+        store_vectors(
+            low, high, k_int + row_at * (HEAD_DIM * K_BITS // 8), k_scale + row_at * K_GROUPS, row, wanted,
+            rotation, HEAD_DIM, K_BITS, K_GROUPS, ROTATED, INTERPRET,
+        )  # fmt: skip
     else:
-        chunk_at = batch * v_stride_b + head * v_stride_h + (pos - start)[:, None] * v_stride_t + d
-        x = tl.load(chunk_v + chunk_at, wanted & (old == 0), 0.0).to(tl.float32)
-        x += tl.load(v + slot_at, wanted & old, 0.0).to(tl.float32)
-        integers, scale = quantize_rows(x)
-        tl.store(v_int + row_at, integers, wanted)
-        tl.store(v_scale + scale_at, scale, pos < end)
+        low, high = load_halves(
+            chunk_v, batch * v_stride_b + head * v_stride_h + (pos - start) * v_stride_t, fresh, HEAD_DIM
+        )
+        old_low, old_high = load_halves(v, slot_at, old, HEAD_DIM)
+        low, high = tl.where(old[:, None], old_low, low), tl.where(old[:, None], old_high, high)
+        store_vectors(
+            low, high, v_int + row_at * (HEAD_DIM * V_BITS // 8), v_scale + row_at * V_GROUPS, row, wanted,
+            rotation, HEAD_DIM, V_BITS, V_GROUPS, False, INTERPRET,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["start", "end", "sink_size", "window_size", "n_sink"])
@@ -169,13 +279,12 @@ def quantize_span(regions: Regions, k: Tensor, v: Tensor, start: int, first: int
     first = max(first, regions.sink_size)
     if first >= end or regions.k_int is None:
         return
-    k_int, v_int, k_scale, v_scale = regions.k_int, regions.v_int, regions.k_scale, regions.v_scale
-    assert v_int is not None and k_scale is not None and v_scale is not None
-    batch, n_kv_head, _, head_dim = k.shape
+    batch, n_kv_head, _, _ = k.shape
+    stored, flags = operands(regions)
     quantize_kernel[(triton.cdiv(end - first, BLOCK), batch * n_kv_head, 2)](
-        k, v, regions.k, regions.v, k_int, v_int, k_scale, v_scale, start, first, end,
-        *k.stride()[:3], *v.stride()[:3], *regions.k.stride()[:2], *k_int.stride()[:2], *k_scale.stride()[:2],
-        n_kv_head, regions.sink_size, regions.window_size, HEAD_DIM=head_dim, BLOCK=BLOCK, num_warps=4,
+        k, v, regions.k, regions.v, *stored, start, first, end,
+        *k.stride()[:3], *v.stride()[:3], *regions.k.stride()[:2], stored[0].shape[2],
+        n_kv_head, regions.sink_size, regions.window_size, **flags, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
 

@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernels import Regions, eager
 from kv_cache import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
 from options import Parser, positive
-from quantize import dequantize
 from tokenizer import UserError
 
 CPU = torch.device("cpu")
@@ -39,7 +38,7 @@ def filled(policy: KVCache, shape: Shape) -> Regions:
     """A cache's memory with random values of a real cache's sizes."""
     policy.allocate(shape)
     regions: Regions = policy.regions  # type: ignore[attr-defined]
-    for values, ints, scales in regions.quantised():
+    for values, ints, scales, _ in regions.quantised():
         ints.random_(-127, 128)
         scales.uniform_(0.005, 0.015)
         values.normal_()
@@ -50,7 +49,7 @@ def gate(q: Tensor, regions: Regions, position: Tensor) -> None:
     """Raises UserError unless attention over the quantised cache is that over its dequantised values."""
     got = eager.decode_attention(q, regions, position)
     keys, values = (
-        torch.cat((x.float(), dequantize(i, s)), 2) for x, i, s in regions.quantised()
+        torch.cat((x.float(), f.dequantize(i, s)), 2) for x, i, s, f in regions.quantised()
     )  # a softmax does not mind the order
     tile = q.float().unflatten(1, (regions.k.shape[1], -1))
     want = F.scaled_dot_product_attention(tile, keys, values).flatten(1, 2)

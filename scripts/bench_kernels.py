@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels import triton_kernels
 from kernels.regions import Regions
-from quantize import dequantize, quantize
+from quantize import Format, hadamard
 
 L2_BYTES = 256 << 20  # copies are made until they hold this much: several times any L2
 LAUNCHES = 12  # in a graph, at least
@@ -57,20 +57,28 @@ class Version:
     error: float = float("nan")
 
 
-def random_regions(batch: int, n_token: int, heads: Heads, slots: int, int8: bool) -> Regions:
-    """A cache that holds n_token random tokens per sequence, `slots` of them in full precision."""
+INT8 = (Format(), Format())
+K8V4 = (Format(), Format(4))
+K4V4 = (Format(4, 0, True), Format(4))
+
+
+def random_regions(
+    batch: int, n_token: int, heads: Heads, slots: int, formats: tuple[Format, Format] | None
+) -> Regions:
+    """A cache that holds n_token random tokens per sequence; given formats, `slots` of them in full precision."""
     shape = (batch, heads.n_kv_head, n_token, heads.head_dim)
     k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv")
     k[..., 5] *= 4  # an outlier channel
-    if not int8:
+    if formats is None:
         return Regions(k, v, None, None, None, None, 0, n_token)
     ints, scales = [], []
-    for x in (k, v):
-        parts = [quantize(part) for part in x[:, :, : n_token - slots].split(1, 0)]
+    for x, form in zip((k, v), formats, strict=True):
+        parts = [form.quantize(part) for part in x[:, :, : n_token - slots].split(1, 0)]
         ints.append(torch.cat([p[0] for p in parts]))
         scales.append(torch.cat([p[1] for p in parts]))
     window = [x[:, :, n_token - slots :].contiguous() for x in (k, v)]
-    return Regions(window[0], window[1], ints[0], ints[1], scales[0], scales[1], 4, slots - 4)
+    rotation = hadamard(heads.head_dim, k.device).to(k.dtype) if formats[0].rotated else None
+    return Regions(window[0], window[1], ints[0], ints[1], scales[0], scales[1], 4, slots - 4, *formats, rotation)
 
 
 def reference(q: Tensor, regions: Regions) -> Tensor:
@@ -82,9 +90,9 @@ def reference(q: Tensor, regions: Regions) -> Tensor:
         for h in range(n_kv_head):
             keys, values = regions.k[b, h].double(), regions.v[b, h].double()
             if regions.k_int is not None:
-                (_, k_int, k_scale), (_, v_int, v_scale) = regions.quantised()
-                keys = torch.cat((keys, dequantize(k_int[b, h], k_scale[b, h]).double()))
-                values = torch.cat((values, dequantize(v_int[b, h], v_scale[b, h]).double()))
+                (_, k_int, k_scale, k_form), (_, v_int, v_scale, v_form) = regions.quantised()
+                keys = torch.cat((keys, k_form.dequantize(k_int[b, h], k_scale[b, h]).double()))
+                values = torch.cat((values, v_form.dequantize(v_int[b, h], v_scale[b, h]).double()))
             tile = q[b].view(n_kv_head, -1, head_dim)[h].double()
             score = tile @ keys.T * head_dim**-0.5
             out[b].view(n_kv_head, -1, head_dim)[h] = score.softmax(-1) @ values
@@ -119,12 +127,14 @@ def sdpa_version(name: str, backend: SDPBackend, packed: bool, caches: list[Regi
 def versions(batch: int, n_token: int, heads: Heads, slots: int, with_sdpa: bool = True) -> list[Version]:
     q = torch.randn(batch, heads.n_head, heads.head_dim, device="cuda", dtype=torch.bfloat16)
     positions = torch.full((batch,), n_token - 1, device="cuda")
+    found = []
     full: list[Regions] = []
-    selective: list[Regions] = []
-    while not selective or sum(n_bytes(r) for r in selective) < L2_BYTES:
-        full.append(random_regions(batch, n_token, heads, slots, int8=False))
-        selective.append(random_regions(batch, n_token, heads, slots, int8=True))
-    found = [our_version("ours int8", selective, q, positions), our_version("ours bf16", full, q, positions)]
+    for name, formats in (("bf16", None), ("int8", INT8), ("K8V4", K8V4), ("K4V4", K4V4)):
+        caches = [random_regions(batch, n_token, heads, slots, formats)]
+        while sum(n_bytes(r) for r in caches) < L2_BYTES:
+            caches.append(random_regions(batch, n_token, heads, slots, formats))
+        found.append(our_version(f"ours {name}", caches, q, positions))
+        full = full or caches
     if with_sdpa:
         for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
             found.append(sdpa_version(f"SDPA {name}", backend, False, full, q))
@@ -193,7 +203,7 @@ def main() -> None:
     parser.add_argument("--n_head", type=int, default=32)
     parser.add_argument("--n_kv_head", type=int, default=8)
     parser.add_argument("--head_dim", type=int, default=128)
-    parser.add_argument("--slots", type=int, default=128, help="tokens that int8 keeps in full precision")
+    parser.add_argument("--slots", type=int, default=128, help="tokens that quantised caches keep in full precision")
     parser.add_argument("--rounds", type=int, default=30, help="replays of each version")
     parser.add_argument("--no_sdpa", action="store_true", help="only our own kernels")
     parser.add_argument("--output", type=Path, help="write the JSON line here too")
@@ -233,8 +243,9 @@ def main() -> None:
                 f"{rate / ceiling:6.1%} {version.error:8.1e}"
             )
         ours = {v.name: statistics.median(v.times) for v in group}
-        best = min(t for name, t in ours.items() if name != "ours int8")
-        print(f"{batch:5} {n_token:8}  int8 is {best / ours['ours int8']:.2f}x the best bf16", end="")
+        best = min(t for name, t in ours.items() if name == "ours bf16" or name.startswith("SDPA"))
+        faster = ", ".join(f"{n} {best / ours[f'ours {n}']:.2f}x" for n in ("int8", "K8V4", "K4V4"))
+        print(f"{batch:5} {n_token:8}  against the best bf16: {faster}", end="")
         peers = [t for name, t in ours.items() if name.startswith("SDPA")]
         print(f"; our bf16 is {min(peers) / ours['ours bf16']:.2f}x the best SDPA" if peers else "")
         del group

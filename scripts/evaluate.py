@@ -45,7 +45,7 @@ import tables
 import kv_cache
 from checkpoint import check_tokenizer, end_ids, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from engine import Engine, Sampling
-from kv_cache import FullCache, KVCache, ModelCache, Shape
+from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape
 from options import Parser, format_policy, parse_policy, positive
 from tokenizer import Tokenizer, UserError, load_tokenizer
 
@@ -86,8 +86,9 @@ class Subject:
         """Bytes of a sequence's cache, and bits per element of what is quantised, scales included."""
         regions = kv_cache.plan(policy, self.config.n_layer, self.shape(n_token))
         held = {"cache_bytes": float(sum(regions.values()))}
-        if regions.get("quantised"):
-            held["bits_per_quantised_element"] = 8 * (1 + regions["scales"] / regions["quantised"])
+        if regions.get("quantised") and isinstance(policy, SelectiveCache):
+            bits = [f.bits_per_element(self.config.head_dim) for f in policy.formats()]
+            held["bits_per_quantised_element"] = sum(bits) / 2
         return held
 
     def texts(self) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
 from model import Cache, Transformer
-from quantize import quantize
+from quantize import INT8
 
 QUERIES = 512  # a block's queries: its scores are [n_head, QUERIES, keys] in float32
 HEAD_TOKENS = 1024  # tokens whose logits are held at once
@@ -37,6 +37,7 @@ class ParallelCache:
         if isinstance(policy, SinkWindowCache | SelectiveCache):
             self.sink, self.window = policy.sink_size, policy.window_size
         self.quantises = isinstance(policy, SelectiveCache)
+        self.formats = policy.formats() if isinstance(policy, SelectiveCache) else (INT8, INT8)
         self.turns = isinstance(policy, SinkWindowCache) and policy.positions == "cache"
         self.layers = [self] * n_layer
         self.device = device
@@ -58,11 +59,11 @@ class ParallelCache:
         if n_token <= self.sink + self.window:  # nothing ever leaves
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        k_int, v_int = quantize(k[0]), quantize(v[0])
+        k_rounded, v_rounded = (f.dequantize(*f.quantize(x[0])) for f, x in zip(self.formats, (k, v), strict=True))
         out = torch.empty_like(q)
         for lo in range(0, n_token, QUERIES):
             hi = min(lo + QUERIES, n_token)
-            block = self._block(q[0, :, lo:hi], k[0], v[0], k_int, v_int, lo, rope.frequencies)
+            block = self._block(q[0, :, lo:hi], k[0], v[0], k_rounded, v_rounded, lo, rope.frequencies)
             out[0, :, lo:hi] = block.to(q.dtype)
         return out
 
@@ -71,8 +72,8 @@ class ParallelCache:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        k_int: tuple[Tensor, Tensor],
-        v_int: tuple[Tensor, Tensor],
+        k_rounded: Tensor,
+        v_rounded: Tensor,
         lo: int,
         frequencies: Tensor,
     ) -> Tensor:
@@ -102,8 +103,7 @@ class ParallelCache:
         s[..., :sink] = score(k[:, :sink], turned)
         s[..., mixed:] = score(k[:, mixed:hi])
         if self.quantises:
-            ints, scale = k_int[0][:, sink:hi], k_int[1][:, None, None, sink:hi]
-            rounded = score(ints) * scale
+            rounded = score(k_rounded[:, sink:hi])
             s[..., sink:mixed] = rounded[..., : mixed - sink]
             s[..., mixed:] = torch.where(left[:, mixed:], rounded[..., mixed - sink :], s[..., mixed:])
             s.masked_fill_(unseen, float("-inf"))
@@ -115,8 +115,7 @@ class ParallelCache:
         y = prob[..., :sink].flatten(1, 2) @ v[:, :sink].float() + exact.flatten(1, 2) @ v[:, mixed:hi].float()
         if self.quantises:
             prob[..., mixed:] -= exact
-            prob = prob[..., sink:] * v_int[1][:, None, None, sink:hi]
-            y += prob.flatten(1, 2) @ v_int[0][:, sink:hi].float()
+            y += prob[..., sink:].flatten(1, 2) @ v_rounded[:, sink:hi]
         return y.view(q.shape)
 
     def _turned(self, q: Tensor, pos: Tensor, frequencies: Tensor) -> Tensor:

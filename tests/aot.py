@@ -11,23 +11,29 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.triton_decode import plan, split_kernel
+from kernels.triton_decode import Plan, plan, split_kernel
 
 TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "positions": "*i64", "frequencies": "*fp64", "partial": "*fp32",
-         "statistics": "*fp32", "k_int": "*i8", "v_pair": "*i16", "k_scale": "*fp32", "v_scale": "*fp32",
+         "statistics": "*fp32", "k_int": "*i8", "v_pair": "*i16", "rotation": "*bf16",
          "softmax_scale": "fp32"}  # fmt: skip
 
 
-def compile_split_kernel(head_dim: int, group: int, has_int: bool = True, n_row: int = 8) -> dict[str, int] | None:
+def compile_split_kernel(
+    head_dim: int, group: int, k_bits: int = 8, v_bits: int = 8, n_group: int = 1, n_row: int = 8, p: Plan | None = None
+) -> dict[str, int] | None:
     """Registers, spills and instruction counts of `split_kernel`; None if the tools are missing."""
-    p = plan(n_row, group, head_dim, 2, 132)
+    p = p or plan(n_row, group, head_dim, 2, 132)
     constants = {
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
-        "HAS_INT": has_int, "TURN_SINKS": False, "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
+        "K_BITS": k_bits, "V_BITS": v_bits, "K_GROUPS": n_group, "V_GROUPS": n_group, "ROTATED": k_bits == 4,
+        "COST": 2, "TURN_SINKS": False, "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
     }  # fmt: skip
     names = split_kernel.arg_names
-    signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in names}
+    types = TYPES | {
+        name: "*i32" if bits == 4 else "*fp32" for name, bits in (("k_scale", k_bits), ("v_scale", v_bits))
+    }
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     aligned = [n for n in names if "stride" in n or signature[n].startswith("*")]
     source = ASTSource(
         split_kernel,

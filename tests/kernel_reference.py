@@ -15,12 +15,14 @@ HAS_GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from kernels.regions import Regions  # noqa: E402
-from quantize import dequantize, quantize  # noqa: E402
+from quantize import INT8, Format, hadamard  # noqa: E402
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="the GPU runs the same tests")),
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")]),
 ]
+K4, K4_HALVES, V4, V4_HALVES = Format(4, 0, True), Format(4, -1), Format(4), Format(4, -1)
+FORMATS = [(INT8, INT8), (K4, V4), (K4_HALVES, INT8), (INT8, V4_HALVES), (Format(4, -1, True), V4_HALVES)]
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -39,23 +41,38 @@ def slot_of(pos: int, sink: int, window: int) -> int:
     return pos if pos < sink else sink + (pos - sink) % window
 
 
-def held(k: Tensor, v: Tensor, lengths: list[int], sink: int, window: int, n_row: int, device: str) -> Regions:
+def sized(formats: tuple[Format, Format], head_dim: int) -> tuple[Format, Format]:
+    """With groups of half a vector where -1 asks for them."""
+    k_format, v_format = (Format(f.bits, head_dim // 2 if f.group_size else 0, f.rotated) for f in formats)
+    return k_format, v_format
+
+
+def held(
+    k: Tensor, v: Tensor, lengths: list[int], sink: int, window: int, n_row: int, device: str,
+    formats: tuple[Format, Format] = (INT8, INT8),
+) -> Regions:  # fmt: skip
     """The memory of a cache that has seen the first lengths[b] tokens of k, v [batch, n_kv_head, token, D]."""
     batch, n_kv_head, _, head_dim = k.shape
+    formats = sized(formats, head_dim)
     slots = [torch.full((batch, n_kv_head, sink + window, head_dim), float("nan"), dtype=k.dtype) for _ in "kv"]
-    ints = [torch.randint(-128, 128, (batch, n_kv_head, n_row, head_dim), dtype=torch.int8) for _ in "kv"]
-    scales = [torch.full((batch, n_kv_head, n_row), float("nan")) for _ in "kv"]
+    ints, scales = map(
+        list, zip(*(f.room((batch, n_kv_head, n_row), head_dim, k.device) for f in formats), strict=True)
+    )
+    for integer, scale in zip(ints, scales, strict=True):
+        integer.random_(0, 128)
+        scale.fill_(float("nan"))
     for b, n in enumerate(lengths):
         for pos in range(n):
-            for x, slot, integer, scale in zip((k, v), slots, ints, scales, strict=True):
+            for x, slot, integer, scale, form in zip((k, v), slots, ints, scales, formats, strict=True):
                 if pos < sink or pos > n - 1 - window:
                     slot[b, :, slot_of(pos, sink, window)] = x[b, :, pos]
                 elif n_row:
-                    integer[b, :, pos - sink], scale[b, :, pos - sink] = quantize(x[b, :, pos])
+                    integer[b, :, pos - sink], scale[b, :, pos - sink] = form.quantize(x[b, :, pos])
     slots, ints, scales = ([t.to(device) for t in group] for group in (slots, ints, scales))
     if not n_row:
         return Regions(slots[0], slots[1], None, None, None, None, sink, window)
-    return Regions(*slots, *ints, *scales, sink, window)
+    rotation = hadamard(head_dim, torch.device(device)).to(k.dtype) if formats[0].rotated else None
+    return Regions(*slots, *ints, *scales, sink, window, *formats, rotation)
 
 
 def turned(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
@@ -65,25 +82,28 @@ def turned(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def visible(k: Tensor, v: Tensor, n: int, sink: int, window: int, quantised: bool) -> tuple[Tensor, Tensor, Tensor]:
+def visible(
+    k: Tensor, v: Tensor, n: int, sink: int, window: int, quantised: bool, formats: tuple[Format, Format] = (INT8, INT8)
+) -> tuple[Tensor, Tensor, Tensor]:
     """float64 keys and values that token n - 1 sees, and their positions. k, v: [n_kv_head, token, D]."""
     pos = torch.arange(n)
     middle = (pos >= sink) & (pos <= n - 1 - window)
     keys, values = (x[:, :n].double() for x in (k, v))
     if quantised:
         keys, values = (
-            torch.where(middle[:, None], dequantize(*quantize(x[:, :n])).double(), exact)
-            for x, exact in ((k, keys), (v, values))
+            torch.where(middle[:, None], form.dequantize(*form.quantize(x[:, :n])).double(), exact)
+            for x, exact, form in zip((k, v), (keys, values), sized(formats, k.shape[2]), strict=True)
         )
         return keys, values, pos
     return keys[:, ~middle], values[:, ~middle], pos[~middle]
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, n: int, sink: int, window: int, quantised: bool, frequencies: Tensor | None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, n: int, sink: int, window: int, quantised: bool, frequencies: Tensor | None,
+    formats: tuple[Format, Format] = (INT8, INT8),
+) -> Tensor:  # fmt: skip
     """float64 attention of the query of token n - 1. q: [n_head, D]; k, v: [n_kv_head, token, D]."""
-    keys, values, pos = visible(k, v, n, sink, window, quantised)
+    keys, values, pos = visible(k, v, n, sink, window, quantised, formats)
     group = q.shape[0] // k.shape[0]
     if frequencies is not None:
         dropped = max(0, n - sink - window)

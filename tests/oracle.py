@@ -1,7 +1,7 @@
 """Attention by the definition alone, in float64: which tokens a query sees, and in what precision.
 
 It shares no code with the caches: it is given every key and value of a sequence, and decides token by
-token from positions. Only `quantize` is the project's own (it has tests of its own).
+token from positions. Only `Format.quantize` is the project's own (it has tests of its own).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantize import dequantize, quantize
+from quantize import INT8, Format
 
 
 def rotate(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
@@ -29,6 +29,7 @@ def attention(
     window_size: int,
     middle: str,
     frequencies: Tensor | None = None,
+    formats: tuple[Format, Format] = (INT8, INT8),
 ) -> Tensor:
     """The chunk of queries q [n_head, token, head_dim] stands at `start`; k, v [n_kv_head, end, head_dim]
     hold every token from position 0 to the chunk's end. middle: "exact", "quantised" or "gone".
@@ -36,7 +37,7 @@ def attention(
     """
     end = start + q.shape[1]
     group = q.shape[0] // k.shape[0]
-    k_int, v_int = dequantize(*quantize(k)).double(), dequantize(*quantize(v)).double()
+    k_int, v_int = (f.dequantize(*f.quantize(x)).double() for f, x in zip(formats, (k, v), strict=True))
     dropped = max(0, start + 1 - sink_size - window_size)
     out = torch.zeros(q.shape, dtype=torch.float64)
     for i in range(q.shape[1]):

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_reference import BF16, DEVICES, FP16, FP32, TOLERANCE, error, held, poison, tokens, turned, visible
+from kernel_reference import (
+    BF16,
+    DEVICES,
+    FORMATS,
+    FP16,
+    FP32,
+    TOLERANCE,
+    error,
+    held,
+    poison,
+    tokens,
+    turned,
+    visible,
+)  # fmt: skip
+from test_kernels import same_rows
 from torch import Tensor
 
 from kernels import triton_kernels as kernels  # after kernel_reference, which chooses the interpreter
+from kernels.triton_history import dequantize_rows
+from quantize import INT8, Format
 
 
 @pytest.fixture(params=DEVICES)
@@ -43,6 +59,28 @@ def test_store_chunk(head_dim: int, dtype: torch.dtype, n_row: int, device: str)
                 assert torch.equal(mine[:, :, :n_left].cpu(), theirs[:, :, :n_left]), (start, n_token)
 
 
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(32, FP32), (64, FP16), (128, BF16)])
+def test_store_and_dequantise(head_dim: int, dtype: torch.dtype, formats: tuple[Format, Format], device: str) -> None:
+    """What a chunk leaves, from slots and from the chunk itself, and a block of it made dense again."""
+    sink, window, end = 3, 5, 60
+    k, v = tokens(2, 2, end, head_dim, dtype)
+    n_left = end - sink - window
+    for start in (0, 20):
+        regions = held(k, v, [start, start], sink, window, n_left, device, formats)
+        kernels.evict(regions, start)
+        kernels.store_chunk(regions, k[:, :, start:].to(device), v[:, :, start:].to(device), start)
+        expected = held(k, v, [end, end], sink, window, n_left, "cpu", formats)
+        for b in range(2):
+            same_rows(regions, expected, b, n_left)
+    poison(device)
+    dense = dequantize_rows(regions, 7, 45)
+    for got, held_part in zip(dense, regions.quantised(), strict=True):
+        want = held_part.format.stored(held_part.ints, held_part.scales)[:, :, 7:45]
+        assert torch.allclose(got.float(), want, rtol=1e-2 if dtype == BF16 else 1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
 @pytest.mark.parametrize(
     ("head_dim", "group", "dtype", "sink", "window", "start", "n_token"),
     [
@@ -57,13 +95,18 @@ def test_store_chunk(head_dim: int, dtype: torch.dtype, n_row: int, device: str)
     ],
 )
 def test_history(
-    head_dim: int, group: int, dtype: torch.dtype, sink: int, window: int, start: int, n_token: int, device: str
-) -> None:
+    head_dim: int, group: int, dtype: torch.dtype, sink: int, window: int, start: int, n_token: int,
+    formats: tuple[Format, Format], device: str,
+) -> None:  # fmt: skip
+    if formats != (INT8, INT8) and head_dim not in (64, 256):
+        pytest.skip("4 bits: two shapes are enough, and some head_dims are not for them")
     k, v = tokens(2, 2, start, head_dim, dtype)
     q = torch.randn(2, n_token, 2 * group, head_dim).to(dtype).transpose(1, 2)
     frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     for n_row, turn in ((start, None), (0, None), (0, frequencies)):
-        regions = held(k, v, [start, start], sink, window, n_row, device)
+        if turn is None and n_row == 0 and formats != (INT8, INT8):
+            continue
+        regions = held(k, v, [start, start], sink, window, n_row, device, formats)
         kernels.evict(regions, start)
         turn_on = turn.to(device) if turn is not None else None
         poison(device)
@@ -71,7 +114,7 @@ def test_history(
         for b in range(2):
             # what a token at `start` sees, itself apart: of start + 1 tokens, the first `start`
             last = [torch.cat((x[b], torch.zeros_like(x[b, :, :1])), 1) for x in (k, v)]
-            keys, values, pos = visible(last[0], last[1], start + 1, sink, window, n_row > 0)
+            keys, values, pos = visible(last[0], last[1], start + 1, sink, window, n_row > 0, formats)
             keys, values, pos = keys[:, pos < start], values[:, pos < start], pos[pos < start]
             if turn is not None:
                 dropped = max(0, start + 1 - sink - window)
