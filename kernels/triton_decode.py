@@ -306,13 +306,20 @@ class Plan(NamedTuple):
     per_processor: int  # programs on a streaming multiprocessor at once
 
 
-def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int) -> Plan:
-    """n_row: sequences times KV heads. What measured best on an H200 at head_dim 128 (LOG.md, 2026-11-23).
+def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int, four: bool = False) -> Plan:
+    """n_row: sequences times KV heads; four: K or V has 4 bits. What measured best on an H200 at head_dim 128
+    (LOG.md, 2026-11-23 and 24).
 
-    It must not depend on what the cache keeps: two caches that hold the same slots must agree to the bit.
+    At 8 bits it must not depend on what the cache keeps: two caches that hold the same slots must agree to the bit.
     """
     heads = min(max(4, triton.next_power_of_2(group)), 16 if head_dim <= 128 else 8)
-    if 4 * n_row <= n_processor:
+    if four and 4 * n_row <= n_processor:
+        p = Plan(heads, 2, 32, 64, 3, 4, 2)
+    elif four and 2 * n_row <= 3 * n_processor:
+        p = Plan(heads, 1, 32, 64, 3, 4, 4)
+    elif four:
+        p = Plan(heads, 4, 16, 64, 3, 3, 6)
+    elif 4 * n_row <= n_processor:
         p = Plan(heads, 2, 32, 32, 3, 4, 2)  # programs of two warps: fewer partial results to merge
     elif 2 * n_row <= 3 * n_processor:
         p = Plan(heads, 1, 32, 64, 3, 3, 3)  # many programs, none of which waits for a second warp
@@ -343,7 +350,8 @@ def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_freque
     Returns [batch, n_head, head_dim] in q's dtype. No host synchronisation.
     """
     n_row, group = q.shape[0] * regions.k.shape[1], q.shape[1] // regions.k.shape[1]
-    p = plan(n_row, group, q.shape[2], regions.k.element_size(), processor(q.device)[0])
+    four = regions.k_int is not None and regions.k_format.bits + regions.v_format.bits < 16
+    p = plan(n_row, group, q.shape[2], regions.k.element_size(), processor(q.device)[0], four)
     return run(q, regions, positions, sink_frequencies, p)
 
 

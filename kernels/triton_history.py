@@ -132,22 +132,29 @@ def dequantize_kernel(
     """Program (block of rows, sequence and KV head, 0 for K and 1 for V): rows first to end - 1 into k, v
     [sequence, KV head, end - first, HEAD_DIM]."""
     one = tl.program_id(1).to(tl.int64)
-    row = first + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(2) == 0:
+        dequantize_one(k_int, k_scale, k, one, first, end, n_row, HEAD_DIM, K_BITS, K_GROUPS, BLOCK)
+    else:
+        dequantize_one(v_int, v_scale, v, one, first, end, n_row, HEAD_DIM, V_BITS, V_GROUPS, BLOCK)
+
+
+@triton.jit
+def dequantize_one(
+    ints, scales, out, one, first, end, n_row,
+    HEAD_DIM: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of rows of K or of V; `one` counts sequences and KV heads."""
     HALF: tl.constexpr = HEAD_DIM // 2
+    row = first + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
     mask = (row < end)[:, None] & (d < HALF)
-    at = (one * (end - first) + row - first)[:, None] * HEAD_DIM + d
     row_at = one * n_row
-    if tl.program_id(2) == 0:
-        ints, scales = k_int + row_at * (HEAD_DIM * K_BITS // 8), k_scale + row_at * K_GROUPS
-        low, high = load_vectors(ints, scales, row, end, HEAD_DIM, K_BITS, K_GROUPS)
-        tl.store(k + at, low.to(k.dtype.element_ty), mask)
-        tl.store(k + at + HALF, high.to(k.dtype.element_ty), mask)
-    else:
-        ints, scales = v_int + row_at * (HEAD_DIM * V_BITS // 8), v_scale + row_at * V_GROUPS
-        low, high = load_vectors(ints, scales, row, end, HEAD_DIM, V_BITS, V_GROUPS)
-        tl.store(v + at, low.to(v.dtype.element_ty), mask)
-        tl.store(v + at + HALF, high.to(v.dtype.element_ty), mask)
+    low, high = load_vectors(
+        ints + row_at * (HEAD_DIM * BITS // 8), scales + row_at * GROUPS, row, end, HEAD_DIM, BITS, GROUPS
+    )
+    at = out + (one * (end - first) + row - first)[:, None] * HEAD_DIM + d
+    tl.store(at, low.to(out.dtype.element_ty), mask)
+    tl.store(at + HALF, high.to(out.dtype.element_ty), mask)
 
 
 def dequantize_rows(regions: Regions, first: int, end: int) -> tuple[Tensor, Tensor]:

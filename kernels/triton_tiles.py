@@ -19,6 +19,8 @@ int8 without converting K, and V without byte loads:
  - V is loaded as int16: four elements. A masked nibble IS a float16: its bits stand in the lowest ones, which makes
    it a subnormal number, u * 2**-24 or, four bits up, u * 2**-20. Matrix units take those exactly, and the
    power of two is undone once, at the end: 5 instructions for 8 elements. base * p is summed apart.
+ - Matrix units truncate what they add up. These sums have terms of one sign and base * p is taken off again, so
+   the loss would show; a block's sum starts from zero, and a multiply-add, which rounds, adds it to the others.
 
 A running softmax is a tuple (top, total, ...): top [WARPS, Q] the largest score so far, in whatever unit
 `step` turns into log2; total [WARPS, SLICE, Q] sums of weights, added up only at the end.
@@ -241,11 +243,11 @@ def int_tile(
             inverse = 1.0 / new_unit
             weight = (prob * (vs * (inverse * HALF_RANGE)[:, None, :])).to(tl.float16)
             bases = state[7] * keep[:, None, :] + prob * base[:, :, None]
-            keep = (keep * (unit * inverse))[:, None, :]
-            a = tl.dot(a, weight, state[3] * keep)
-            b = tl.dot(b, weight, state[4] * keep)
-            c = tl.dot(c, weight, state[5] * keep)
-            d = tl.dot(d, weight, state[6] * keep)
+            keep = tl.broadcast_to((keep * (unit * inverse))[:, None, :], state[3].shape)
+            a = tl.fma(state[3], keep, tl.dot(a, weight))
+            b = tl.fma(state[4], keep, tl.dot(b, weight))
+            c = tl.fma(state[5], keep, tl.dot(c, weight))
+            d = tl.fma(state[6], keep, tl.dot(d, weight))
             after = (new_top, total, new_unit, a, b, c, d, bases)
         else:
             scale, base = scale_and_base(tl.load(v_scale + 2 * row))
@@ -258,11 +260,11 @@ def int_tile(
             weight, high_weight = (prob * (vs * factor)).to(tl.float16), (prob * (high * factor)).to(tl.float16)
             bases = state[7] * keep[:, None, :] + prob * base[:, :, None]
             high_bases = state[8] * keep[:, None, :] + prob * high_base[:, :, None]
-            keep = (keep * (unit * inverse))[:, None, :]
-            a = tl.dot(a, weight, state[3] * keep)
-            b = tl.dot(b, high_weight, state[4] * keep)
-            c = tl.dot(c, weight, state[5] * keep)
-            d = tl.dot(d, high_weight, state[6] * keep)
+            keep = tl.broadcast_to((keep * (unit * inverse))[:, None, :], state[3].shape)
+            a = tl.fma(state[3], keep, tl.dot(a, weight))
+            b = tl.fma(state[4], keep, tl.dot(b, high_weight))
+            c = tl.fma(state[5], keep, tl.dot(c, weight))
+            d = tl.fma(state[6], keep, tl.dot(d, high_weight))
             after = (new_top, total, new_unit, a, b, c, d, bases, high_bases)
     return after
 

@@ -12,6 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.triton_decode import Plan, plan, split_kernel
+from kernels.triton_history import dequantize_kernel
+from kernels.triton_store import append_kernel, quantize_kernel
 
 TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "positions": "*i64", "frequencies": "*fp64", "partial": "*fp32",
          "statistics": "*fp32", "k_int": "*i8", "v_pair": "*i16", "rotation": "*bf16",
@@ -22,7 +24,7 @@ def compile_split_kernel(
     head_dim: int, group: int, k_bits: int = 8, v_bits: int = 8, n_group: int = 1, n_row: int = 8, p: Plan | None = None
 ) -> dict[str, int] | None:
     """Registers, spills and instruction counts of `split_kernel`; None if the tools are missing."""
-    p = p or plan(n_row, group, head_dim, 2, 132)
+    p = p or plan(n_row, group, head_dim, 2, 132, 0 < k_bits + v_bits < 16)
     constants = {
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
@@ -60,3 +62,25 @@ def compile_split_kernel(
         "copies": len(re.findall(r"\bLDGSTS", sass)),
         "shared": compiled.metadata.shared,
     }
+
+
+def compiles(k_bits: int, v_bits: int, n_group: int, rotated: bool) -> None:
+    """Raises what the compiler does, for any kernel that writes or reads quantised rows."""
+    numbers = {8: ("*i8", "*fp32"), 4: ("*u8", "*i32")}
+    types = {name: "*bf16" for name in ("chunk_k", "chunk_v", "k_new", "v_new", "k", "v", "rotation")}
+    types |= {"k_int": numbers[k_bits][0], "k_scale": numbers[k_bits][1], "positions": "*i64"}
+    types |= {"v_int": numbers[v_bits][0], "v_scale": numbers[v_bits][1]}
+    shared = {"HEAD_DIM": 128, "K_BITS": k_bits, "V_BITS": v_bits, "K_GROUPS": n_group if k_bits == 4 else 1,
+              "V_GROUPS": n_group if v_bits == 4 else 1}  # fmt: skip
+    store = shared | {"ROTATED": rotated, "INTERPRET": False}
+    for kernel, constants in (
+        (append_kernel, store | {"OVERLAP": True}),
+        (quantize_kernel, store | {"BLOCK": 16}),
+        (dequantize_kernel, shared | {"BLOCK": 32}),
+    ):
+        names = kernel.arg_names
+        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+        source = ASTSource(
+            kernel, signature=signature, constexprs={(names.index(n),): value for n, value in constants.items()}
+        )
+        triton.compile(source, target=GPUTarget("cuda", 90, 32))

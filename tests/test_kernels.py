@@ -323,3 +323,14 @@ def test_compiled_for_hopper(shape: dict[str, int]) -> None:
     assert found["byte_loads"] == 0
     assert found["HMMA"] > 0 and (found["IMMA"] > 0) == (shape.get("k_bits", 8) > 0)
     assert found["copies"] > 0, "keys and values are to be copied to shared memory asynchronously"
+
+
+def test_every_mix_of_formats_compiles_for_hopper() -> None:
+    """The interpreter is lenient about types; the compiler is not."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = "import sys; sys.path.insert(0, 'tests'); from aot import compiles\n"
+    code += "for mix in ((8, 8, 1, False), (4, 8, 2, False), (8, 4, 2, False), (4, 4, 1, True)): compiles(*mix)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
