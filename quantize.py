@@ -90,8 +90,8 @@ class Format:
         """Raises ValueError where this format does not suit vectors of head_dim elements."""
         if self.bits == 8:
             return
-        if head_dim & (head_dim - 1) or head_dim < 32:
-            raise ValueError(f"4 bits need a head_dim that is a power of two and at least 32, and this is {head_dim}")
+        if head_dim & (head_dim - 1) or head_dim < 64:  # matrix units sum 32 bytes at a time, half a vector's
+            raise ValueError(f"4 bits need a head_dim that is a power of two and at least 64, not {head_dim}")
         if self.group_size not in (0, head_dim, head_dim // 2):
             raise ValueError(
                 f"--group_size must be the head_dim, {head_dim}, or half of it, {head_dim // 2}, not {self.group_size}"

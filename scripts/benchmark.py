@@ -79,8 +79,10 @@ def fill(engine: Engine, context: int) -> None:
     for layer in engine.cache.layers:
         for tensor in getattr(layer, "regions", ()):
             if isinstance(tensor, torch.Tensor):
-                if tensor.dtype == torch.int8:
-                    tensor.random_(-127, 128)
+                if tensor.dtype in (torch.int8, torch.uint8):
+                    tensor.random_(0, 128)
+                elif tensor.dtype == torch.float16 and tensor.dim() == 5:  # scales and bases
+                    tensor.uniform_(0.1, 0.2)
                 elif tensor.dim() == 3:  # scales
                     tensor.uniform_(0.005, 0.015)
                 else:

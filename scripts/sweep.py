@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from options import Parser, format_policy, make_policy
+from options import Parser, format_policy, parse_policy
 from tokenizer import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -63,8 +63,16 @@ def settings(args: argparse.Namespace) -> list[str]:
     """The full cache, then every combination; each spelt in one way, and once."""
     found = ["full"]
     for cache, sink, window in itertools.product(args.caches, args.sinks, args.windows):
-        found.append(format_policy(make_policy(cache, {"sink_size": sink, "window_size": window})))
+        comma = "," if ":" in cache else ":"
+        found.append(format_policy(parse_policy(f"{cache}{comma}sink_size={sink},window_size={window}")))
     return list(dict.fromkeys(found))
+
+
+def flag(knob: str, value: str) -> list[str]:
+    """generate.py's way to say it."""
+    if value in ("true", "false"):
+        return [f"--{knob}" if value == "true" else f"--no-{knob}"]
+    return [f"--{knob}", value]
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:
@@ -74,7 +82,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
         result = args.outputs / args.name / f"{args.kind}-{name}.json"
         cache, _, knobs = setting.partition(":")
         if args.kind == "speed":
-            flags = [word for knob in knobs.split(",") if knob for word in (f"--{knob}".split("="))]
+            flags = [word for knob in knobs.split(",") if knob for word in flag(*knob.split("="))]
             command = ["generate.py", cache, *flags, *args.rest, "--json", str(result)]
         else:
             command = ["scripts/evaluate.py", args.kind, "--caches", setting, *args.rest, "--json", str(result)]
@@ -86,7 +94,10 @@ def make_parser() -> Parser:
     p = Parser("sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--name", required=True, help="results go to outputs/NAME/")
     p.add_argument("--kind", choices=("perplexity", "divergence", "passkey", "speed"), default="divergence")
-    p.add_argument("--caches", nargs="+", default=["quantize_kv", "compress_kv"])
+    p.add_argument(
+        "--caches", nargs="+", default=["quantize_kv", "compress_kv"], metavar="CACHE",
+        help="a name, or one with knobs: quantize_kv:k_bits=4,v_bits=4",
+    )  # fmt: skip
     p.add_argument("--sinks", nargs="+", default=["4", "16"])
     p.add_argument("--windows", nargs="+", default=["32", "128"])
     p.add_argument("--outputs", type=Path, default=Path("outputs"))
