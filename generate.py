@@ -3,6 +3,7 @@
   python generate.py --prompt "Once upon a time"                       the full cache, the bundled model
   python generate.py --prompt "..." compress_kv --window_size 256      sink + window, the middle dropped
   python generate.py --prompt "..." quantize_kv --window_size 32       sink + window exact, the middle int8
+  python generate.py --prompt "..." quantize_kv --bits 4               the middle in 4 bits
 
 Text goes to standard output, everything else to standard error. Options may stand before or after the
 subcommand. A subcommand is a cache class (kv_cache.py); its flags are that class's fields.
@@ -14,7 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint import (
@@ -29,10 +30,10 @@ from checkpoint import (
 )
 from console import Printer, encode_prompt, read_prompts, say, write_json
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
-from kv_cache import FullCache, KVCache, ModelCache, Shape, caches
-from options import Parser, add_cache_flags, load_plugin, policy_from, positive
+from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, caches
+from options import Parser, add_cache_flags, load_plugin, parse_size, policy_from, positive
 from profiling import Profiler
-from report import device_memory, make_plan, make_report, report_lines, require_fit
+from report import device_memory, make_plan, make_report, report_lines, require_fit, size
 from tokenizer import Tokenizer, UserError, load_tokenizer
 
 
@@ -72,6 +73,14 @@ def make_parser() -> Parser:
         help=f"prompt tokens read at once: less memory, and later chunks see the earlier ones as the "
         f"cache holds them (default: {PREFILL_CHUNK})",
     )  # fmt: skip
+    g.add_argument(
+        "--bits", choices=("8", "4", "auto"),
+        help="of quantize_kv: --k_bits and --v_bits at once; auto takes the most that --memory_budget allows",
+    )  # fmt: skip
+    g.add_argument(
+        "--memory_budget", type=parse_size, metavar="SIZE",
+        help="20GiB, say, for weights, cache and activations: more is refused (default: what is free)",
+    )  # fmt: skip
     g.add_argument("--dry_run", action="store_true", help="print the memory plan and stop")
     g.add_argument(
         "--json", nargs="?", const="-", metavar="FILE",
@@ -82,6 +91,18 @@ def make_parser() -> Parser:
     g.add_argument("--plugin", type=Path, metavar="FILE", help="a Python file that defines caches of your own")
     add_cache_flags(p)
     return p
+
+
+def chosen_policy(args: argparse.Namespace) -> KVCache:
+    """The cache of the command line, `--bits` taken for both `--k_bits` and `--v_bits`."""
+    if args.bits is not None:
+        if args.cache != SelectiveCache.name:
+            raise UserError(f"--bits is a flag of {SelectiveCache.name}, and the cache is {args.cache}")
+        if args.k_bits is not None or args.v_bits is not None:
+            raise UserError("--bits says both --k_bits and --v_bits: give it or them")
+        if args.bits != "auto":
+            args.k_bits = args.v_bits = args.bits
+    return policy_from(args)
 
 
 @dataclass(frozen=True)
@@ -229,12 +250,44 @@ def converse(engine: Engine, job: Job, args: argparse.Namespace) -> Iterator[Tim
         yield engine.timing
 
 
+def choose_bits(job: Job, budget: int) -> KVCache:
+    """The cache of the job with the most bits whose plan fits; keys keep theirs longest, being the more sensitive.
+
+    Raises UserError if not even 4 bits fit.
+    """
+    assert isinstance(job.policy, SelectiveCache)
+    config = job.checkpoint.config
+    tried = []
+    for k_bits, v_bits in ((8, 8), (8, 4), (4, 4)):
+        policy = replace(job.policy, k_bits=k_bits, v_bits=v_bits)
+        try:
+            total = make_plan(config, policy, job.shape, job.chunk).total
+        except ValueError as error:  # a head_dim that 4 bits are not for
+            tried.append(f"{k_bits}-bit keys and {v_bits}-bit values: {error}")
+            continue
+        tried.append(f"{k_bits}-bit keys and {v_bits}-bit values need {size(total)}")
+        if total <= budget:
+            say(f"--bits auto: {'; '.join(tried)}, and {size(budget)} are there")
+            return policy
+    raise UserError(f"--bits auto: {'; '.join(tried)}, and {size(budget)} are there")
+
+
 def run(args: argparse.Namespace, policy: KVCache) -> None:
     job = prepare(args, policy)
-    plan = (job.checkpoint.config, policy, job.shape, job.chunk)
+    free = device_memory(job.shape.device)
+    budget = args.memory_budget or free
+    if not args.dry_run:  # which may plan for another machine
+        budget = min(free, budget)
+    if args.bits == "auto":
+        job = replace(job, policy=choose_bits(job, budget))
+    plan = (job.checkpoint.config, job.policy, job.shape, job.chunk)
+    try:
+        planned = make_plan(*plan)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if args.dry_run:
-        print("\n".join(make_plan(*plan).lines()))
-    require_fit(*plan, device_memory(job.shape.device))
+        print("\n".join(planned.lines()))
+    require_fit(*plan, budget)
     if args.dry_run:
         return
     profiler = Profiler(args.profile, job.shape.device) if args.profile else None
@@ -272,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 argv[i] = "--json=-"
         args = make_parser().parse(argv)
         args.argv = argv
-        run(args, policy_from(args))
+        run(args, chosen_policy(args))
     except UserError as error:
         say(f"generate.py: error: {error}")
         sys.exit(2)

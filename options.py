@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,19 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
     return int(text)
+
+
+def parse_size(text: str) -> int:
+    """Bytes: "20GiB", "512 MiB", "1.5e9", "20GB"."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([KMGT])(i?)B?|B?)\s*", text, re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or number <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 20GiB")
+    step = 1024 if match[3] else 1000
+    return int(number * step ** (" KMGT".index(match[2].upper()) if match[2] else 0))
 
 
 def make_policy(name: str, knobs: Mapping[str, Any]) -> KVCache:

@@ -53,6 +53,19 @@ def test_on_a_real_checkpoint(policy: KVCache) -> None:
     assert abs(nll[0] - nll[1]) < 1e-3
 
 
+@pytest.mark.parametrize("knobs", [{"k_bits": 4, "rotate": False}, {"v_bits": 4, "group_size": 32}], ids=str)
+def test_four_bits_in_parallel_are_four_bits_in_turn(knobs: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    model = Transformer(Config(50, 128, 2, 2, 1, 48, 64)).eval()
+    for p in model.parameters():
+        p.data.mul_(2)
+    tokens, policy = torch.randint(50, (40,)), SelectiveCache(2, 5, **knobs)
+    states = [read(model, policy, tokens) for read in (scoring.read_parallel, scoring.read_sequential)]
+    assert (model.head(states[0]) - model.head(states[1])).abs().max() < 1e-3
+    exact = scoring.read_parallel(model, FullCache(), tokens)
+    assert (model.head(states[0]) - model.head(exact)).abs().max() > 1e-2  # and it is something else
+
+
 def test_scores_against_a_reference() -> None:
     torch.manual_seed(0)
     model = Transformer(Config(50, 32, 2, 4, 2, 48, 64)).eval()

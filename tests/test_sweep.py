@@ -74,10 +74,19 @@ def test_tasks_apart_are_the_sweep_together(
         sweep.main([*argv, "--index", str(i), *speed])
     reports = [json.loads(f.read_text()) for f in sorted((tmp_path / "out" / "s").iterdir())]
     assert [r["cache"]["name"] for r in reports] == ["full", "quantize_kv"]
-    assert reports[1]["cache"] == {"name": "quantize_kv", "sink_size": 2, "window_size": 8}
+    assert reports[1]["cache"].items() >= {"name": "quantize_kv", "sink_size": 2, "window_size": 8, "k_bits": 8}.items()
     with pytest.raises(SystemExit) as exit_:
         sweep.main([*argv, "--index", "2", *rest(tiny, tmp_path)])
     assert exit_.value.code == 2
+
+
+def test_a_cache_may_bring_knobs_of_its_own(base: list[str]) -> None:
+    cache = "quantize_kv:v_bits=4,k_bits=4,rotate=false"
+    args = sweep.make_parser().parse([*base, "--kind", "speed", "--caches", cache, "--sinks", "2", "--windows", "8"])
+    args.rest = []
+    task = sweep.tasks(args)[1]
+    assert task.setting == "quantize_kv:sink_size=2,window_size=8,k_bits=4,v_bits=4,rotate=false"
+    assert "--no-rotate" in task.command and task.command[task.command.index("--k_bits") + 1] == "4"
 
 
 def test_the_shell_scripts_visit_every_element(tmp_path: Path) -> None:
