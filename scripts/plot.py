@@ -48,10 +48,18 @@ def look(setting: str) -> tuple[str, str, str, str]:
 
 def short(setting: str) -> str:
     """ "quantize_kv:sink_size=16,window_size=32" -> "quantize_kv 16/32"."""
-    name, _, knobs = setting.partition(":")
+    _, _, knobs = setting.partition(":")
     values = dict(knob.split("=") for knob in knobs.split(",") if knob)
     sizes = [values[k] for k in ("sink_size", "window_size") if k in values]
-    return " ".join([name, "/".join(sizes)]).strip()
+    return " ".join([family(setting), "/".join(sizes)]).strip()
+
+
+def family(setting: str) -> str:
+    """The cache's name, and its bits where they are not 8: "quantize_kv K8V4"."""
+    name, _, knobs = setting.partition(":")
+    values = dict(knob.split("=") for knob in knobs.split(",") if knob)
+    bits = [values.get("k_bits", "8"), values.get("v_bits", "8")]
+    return name if bits == ["8", "8"] else f"{name} K{bits[0]}V{bits[1]}"
 
 
 def save(figure: Any, out: Path, name: str) -> None:
@@ -117,7 +125,15 @@ def draw_frontier(rows: list[dict[str, Any]], out: Path) -> None:
     texts = list(dict.fromkeys(r["text"] for r in rows))
     figure, axes = plt.subplots(1, len(texts), figsize=(4.2 * len(texts), 3.4), squeeze=False, sharey=True)
     for axis, text in zip(axes[0], texts, strict=True):
-        for r in {r["cache"]: r for r in rows if r["text"] == text and r["cache"] != "full"}.values():
+        found = {r["cache"]: r for r in rows if r["text"] == text and r["cache"] != "full"}.values()
+        if len(found) > 8:  # a sweep: names would cover each other
+            families = list(dict.fromkeys(sorted(family(r["cache"]) for r in found)))
+            for name, marker in zip(families, "s^vDoP*", strict=False):
+                points = [(r["cache_bytes"] / 2**20, r["kl"]) for r in found if family(r["cache"]) == name]
+                filled = "#888888" if marker in "sv" else "white"
+                axis.plot(*zip(*points, strict=True), marker, color="#333333", markerfacecolor=filled, label=name)
+            axis.legend(fontsize=7)
+        for r in found if len(found) <= 8 else ():
             grey, _, marker, _ = look(r["cache"])
             axis.plot(r["cache_bytes"] / 2**20, r["kl"], marker, color=grey, markersize=7)
             axis.annotate(short(r["cache"]), (r["cache_bytes"] / 2**20, r["kl"]), xytext=(6, 4),
