@@ -251,21 +251,15 @@ def converse(engine: Engine, job: Job, args: argparse.Namespace) -> Iterator[Tim
 
 
 def choose_bits(job: Job, budget: int) -> KVCache:
-    """The cache of the job with the most bits whose plan fits; keys keep theirs longest, being the more sensitive.
-
-    Raises UserError if not even 4 bits fit.
-    """
-    assert isinstance(job.policy, SelectiveCache)
-    config = job.checkpoint.config
+    """The cache of the job with the most bits whose plan fits. Raises UserError if the fewest do not."""
     tried = []
-    for k_bits, v_bits in ((8, 8), (8, 4), (4, 4)):
-        policy = replace(job.policy, k_bits=k_bits, v_bits=v_bits)
+    for name, policy in job.policy.by_quality():
         try:
-            total = make_plan(config, policy, job.shape, job.chunk).total
+            total = make_plan(job.checkpoint.config, policy, job.shape, job.chunk).total
         except ValueError as error:  # a head_dim that 4 bits are not for
-            tried.append(f"{k_bits}-bit keys and {v_bits}-bit values: {error}")
+            tried.append(f"{name}: {error}")
             continue
-        tried.append(f"{k_bits}-bit keys and {v_bits}-bit values need {size(total)}")
+        tried.append(f"{name} need {size(total)}")
         if total <= budget:
             say(f"--bits auto: {'; '.join(tried)}, and {size(budget)} are there")
             return policy

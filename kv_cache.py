@@ -90,6 +90,10 @@ class KVCache:
         """How many tokens are kept in full precision; 0: no such limit. It must fit the model's context."""
         return 0
 
+    def by_quality(self) -> list[tuple[str, KVCache]]:
+        """This cache in each number of bits that it has, most first, and their names: what `--bits auto` tries."""
+        return []
+
     def use_reference(self) -> None:
         """Take the slow, obvious path from now on; a cache without another takes it anyway."""
 
@@ -341,6 +345,10 @@ class SelectiveCache(_RegionCache):
     def formats(self) -> tuple[Format, Format]:
         size = self.group_size
         return Format(self.k_bits, size, self.rotate) if self.k_bits == 4 else INT8, Format(self.v_bits, size)
+
+    def by_quality(self) -> list[tuple[str, KVCache]]:
+        bits = ((8, 8), (8, 4), (4, 4))  # keys keep theirs longest: they are the more sensitive
+        return [(f"{k}-bit keys and {v}-bit values", dataclasses.replace(self, k_bits=k, v_bits=v)) for k, v in bits]
 
     @property
     def n_exact(self) -> int:

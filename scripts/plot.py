@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import kv_cache
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
 from model import CONFIGS, Config
-from options import Parser
+from options import Parser, format_policy, make_policy
 from report import make_plan
 from tokenizer import UserError
 
@@ -60,6 +60,14 @@ def family(setting: str) -> str:
     values = dict(knob.split("=") for knob in knobs.split(",") if knob)
     bits = [values.get("k_bits", "8"), values.get("v_bits", "8")]
     return name if bits == ["8", "8"] else f"{name} K{bits[0]}V{bits[1]}"
+
+
+def setting_of(cache: dict[str, Any]) -> str:
+    """The setting, as evaluate.py writes it, of the cache in a report of generate.py, which lists every knob."""
+    knobs = {name: value for name, value in cache.items() if name != "name"}
+    if cache["name"] in kv_cache.caches():
+        return format_policy(make_policy(cache["name"], knobs))
+    return ":".join([cache["name"], ",".join(f"{k}={v}" for k, v in knobs.items())]).strip(":")
 
 
 def save(figure: Any, out: Path, name: str) -> None:
@@ -196,7 +204,7 @@ def draw_table(records: list[dict[str, Any]], out: Path) -> None:
     """Every figure of every cache side by side, as far as the files have them."""
     cells: dict[str, dict[str, str]] = {}
     for record in records:
-        for r in record.get("rows", []):
+        for r in record["rows"] if "kind" in record else ():
             row = cells.setdefault(r["cache"], {})
             if record["kind"] in ("perplexity", "divergence") and r["text"] == record["rows"][0]["text"]:
                 row |= {"perplexity": f"{r['perplexity']:.4f}", "mean KL": f"{r['kl']:.1e}"}
@@ -207,9 +215,7 @@ def draw_table(records: list[dict[str, Any]], out: Path) -> None:
                 row["ROUGE-L"] = f"{r['rouge_l']['mean']:.4f}"
                 row["to full"] = f"{r['rouge_l_to_full']['mean']:.4f}"
         if "decode_tokens_per_s" in record:  # generate.py's report
-            knobs = ",".join(f"{k}={v}" for k, v in record["cache"].items() if k != "name")
-            setting = f"{record['cache']['name']}:{knobs}" if knobs else record["cache"]["name"]
-            cells.setdefault(setting, {})["tokens/s"] = f"{record['decode_tokens_per_s']:.1f}"
+            cells.setdefault(setting_of(record["cache"]), {})["tokens/s"] = f"{record['decode_tokens_per_s']:.1f}"
     order = ("cache", "perplexity", "mean KL", "same top", "passkeys", "ROUGE-L", "to full", "tokens/s")
     columns = [c for c in order if any(c in row for row in cells.values())]
     figure, axis = plt.subplots(figsize=(1.7 + 1.05 * len(columns), 0.3 + 0.3 * len(cells)))
@@ -248,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     scores = [row for r in records if r.get("kind") in ("perplexity", "divergence") for row in r["rows"]]
     keys = [row for r in records if r.get("kind") == "passkey" for row in r["rows"]]
-    if any("rows" in r or "decode_tokens_per_s" in r for r in records):
+    if any("kind" in r or "decode_tokens_per_s" in r for r in records):
         draw_table(records, args.out)
     draw_memory(args.out)
     draw_cache(args.out)
