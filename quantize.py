@@ -33,7 +33,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     absmax = torch.linalg.vector_norm(x, torch.inf, dim=-1)
-    scale = torch.where(absmax == 0, 1.0, absmax / 127)
+    scale = (absmax / 127).masked_fill_(absmax == 0, 1.0)
     return (x / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.regions import Regions
+from kernels.regions import Regions, Stored
 from quantize import INT8, Format
 
 NAME = "PyTorch kernels"
@@ -33,9 +33,13 @@ class Scratch:
         """block as float32; valid until the next call."""
         if block.dtype == torch.float32:
             return block
-        if self.memory is None or self.memory.numel() < block.numel():
-            self.memory = torch.empty(block.numel(), device=block.device)
+        if self.memory is None or self.memory.numel() < block.numel() or self.memory.device != block.device:
+            with torch.inference_mode(False):  # a later call may come outside it
+                self.memory = torch.empty(block.numel(), device=block.device)
         return self.memory[: block.numel()].view(block.shape).copy_(block)
+
+
+SCRATCH = Scratch()
 
 
 class RunningSoftmax:
@@ -49,7 +53,6 @@ class RunningSoftmax:
         self.top = q.new_full((*q.shape[:-1], 1), float("-inf"), dtype=torch.float32)
         self.total = torch.zeros_like(self.top)
         self.out = torch.zeros_like(self.q)
-        self.scratch = Scratch()
 
     def add(
         self,
@@ -90,7 +93,7 @@ class RunningSoftmax:
         """A block of keys or values in float32. int8's scale is left to the scores: 1 product, not head_dim."""
         if scale is not None and format.bits == 4:
             return format.stored(x[:, :, block], scale[:, :, block])
-        return self.scratch.float(x[:, :, block])
+        return SCRATCH.float(x[:, :, block])
 
     def result(self) -> Tensor:
         """float32 [batch, n_kv_head, row, head_dim]; zero for a row that saw no key."""
@@ -156,10 +159,24 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
     for b, pos in enumerate(positions.tolist()):
         slot, n_left = regions.slot(pos), regions.n_left(pos + 1)
         if n_left > 0:
-            for values, ints, scales, form in regions.quantised():
-                ints[b, :, n_left - 1], scales[b, :, n_left - 1] = form.quantize(values[b, :, slot])
+            _quantize_one(regions, b, slot, n_left - 1)
         regions.k[b, :, slot] = k[b]
         regions.v[b, :, slot] = v[b]
+
+
+def _quantize_one(regions: Regions, b: int, slot: int, row: int) -> None:
+    """The token of sequence b in `slot`, to a row. Keys and values in one go where they are alike: calls cost."""
+    stored = list(regions.quantised())
+    if not stored:
+        return
+    tokens = [part.values[b, :, slot] for part in stored]
+    if stored[0].format == stored[1].format:
+        made = list(zip(*stored[0].format.quantize(torch.stack(tokens)), strict=True))
+    else:
+        made = [part.format.quantize(token) for part, token in zip(stored, tokens, strict=True)]
+    for part, (ints, scales) in zip(stored, made, strict=True):
+        part.ints[b, :, row] = ints
+        part.scales[b, :, row] = scales
 
 
 def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None) -> Tensor:
@@ -178,42 +195,79 @@ def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_freque
         n_left = regions.n_left(pos + 1)
         n_slot = pos + 1 - n_left
         if n_left > 0 and held.k_int is not None:
-            y = _decode_quantised(tile, held, n_slot, n_left)
+            y = _decode_quantised(tile[0], held, n_slot, n_left)[None]
         elif n_left > 0 and sink_frequencies is not None:
-            softmax = RunningSoftmax(tile)
-            _add_held(softmax, tile, held, [(0, n_slot)], n_left, sink_frequencies)
-            y = softmax.result()
+            y = _decode_turned(tile[0], held, n_left, sink_frequencies)[None]
         else:
             y = F.scaled_dot_product_attention(tile, held.k[:, :, :n_slot], held.v[:, :, :n_slot])
         out[b] = y[0].flatten(0, 1)
     return out
 
 
+def _decode_turned(tile: Tensor, held: Regions, n_left: int, frequencies: Tensor) -> Tensor:
+    """Sinks seen by the query turned back, the window by the query as it is. tile: [n_kv_head, group, head_dim]."""
+    sink = held.sink_size
+    k, v = held.k[0], held.v[0]
+    turned = rotate(tile, -n_left, frequencies)
+    score = torch.cat((turned @ k[:, :sink].transpose(-1, -2), tile @ k[:, sink:].transpose(-1, -2)), -1)
+    return (score.float() * tile.shape[-1] ** -0.5).softmax(-1) @ v.float()
+
+
 def _decode_quantised(tile: Tensor, held: Regions, n_slot: int, n_left: int) -> Tensor:
-    """All scores, one softmax, all values: for one query token the scores are few, and calls are what costs."""
-    (_, k_int, k_scale, k_format), (_, v_int, v_scale, v_format) = held.quantised()
+    """All scores, one softmax, all values: for one query token the scores are few, and calls are what costs.
+
+    tile: [n_kv_head, group, head_dim]. Returns it in float32.
+    """
+    keys, values = held.quantised()
     query = tile.float() * tile.shape[-1] ** -0.5
-    turned = k_format.turn(query)
     score = query.new_empty(*query.shape[:-1], n_slot + n_left)
-    score[..., :n_slot] = query @ held.k[:, :, :n_slot].float().transpose(-1, -2)
-    softmax = RunningSoftmax(tile)  # for its scratch
-    blocks = [slice(lo, min(lo + BLOCK, n_left)) for lo in range(0, n_left, BLOCK)]
-    middle = score[..., n_slot:]
-    if n_left >= BLOCK and k_format.bits == 8 and tile.device.type == "cpu" and int8_products_are_exact():
-        _int8_scores(turned[0], k_int[0, :, :n_left], middle[0])
-    else:
-        for block in blocks:
-            middle[..., block] = turned @ softmax.values(k_int, k_scale, k_format, block).transpose(-1, -2)
-    if k_format.bits == 8:
-        middle *= k_scale[:, :, None, :n_left]
+    score[..., :n_slot] = query @ held.k[0, :, :n_slot].float().transpose(-1, -2)
+    _score_stored(keys.format.turn(query), keys, n_left, score[..., n_slot:])
     prob = score.softmax(-1)
-    y = prob[..., :n_slot] @ held.v[:, :, :n_slot].float()
-    prob = prob[..., n_slot:]
-    if v_format.bits == 8:
-        prob *= v_scale[:, :, None, :n_left]
+    y = prob[..., :n_slot] @ held.v[0, :, :n_slot].float()
+    return _add_stored(prob[..., n_slot:], values, n_left, y)
+
+
+def _score_stored(query: Tensor, keys: Stored, n_left: int, out: Tensor) -> None:
+    """Scores of the first n_left stored keys of a sequence. query, out: float32 [n_kv_head, group, head_dim or key]."""
+    ints, scales = keys.ints[0, :, :n_left], keys.scales[0, :, :n_left]
+    if keys.format.bits == 8:
+        torch.mul(_products(query, ints), scales[:, None], out=out)
+        return
+    # value = base + scale * u, a scale and base per group of elements: q·k = scale * (q·u) + base * sum(q)
+    scale, base = scales.float().permute(3, 0, 2, 1)  # [n_kv_head, group of elements, key]
+    parts = [_products(q, u) for q, u in zip(query.chunk(2, -1), _halves(ints), strict=True)]
+    if scale.shape[1] == 1:
+        torch.mul(parts[0].add_(parts[1]), scale, out=out)
+    else:
+        torch.mul(parts[0], scale[:, :1], out=out).addcmul_(parts[1], scale[:, 1:])
+    out += query.unflatten(-1, (scale.shape[1], -1)).sum(-1) @ base
+
+
+def _add_stored(prob: Tensor, values: Stored, n_left: int, y: Tensor) -> Tensor:
+    """y [n_kv_head, group, head_dim] plus the first n_left stored values, weighed by prob [n_kv_head, group, key]."""
+    ints, scales = values.ints[0, :, :n_left], values.scales[0, :, :n_left]
+    n_key = BLOCK if ints[:, 0].numel() > 512 else 2 * BLOCK  # bytes of a key: few make room for more keys
+    blocks = [slice(lo, lo + n_key) for lo in range(0, n_left, n_key)]
+    if values.format.bits == 8:
+        prob = prob * scales[:, None]
+        for block in blocks:
+            y.baddbmm_(prob[..., block], SCRATCH.float(ints[:, block]))
+        return y
+    scale, base = scales.float().permute(3, 0, 2, 1)
+    parts = [torch.zeros_like(half, memory_format=torch.contiguous_format) for half in y.chunk(2, -1)]
+    weighed = [prob * s[:, None] for s in scale.unbind(1)]  # one for all elements, or one for each half
     for block in blocks:
-        y += prob[..., block] @ softmax.values(v_int, v_scale, v_format, block)
+        for part, p, u in zip(parts, (weighed[0], weighed[-1]), _halves(ints[:, block]), strict=True):
+            part.baddbmm_(p[..., block], SCRATCH.float(u))
+    y += torch.cat(parts, -1)
+    y.unflatten(-1, (base.shape[1], -1)).add_((prob @ base.transpose(1, 2))[..., None])
     return y
+
+
+def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """4-bit integers as int8: elements 0 to head_dim / 2 - 1, and the rest."""
+    return (packed & 15).view(torch.int8), (packed >> 4).view(torch.int8)
 
 
 @functools.cache
@@ -225,23 +279,31 @@ def int8_products_are_exact() -> bool:
     return bool((torch._int_mm(worst, -worst.t().contiguous()) == -128 * 127 * 127).all())
 
 
-def _int8_scores(query: Tensor, k_int: Tensor, out: Tensor) -> None:
-    """query @ k_int^T without converting a key: a query is three int8 terms, each 1/254 of the one before.
+def _products(query: Tensor, keys: Tensor) -> Tensor:
+    """query @ keys^T. query: float32 [n_kv_head, group, d]; keys: int8 [n_kv_head, key, d]. float32.
 
-    query: float32 [n_kv_head, group, head_dim]; k_int: int8 [n_kv_head, key, head_dim]; out: float32
-    [n_kv_head, group, key]. Off by 1e-7 of the largest element of a query times the keys, as float32 itself is.
+    Where int8 products are exact, no key is converted: a query is three int8 terms, each 1/254 of the one before. Off
+    by 1e-7 of the largest element of a query times the keys, as float32 itself is.
     """
-    group = query.shape[1]
+    n_head, group, _ = query.shape
+    n_key = keys.shape[1]
+    if n_key < BLOCK or query.device.type != "cpu" or not int8_products_are_exact():
+        parts = [query @ SCRATCH.float(part).transpose(-1, -2) for part in keys.split(BLOCK, 1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     unit = query.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
     rest, terms = query / unit, []
     for _ in range(3):
         terms.append(rest.round())
         rest = (rest - terms[-1]) * 254
-    tile = torch.cat(terms, 1).to(torch.int8)  # [n_kv_head, 3 * group, head_dim]
-    for head, scores in enumerate(out):
-        first, second, third = torch._int_mm(tile[head], k_int[head].t()).split(group)
-        scores.copy_(first).add_(second, alpha=1 / 254).add_(third, alpha=1 / 254**2)
-    out *= unit
+    tile = torch.cat(terms, 1).to(torch.int8)  # [n_kv_head, 3 * group, d]
+    sums = query.new_empty(n_head, 3 * group, n_key)
+    for out, t, k in zip(sums, tile, keys, strict=True):
+        out.copy_(torch._int_mm(t, k.t()))
+    together = torch.eye(group).repeat(1, 3) * _TERMS.repeat_interleave(group)  # [group, 3 * group]
+    return (unit * together) @ sums
+
+
+_TERMS = torch.tensor([1, 1 / 254, 1 / 254**2])
 
 
 def _add_held(

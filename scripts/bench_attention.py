@@ -14,8 +14,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # Before torch loads OpenMP: threads that spin long while they wait take the processor from whoever else needs it.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -70,13 +71,13 @@ def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     return {name: statistics.median(s) * 1e3 for name, s in seconds.items()}
 
 
-def measure(context: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, float]:
-    """The median of every contestant at one context."""
-    shape = Shape(1, args.n_kv_head, args.head_dim, context, dtype, CPU)
+def measure(shape: Shape, group: int, rounds: int) -> dict[str, float]:
+    """The median of every contestant, milliseconds. group: query heads per KV head."""
+    context, dtype = shape.capacity, shape.dtype
     policies = [FullCache(), SelectiveCache(16, 32), SinkWindowCache(16, 32)]
     regions = {policy.name: filled(policy, shape) for policy in policies}
-    q = torch.randn(1, args.n_kv_head * args.group, args.head_dim).to(dtype)
-    new = torch.randn(1, args.n_kv_head, args.head_dim).to(dtype)
+    q = torch.randn(1, shape.n_kv_head * group, shape.head_dim).to(dtype)
+    new = torch.randn(1, shape.n_kv_head, shape.head_dim).to(dtype)
     position = torch.tensor([context - 1])
     gate(q, regions["quantize_kv"], position)
 
@@ -88,15 +89,30 @@ def measure(context: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[
         return run
 
     full = regions["full"]
-    tile = q.unflatten(1, (args.n_kv_head, -1))
+    tile = q.unflatten(1, (shape.n_kv_head, -1))
     return medians(
         {
             **{name: step(r) for name, r in regions.items()},
             "SDPA, packed group": lambda: F.scaled_dot_product_attention(tile, full.k, full.v),
             "SDPA, enable_gqa": lambda: F.scaled_dot_product_attention(q[:, :, None], full.k, full.v, enable_gqa=True),
         },
-        args.rounds,
+        rounds,
     )
+
+
+def run(contexts: Sequence[int], n_kv_head: int, group: int, head_dim: int, rounds: int) -> list[dict[str, Any]]:
+    """Measure and print every context in both dtypes. Raises UserError."""
+    if min(contexts) <= 48:
+        raise UserError("--context must be past sink and window, 48 tokens, for anything to be quantised")
+    torch.manual_seed(0)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for context in contexts:
+            name = str(dtype).removeprefix("torch.")
+            ms = measure(Shape(1, n_kv_head, head_dim, context, dtype, CPU), group, rounds)
+            rows.append({"dtype": name, "context": context, "ms": ms})
+            print(f"{name:<9}{context:>7}  " + "  ".join(f"{n} {t:.2f}" for n, t in ms.items()))
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,15 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = p.parse(argv)
     try:
-        if min(args.context) <= 48:
-            raise UserError("--context must be past sink and window, 48 tokens, for anything to be quantised")
-        torch.manual_seed(0)
-        rows = []
-        for dtype in (torch.float32, torch.bfloat16):
-            for context in args.context:
-                name = str(dtype).removeprefix("torch.")
-                rows.append({"dtype": name, "context": context, "ms": measure(context, dtype, args)})
-                print(f"{name:<9}{context:>7}  " + "  ".join(f"{n} {ms:.2f}" for n, ms in rows[-1]["ms"].items()))
+        rows = run(args.context, args.n_kv_head, args.group, args.head_dim, args.rounds)
         print(json.dumps({"rows": rows, "torch": torch.__version__, "command": ["scripts/bench_attention.py", *argv]}))
     except UserError as error:
         print(f"bench_attention.py: error: {error}", file=sys.stderr)

@@ -15,9 +15,10 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels import triton_kernels
 from kernels.regions import Regions
+from options import Parser
 from quantize import Format, hadamard
+from tokenizer import UserError
 
 L2_BYTES = 256 << 20  # copies are made until they hold this much: several times any L2
 LAUNCHES = 12  # in a graph, at least
@@ -192,33 +195,29 @@ def read_ceiling() -> float:
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    batch, n_token = text.lower().split("x")
-    return int(batch), int(n_token)
+    """ "8x32768" -> (8, 32768)."""
+    try:
+        batch, n_token = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        batch = n_token = 0
+    if batch < 1 or n_token < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a batch and a context such as 8x32768")
+    return batch, n_token
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = ["1x2048", "1x8192", "1x32768", "1x131072", "8x32768", "32x8192"]
-    parser.add_argument("--shapes", nargs="+", default=default, help="batch x context, e.g. 8x32768")
-    parser.add_argument("--n_head", type=int, default=32)
-    parser.add_argument("--n_kv_head", type=int, default=8)
-    parser.add_argument("--head_dim", type=int, default=128)
-    parser.add_argument("--slots", type=int, default=128, help="tokens that quantised caches keep in full precision")
-    parser.add_argument("--rounds", type=int, default=30, help="replays of each version")
-    parser.add_argument("--no_sdpa", action="store_true", help="only our own kernels")
-    parser.add_argument("--output", type=Path, help="write the JSON line here too")
-    args = parser.parse_args()
+def run(
+    heads: Heads, shapes: Iterable[tuple[int, int]], slots: int = 128, rounds: int = 30, with_sdpa: bool = True
+) -> dict[str, Any]:
+    """Check, time and print every version at every (batch, context). Raises UserError."""
     if not torch.cuda.is_available():
-        parser.error("this benchmark times CUDA kernels, and there is no CUDA device")
-    heads = Heads(args.n_head, args.n_kv_head, args.head_dim)
-
+        raise UserError("this benchmark times CUDA kernels, and there is no CUDA device")
     ceiling = read_ceiling()
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}; read ceiling {ceiling / 1e12:.2f} TB/s")
     print(f"{'batch':>5} {'context':>8}  {'version':<20} {'µs':>8} {'GB/s':>6} {'share':>6} {'error':>8}")
     rows = []
-    for batch, n_token in map(parse_shape, args.shapes):
-        group = versions(batch, n_token, heads, args.slots, not args.no_sdpa)
+    for batch, n_token in shapes:
+        group = versions(batch, n_token, heads, slots, with_sdpa)
         for version in list(group):
             try:
                 right = check(version)
@@ -227,8 +226,10 @@ def main() -> None:
                 group.remove(version)
                 continue
             if not right:
-                sys.exit(f"{version.name} at {batch}x{n_token}: error {version.error:.1e}, so no speed is reported")
-        time_all(group, args.rounds)
+                raise UserError(
+                    f"{version.name} at {batch}x{n_token}: error {version.error:.1e}, so no speed is reported"
+                )
+        time_all(group, rounds)
         for version in group:
             times = sorted(version.times)
             median, rate = statistics.median(times), version.read_bytes / statistics.median(times) * 1e6
@@ -250,7 +251,28 @@ def main() -> None:
         print(f"; our bf16 is {min(peers) / ours['ours bf16']:.2f}x the best SDPA" if peers else "")
         del group
         torch.cuda.empty_cache()
-    line = json.dumps({"device": device, "ceiling_tb_s": round(ceiling / 1e12, 3), "shape": vars(heads), "rows": rows})
+    return {"device": device, "ceiling_tb_s": round(ceiling / 1e12, 3), "shape": vars(heads), "rows": rows}
+
+
+def main() -> None:
+    parser = Parser("bench_kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [(1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 32768), (32, 8192)]
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=default, help="batch x context, e.g. 8x32768")
+    parser.add_argument("--n_head", type=int, default=32)
+    parser.add_argument("--n_kv_head", type=int, default=8)
+    parser.add_argument("--head_dim", type=int, default=128)
+    parser.add_argument("--slots", type=int, default=128, help="tokens that quantised caches keep in full precision")
+    parser.add_argument("--rounds", type=int, default=30, help="replays of each version")
+    parser.add_argument("--no_sdpa", action="store_true", help="only our own kernels")
+    parser.add_argument("--output", type=Path, help="write the JSON line here too")
+    args = parser.parse(sys.argv[1:])
+    heads = Heads(args.n_head, args.n_kv_head, args.head_dim)
+    try:
+        record = run(heads, args.shapes, args.slots, args.rounds, not args.no_sdpa)
+    except UserError as error:
+        print(f"bench_kernels.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    line = json.dumps(record)
     print(line)
     if args.output:
         args.output.write_text(line + "\n")

@@ -7,6 +7,7 @@ Each picture is made where its data is among the files, as PNG and SVG, and read
   table       perplexity, divergence, passkeys, ROUGE-L, tokens/s and memory per cache               any of them
   frontier    mean KL against cache bytes                            evaluate.py divergence or perplexity
   position    mean KL by position in the window                      evaluate.py divergence or perplexity
+  speed       a decode step against the context, and over the first cache's                     benchmark.py
   passkeys    share recalled by length and depth, a map per cache                     evaluate.py passkey
 """
 
@@ -163,13 +164,13 @@ def draw_position(rows: list[dict[str, Any]], out: Path) -> None:
     figure, axis = plt.subplots(figsize=(6, 3.4))
     found = [r for r in rows if r["text"] == rows[0]["text"] and r["cache"] != "full"]
     for i, r in enumerate({r["cache"]: r for r in found}.values()):
-        grey, line, marker, _ = look(r["cache"])
+        grey, line, _, _ = look(r["cache"])
         where = list(r["by_position"])
-        filled = grey if i % 2 else "white"
-        axis.plot(where, [max(r["by_position"][w]["kl"], 1e-9) for w in where], line, marker=marker, color=grey,
+        filled = "white" if i // 4 else grey
+        axis.plot(where, [max(r["by_position"][w]["kl"], 1e-9) for w in where], line, marker="s^vD"[i % 4], color=grey,
                   markerfacecolor=filled, label=short(r["cache"]))  # fmt: skip
     axis.set(yscale="log", xlabel=f"position in the window, {rows[0]['text']}", ylabel="mean KL, nats")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))  # beside: the lines need all the room
     axis.grid(True, alpha=0.3)
     save(figure, out, "position")
 
@@ -198,6 +199,37 @@ def draw_passkeys(rows: list[dict[str, Any]], out: Path) -> None:
         axis.set_xlabel("depth", fontsize=8)
     axes[0][0].set_ylabel("length, tokens", fontsize=8)
     save(figure, out, "passkeys")
+
+
+def draw_speed(records: list[dict[str, Any]], out: Path, name: str = "speed") -> None:
+    """benchmark.py's steps against the context, and each cache's speed over the first one's, a row per batch."""
+    rows = [row for record in records for row in record["rows"]]
+    batches = list(dict.fromkeys(r["batch"] for r in rows))
+    figure, axes = plt.subplots(len(batches), 2, figsize=(9.5, 2.9 * len(batches)), squeeze=False)
+    for (latency, ratio), batch in zip(axes, batches, strict=True):
+        caches: dict[str, dict[int, float]] = {}
+        for r in rows:
+            if r["batch"] == batch:
+                caches.setdefault(r["cache"], {})[r["context"]] = r["step_ms"]
+        base = next(iter(caches.values()))
+        for i, (setting, steps) in enumerate(caches.items()):
+            grey, line, _, _ = look(setting)
+            style = {"marker": "os^vDP*"[i % 7], "color": grey, "markerfacecolor": "white" if i % 2 else grey}
+            contexts = sorted(steps)
+            latency.plot(contexts, [steps[c] for c in contexts], line, label=short(setting), **style)
+            shared = [c for c in contexts if c in base]
+            ratio.plot(shared, [base[c] / steps[c] for c in shared], line, **style)
+        for axis, label in ((latency, "ms a step"), (ratio, f"speed over {short(next(iter(caches)))}")):
+            axis.set(xscale="log", xlabel=f"context, tokens; batch {batch}", ylabel=label)
+            ticks = sorted({c for steps in caches.values() for c in steps})
+            axis.set_xticks(ticks, [str(c) if c < 1000 else f"{c / 1024:.3g}k" for c in ticks], fontsize=8)
+            axis.minorticks_off()
+            axis.grid(True, alpha=0.3)
+            axis.set_ylim(bottom=0)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
+    figure.tight_layout()
+    save(figure, out, name)
 
 
 def draw_table(records: list[dict[str, Any]], out: Path) -> None:
@@ -254,6 +286,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     scores = [row for r in records if r.get("kind") in ("perplexity", "divergence") for row in r["rows"]]
     keys = [row for r in records if r.get("kind") == "passkey" for row in r["rows"]]
+    speeds = [r for r in records if any("step_ms" in row for row in r.get("rows", ()))]
+    if speeds:
+        draw_speed(speeds, args.out)
     if any("kind" in r or "decode_tokens_per_s" in r for r in records):
         draw_table(records, args.out)
     draw_memory(args.out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 
-import benchmark
+import contest
 import pytest
 import torch
 from conftest import STORIES, needs
@@ -55,8 +55,8 @@ def test_the_captured_step_writes_what_the_eager_step_writes(policy: KVCache) ->
 def test_the_kernels_agree_with_the_reference(policy: KVCache) -> None:
     """Attention by attention, on the q, k and v of a model: what `gate` allows before anything is timed."""
     config = open_checkpoint(None, "llama-3.2-1b").config
-    shape = Shape(1, config.n_kv_head, config.head_dim, benchmark.GATE_TOKENS, torch.bfloat16, CUDA)
-    benchmark.gate(small_model(), policy, shape)
+    shape = Shape(1, config.n_kv_head, config.head_dim, contest.GATE_TOKENS, torch.bfloat16, CUDA)
+    contest.gate(small_model(), policy, shape)
 
 
 def test_the_host_may_run_ahead_and_an_end_token_still_ends() -> None:

@@ -179,14 +179,19 @@ def test_a_window_of_the_whole_sequence_is_the_full_cache_bit_for_bit(case: Case
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["int8 products", "float32 products"])
-def test_a_long_middle_is_read_as_precisely_as_a_short_one(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "formats", [{}, {"k_bits": 4}, {"v_bits": 4}, {"k_bits": 4, "v_bits": 4, "group_size": 32}], ids=str
+)
+def test_a_long_middle_is_read_as_precisely_as_a_short_one(
+    exact: bool, formats: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Past a block of rows a CPU with int8 products uses them on K: the same scores to float32's rounding."""
     if exact and not eager.int8_products_are_exact():
         pytest.skip("this processor has no int8 products")
     monkeypatch.setattr(eager, "int8_products_are_exact", lambda: exact)
     torch.manual_seed(0)
     n, heads, group, dim = 2 * eager.BLOCK + 77, 2, 3, 64
-    layer = SelectiveCache(4, 8)
+    layer = SelectiveCache(4, 8, **formats)
     layer.allocate(Shape(1, heads, dim, n, torch.float32, CPU))
     k, v = torch.randn(2, 1, heads, n, dim)
     k[..., 5] *= 10
@@ -194,8 +199,9 @@ def test_a_long_middle_is_read_as_precisely_as_a_short_one(exact: bool, monkeypa
     q = torch.randn(1, heads * group, dim)
     q[..., 9] *= 10
     got = eager.decode_attention(q, layer.regions, torch.tensor([n - 1]))
-    want = oracle.attention(q[0, :, None], k[0], v[0], n - 1, 4, 8, "quantised")[:, 0]
-    assert (got[0].double() - want).norm() / want.norm() < 2e-6
+    want = oracle.attention(q[0, :, None], k[0], v[0], n - 1, 4, 8, "quantised", formats=layer.formats())[:, 0]
+    # 4 bits: a group's base and its integers, which an outlier channel makes large, cancel in the sum.
+    assert (got[0].double() - want).norm() / want.norm() < (1e-4 if formats else 2e-6)
 
 
 @pytest.mark.parametrize("policy", [FullCache(), SelectiveCache(4, 8), SinkWindowCache(4, 8)])

@@ -1,0 +1,141 @@
+"""The benchmark: its gate, its figures, and transformers beside us."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import benchmark
+import contest
+import families
+import peers
+import pytest
+import torch
+
+from checkpoint import load_model, open_checkpoint
+from kernels import eager
+from kv_cache import FullCache, KVCache, SelectiveCache, Shape
+from model import Config
+from report import make_plan
+from tokenizer import UserError
+
+CPU = torch.device("cpu")
+
+
+def run(folder: Path, *more: str) -> list[dict[str, Any]]:
+    """The records that a benchmark of a tiny model wrote."""
+    if not (folder / "model").exists():
+        families.make("llama3", folder / "model")
+    out = folder / "out.json"
+    quick = ["--steps", "2", "--rounds", "2", "--device", "cpu", "--json", str(out)]
+    benchmark.main(["--checkpoint_path", str(folder / "model"), *quick, *more])
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_peer_is_the_same_model_in_the_same_memory(family: str, tmp_path: Path) -> None:
+    families.make(family, tmp_path)
+    model = load_model(open_checkpoint(tmp_path), CPU, torch.float32)
+    theirs = peers.transformers_model(model)
+    assert peers.gate(model, theirs) < 1e-5
+    ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert {p.untyped_storage().data_ptr() for p in theirs.parameters()} <= ours
+
+
+def test_a_peer_with_other_weights_is_refused(tmp_path: Path) -> None:
+    families.make("llama3", tmp_path)
+    model = load_model(open_checkpoint(tmp_path), CPU, torch.float32)
+    theirs = peers.transformers_model(model)
+    theirs.model.norm.weight = torch.nn.Parameter(2 * theirs.model.norm.weight)
+    with pytest.raises(UserError, match="from ours"):
+        peers.gate(model, theirs)
+
+
+def test_every_cache_and_the_peer_are_timed_at_every_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--context", "80", "60", "--peer", "transformers", "--png", str(tmp_path / "speed.png")]
+    (record,) = run(tmp_path, *more)
+    names = [r["cache"] for r in record["rows"]]
+    assert [r["context"] for r in record["rows"]] == sorted(r["context"] for r in record["rows"])
+    for name in ("full", "compress_kv", "quantize_kv", "transformers dynamic", "transformers quantized fp8 8 bit"):
+        assert sum(n.startswith(name) for n in names) == 2, name
+    full = [r["cache_bytes"] for r in record["rows"] if r["cache"] == "full"]
+    assert full == [2 * 3 * 2 * 8 * 4 * n for n in (60, 80)]  # K and V, layers, KV heads, head_dim, float32
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert "us per 1,000 tokens" in capsys.readouterr().out
+
+
+def test_a_prompt_is_read_and_what_storing_took_is_told(tmp_path: Path) -> None:
+    (record,) = run(tmp_path, "--context", "100", "--prefill")
+    for row in record["rows"]:
+        assert 0 < row["store_s"] < row["prefill_s"]
+    assert not hasattr(eager.store_chunk, "func")  # the clock is off again
+
+
+def test_kernels_alone(tmp_path: Path) -> None:
+    (record,) = run(tmp_path, "--kernels", "--context", "100")
+    assert {"full", "quantize_kv", "SDPA, packed group"} <= set(record["rows"][0]["ms"])
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(tmp_path: Path) -> None:
+    (record,) = run(tmp_path, "--largest_batch", "--context", "200", "--memory_budget", "3MB")
+    config = open_checkpoint(tmp_path / "model").config
+    policies: list[KVCache] = [FullCache(), SelectiveCache(16, 32)]
+    for policy in policies:
+        row = next(r for r in record["rows"] if r["cache"].startswith(policy.name))
+        shape = Shape(row["batch"], config.n_kv_head, config.head_dim, 204, torch.float32, torch.device("meta"))
+        assert make_plan(config, policy, shape, 1).total <= 3e6
+        assert make_plan(config, policy, replace(shape, batch=row["batch"] + 1), 1).total > 3e6
+
+
+@pytest.mark.parametrize("budget", [0, 10**5, 10**7])
+def test_largest_batch_is_the_largest(budget: int) -> None:
+    config = Config(97, 48, 2, 6, 2, 80, 256)
+    shape = Shape(1, 2, 8, 100, torch.float32, CPU)
+    fits = [n for n in range(1, 400) if make_plan(config, FullCache(), replace(shape, batch=n), 1).total <= budget]
+    assert benchmark.largest_batch(config, FullCache(), shape, budget) == max(fits, default=0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "base", "expected"),
+    [([1, 2, 3], [1, 2, 3], 10), ([2, 2, 3], [1, 2, 3], 20), ([2, 1, 4], [1, 2, 3], None), ([1, 3, 2], [1, 2, 3], 30)],
+)
+def test_no_slower_from(ours: list[float], base: list[float], expected: int | None) -> None:
+    def rows(steps: list[float]) -> list[dict[str, Any]]:
+        return [{"context": 10 * i, "step_ms": ms} for i, ms in enumerate(steps, 1)]
+
+    assert benchmark.no_slower_from(rows(ours), rows(base)) == expected
+
+
+def test_a_wrong_kernel_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    families.make("llama3", tmp_path)
+    right = eager.decode_attention
+    monkeypatch.setattr(eager, "decode_attention", lambda *a: 1.01 * right(*a))
+    model = load_model(open_checkpoint(tmp_path), CPU, torch.float32)
+    with pytest.raises(UserError, match="from its reference"):
+        contest.gate(model, SelectiveCache(4, 8), Shape(1, 2, 8, contest.GATE_TOKENS, torch.float32, CPU))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--random_weights"],
+        ["--kernels", "--peer", "transformers"],
+        ["--largest_batch", "--prefill"],
+        ["--kernels", "--batch", "2"],
+        ["--caches", "quantise_kv"],
+        ["--largest_batch", "--memory_budget", "1kB"],
+        ["--context", "0"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    families.make("llama3", tmp_path / "model")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run(tmp_path, *argv)
+    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("gate:")]
+    assert exit_.value.code == 2 and len(err) == 1 and not (tmp_path / "out.json").exists()
