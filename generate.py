@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, caches
 from options import Parser, add_cache_flags, load_plugin, parse_size, policy_from, positive
 from profiling import Profiler
-from report import device_memory, make_plan, make_report, report_lines, require_fit, size
+from report import device_memory, make_plan, make_report, process_age, report_lines, require_fit, size, startup
 from tokenizer import Tokenizer, UserError, load_tokenizer
 
 
@@ -201,17 +202,19 @@ def new_tokens(args: argparse.Namespace, policy: KVCache, context: int, longest:
     return n_new
 
 
-def build(args: argparse.Namespace, job: Job, profiler: Profiler | None) -> Engine:
-    """Take the memory: weights, cache, and the captured step where there is one."""
+def build(args: argparse.Namespace, job: Job, profiler: Profiler | None) -> tuple[Engine, float]:
+    """Take the memory: weights, cache, and the captured step where there is one. Also: seconds of loading weights."""
     device, dtype = job.shape.device, job.shape.dtype
+    began = time.perf_counter()
     model = load_model(job.checkpoint, device, dtype, random_weights=args.random_weights, seed=args.seed)
+    loading = time.perf_counter() - began
     cache = ModelCache(job.policy, job.checkpoint.config.n_layer, job.shape)
     if args.reference:
         for layer in cache.layers:
             layer.use_reference()
     lag = 0 if args.interactive else -1  # a conversation's cache must not run ahead of its end token
     hook = profiler.hook if profiler else None
-    return Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, hook=hook)
+    return Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, hook=hook), loading
 
 
 def converse(engine: Engine, job: Job, args: argparse.Namespace) -> Iterator[Timing]:
@@ -285,9 +288,9 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
     if args.dry_run:
         return
     profiler = Profiler(args.profile, job.shape.device) if args.profile else None
-    engine = build(args, job, profiler)
+    engine, loading = build(args, job, profiler)
     printer = Printer(job.tokenizer, job.prompts, job.echo)
-    timing, interrupted = Timing(), False
+    timing, interrupted, age = Timing(), False, process_age()
     try:
         if args.interactive:
             for turn in converse(engine, job, args):
@@ -299,7 +302,8 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
     except KeyboardInterrupt:
         interrupted = True
         print()
-    report = make_report(engine, job.checkpoint.name, timing if args.interactive else engine.timing)
+    timing = timing if args.interactive else engine.timing
+    report = make_report(engine, job.checkpoint.name, timing) | startup(age, loading, timing)
     report |= {"texts": printer.texts, "command": ["generate.py", *args.argv]}
     say("", *report_lines(report))
     if profiler is not None:

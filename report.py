@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -42,6 +43,19 @@ def device_memory(device: torch.device) -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (FileNotFoundError, KeyError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def process_age() -> float:
+    """Seconds since this process began; where the system does not say, since this module was imported."""
+    try:
+        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+            started = int(stat.read().rpartition(")")[2].split()[19])  # field 22 of proc(5), clock ticks after boot
+            return float(uptime.read().split()[0]) - started / os.sysconf("SC_CLK_TCK")
+    except FileNotFoundError:
+        return time.monotonic() - _IMPORTED
+
+
+_IMPORTED = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -164,6 +178,12 @@ def make_report(engine: Engine, name: str, timing: Timing) -> dict[str, Any]:
     }
 
 
+def startup(age: float, loading: float, timing: Timing) -> dict[str, float]:
+    """What a report says of the way to the first token. age: of the process when the prompt's reading began;
+    loading: seconds of it that went into the weights."""
+    return {"load_weights_s": loading, "start_to_first_token_s": age + timing.first_token_seconds}
+
+
 def report_lines(r: dict[str, Any]) -> list[str]:
     """The report for people."""
     knobs = ", ".join(f"{k} {v}" for k, v in r["cache"].items() if k != "name")
@@ -174,7 +194,8 @@ def report_lines(r: dict[str, Any]) -> list[str]:
         f"{r['model']}, {r['dtype']} on {r['device']}; cache {r['cache']['name']}"
         + (f" ({knobs})" if knobs else "")
         + f"; {r['path']}",
-        f"time to first token {r['time_to_first_token_s']:.3f} s, {r['tokens_read']} tokens read",
+        f"time to first token {r['time_to_first_token_s']:.3f} s, {r['tokens_read']} tokens read; "
+        f"{r['start_to_first_token_s']:.2f} s after the program began, {r['load_weights_s']:.2f} loading weights",
         f"decode {r['decode_tokens_per_s']:.2f} tokens/s, {r['tokens_written']} tokens written",
         f"cache {size(cache)} allocated ({regions}); the full cache: {size(full)} ({cache / full:.1%})",
         f"cache {size(r['cache_bytes_held'])} held at the end; the full cache: {size(r['full_cache_bytes_held'])}",

@@ -212,6 +212,9 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     rows = measure(model, config, policies, args, shape, ceiling)
     print(f"{checkpoint.name}, {str(dtype).removeprefix('torch.')}; read ceiling {ceiling / 1e9:.0f} GB/s")
     print_table(rows)
+    for r in rows if args.largest_batch else ():
+        base = next(b["batch"] for b in rows if b["context"] == r["context"])
+        print(f"{r['context']} tokens, {r['cache']}: {r['batch']} sequences, {r['batch'] / base:.2f}x the first's")
     slopes = {}
     for batch in args.batch if len(args.context) > 1 and not args.largest_batch else ():
         by_cache: dict[str, list[dict[str, Any]]] = {}

@@ -86,6 +86,18 @@ def test_the_report_and_the_text_go_apart(tiny: Path, capsys: pytest.CaptureFixt
     assert "tokens/s" in err and "time to first token" in err and "peak memory" in err
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not say when a process began")
+def test_the_report_counts_from_the_start_of_the_process(tiny: Path) -> None:
+    """Python's own start, the imports and the weights are in it, and nothing that comes after the first token."""
+    began = time.monotonic()
+    argv = ["--checkpoint_path", tiny, "--prompt", "The", "--max_new_tokens", 3, "--json"]
+    run = subprocess.run([sys.executable, ROOT / "generate.py", *map(str, argv)], capture_output=True, text=True)
+    whole = time.monotonic() - began
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert 0.5 < report["start_to_first_token_s"] < whole + 0.1
+    assert 0 < report["load_weights_s"] < report["start_to_first_token_s"] - report["time_to_first_token_s"]
+
+
 def test_sampling_is_seeded_and_greedy_is_the_likeliest(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["--checkpoint_path", tiny, "--prompt", "The", "--max_new_tokens", 12, "--ignore_eos"]
     a, b, c = (call(capsys, *base, "--seed", s)[0] for s in (1, 1, 2))
