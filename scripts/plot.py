@@ -7,7 +7,7 @@ Each picture is made where its data is among the files, as PNG and SVG, and read
   table       perplexity, divergence, passkeys, ROUGE-L, tokens/s and memory per cache               any of them
   frontier    mean KL against cache bytes                            evaluate.py divergence or perplexity
   position    mean KL by position in the window                      evaluate.py divergence or perplexity
-  speed       a decode step against the context, and over the first cache's                     benchmark.py
+  speed-...   a decode step against the context, and over the first cache's; per model and device    benchmark.py
   passkeys    share recalled by length and depth, a map per cache                     evaluate.py passkey
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,7 @@ def draw_speed(records: list[dict[str, Any]], out: Path, name: str = "speed") ->
     """benchmark.py's steps against the context, and each cache's speed over the first one's, a row per batch."""
     rows = [row for record in records for row in record["rows"]]
     batches = list(dict.fromkeys(r["batch"] for r in rows))
+    every = list(dict.fromkeys(r["cache"] for r in rows))  # the same marker in every panel
     figure, axes = plt.subplots(len(batches), 2, figsize=(9.5, 2.9 * len(batches)), squeeze=False)
     for (latency, ratio), batch in zip(axes, batches, strict=True):
         caches: dict[str, dict[int, float]] = {}
@@ -212,7 +214,8 @@ def draw_speed(records: list[dict[str, Any]], out: Path, name: str = "speed") ->
             if r["batch"] == batch:
                 caches.setdefault(r["cache"], {})[r["context"]] = r["step_ms"]
         base = next(iter(caches.values()))
-        for i, (setting, steps) in enumerate(caches.items()):
+        for setting, steps in caches.items():
+            i = every.index(setting)
             grey, line, _, _ = look(setting)
             style = {"marker": "os^vDP*"[i % 7], "color": grey, "markerfacecolor": "white" if i % 2 else grey}
             contexts = sorted(steps)
@@ -222,10 +225,10 @@ def draw_speed(records: list[dict[str, Any]], out: Path, name: str = "speed") ->
         for axis, label in ((latency, "ms a step"), (ratio, f"speed over {short(next(iter(caches)))}")):
             axis.set(xscale="log", xlabel=f"context, tokens; batch {batch}", ylabel=label)
             ticks = sorted({c for steps in caches.values() for c in steps})
-            axis.set_xticks(ticks, [str(c) if c < 1000 else f"{c / 1024:.3g}k" for c in ticks], fontsize=8)
+            axis.set_xticks(ticks, [str(c) if c % 1024 else f"{c // 1024}k" for c in ticks], fontsize=8)
             axis.minorticks_off()
             axis.grid(True, alpha=0.3)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
     figure.tight_layout()
@@ -287,8 +290,9 @@ def main(argv: list[str] | None = None) -> None:
     scores = [row for r in records if r.get("kind") in ("perplexity", "divergence") for row in r["rows"]]
     keys = [row for r in records if r.get("kind") == "passkey" for row in r["rows"]]
     speeds = [r for r in records if any("step_ms" in row for row in r.get("rows", ()))]
-    if speeds:
-        draw_speed(speeds, args.out)
+    for where in dict.fromkeys((r["model"], r["device"]) for r in speeds):
+        name = "speed-" + re.sub(r"[^a-z0-9]+", "-", " ".join(where).lower())
+        draw_speed([r for r in speeds if (r["model"], r["device"]) == where], args.out, name)
     if any("kind" in r or "decode_tokens_per_s" in r for r in records):
         draw_table(records, args.out)
     draw_memory(args.out)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import plot
 import pytest
+
+from kv_cache import FullCache, SelectiveCache
+from options import format_policy
 
 
 def files(folder: Path) -> list[str]:
@@ -50,3 +54,26 @@ def test_a_broken_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         plot.main([str(tmp_path / "bad.json"), "--out", str(tmp_path / "pictures")])
     assert exit_.value.code == 2 and "bad.json" in capsys.readouterr().err
     assert not (tmp_path / "pictures").exists()
+
+
+def test_a_report_and_a_score_of_one_cache_share_a_line_of_the_table() -> None:
+    """A report of generate.py lists every knob, an evaluation only those that are not usually left alone."""
+    for policy in (FullCache(), SelectiveCache(4, 8), SelectiveCache(4, 8, v_bits=4, group_size=32)):
+        report = {"name": policy.name, **dataclasses.asdict(policy)}
+        assert plot.setting_of(json.loads(json.dumps(report))) == format_policy(policy)
+    assert plot.setting_of({"name": "of_a_plugin", "stride": 3}) == "of_a_plugin:stride=3"
+
+
+def test_benchmarks_are_drawn_apart_by_model_and_device(tmp_path: Path) -> None:
+    files = []
+    for device in ("cpu", "NVIDIA H200"):
+        rows = [
+            {"cache": cache, "batch": batch, "context": context, "step_ms": float(context)}
+            for cache in ("full", "quantize_kv:sink_size=16,window_size=32", "transformers dynamic")
+            for batch, context in ((1, 100), (1, 2048), (8, 100))
+        ]
+        files.append(tmp_path / f"{device}.json")
+        files[-1].write_text(json.dumps({"model": "m", "device": device, "rows": rows}) + "\n")
+    plot.main([*map(str, files), "--out", str(tmp_path / "out")])
+    assert {f.name for f in (tmp_path / "out").glob("speed*.png")} == {"speed-m-cpu.png", "speed-m-nvidia-h200.png"}
+    assert not (tmp_path / "out" / "table.png").exists()
