@@ -19,6 +19,7 @@ import kv_cache
 from engine import Engine, Timing
 from kv_cache import FullCache, KVCache, Shape
 from model import Config, Transformer
+from options import format_policy
 from tokenizer import UserError
 
 
@@ -157,6 +158,7 @@ def make_report(engine: Engine, name: str, timing: Timing) -> dict[str, Any]:
     return {
         "model": name,
         "cache": {"name": policy.name, **asdict(policy)},
+        "setting": format_policy(policy),
         "dtype": str(shape.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(shape.device) if shape.device.type == "cuda" else str(shape.device),
         "path": f"{cache.layers[0].path}, {engine.step_path}",
@@ -186,13 +188,13 @@ def startup(age: float, loading: float, timing: Timing) -> dict[str, float]:
 
 def report_lines(r: dict[str, Any]) -> list[str]:
     """The report for people."""
-    knobs = ", ".join(f"{k} {v}" for k, v in r["cache"].items() if k != "name")
+    name, _, knobs = r["setting"].partition(":")  # the rare knobs only where they are set
     cache, full = sum(r["cache_bytes"].values()), r["full_cache_bytes"]
     regions = ", ".join(f"{name} {size(n)}" for name, n in r["cache_bytes"].items())
     where = "device" if r["device"] != "cpu" else "process"
     return [
-        f"{r['model']}, {r['dtype']} on {r['device']}; cache {r['cache']['name']}"
-        + (f" ({knobs})" if knobs else "")
+        f"{r['model']}, {r['dtype']} on {r['device']}; cache {name}"
+        + (f" ({knobs.replace('=', ' ').replace(',', ', ')})" if knobs else "")
         + f"; {r['path']}",
         f"time to first token {r['time_to_first_token_s']:.3f} s, {r['tokens_read']} tokens read; "
         f"{r['start_to_first_token_s']:.2f} s after the program began, {r['load_weights_s']:.2f} loading weights",
