@@ -4,6 +4,7 @@
   python generate.py --prompt "..." compress_kv --window_size 256      sink + window, the middle dropped
   python generate.py --prompt "..." quantize_kv --window_size 32       sink + window exact, the middle int8
   python generate.py --prompt "..." quantize_kv --bits 4               the middle in 4 bits
+  python generate.py --checkpoint_path DIR --chat --interactive        an instruct model, turn by turn
 
 Text goes to standard output, everything else to standard error. Options may stand before or after the
 subcommand. A subcommand is a cache class (kv_cache.py); its flags are that class's fields.
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from chat import Conversation, load_chat_template
 from checkpoint import (
     Checkpoint,
     check_tokenizer,
@@ -59,6 +61,11 @@ def make_parser() -> Parser:
     g.add_argument("--prompt_file", type=Path, metavar="FILE", help='a prompt a line, or JSONL with "prompt"')
     g.add_argument("--num_samples", type=positive, default=1, help="continuations of each prompt (default: 1)")
     g.add_argument("--interactive", action="store_true", help="a conversation, kept in the cache")
+    g.add_argument(
+        "--chat", action="store_true",
+        help="prompts are a user's turns, and are written as the checkpoint's own chat template says",
+    )  # fmt: skip
+    g.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told before the first turn")
     g.add_argument("--echo", action=argparse.BooleanOptionalAction, default=True, help="print the prompt too")
     g = p.add_argument_group("generation")
     g.add_argument("--max_new_tokens", type=positive, default=200, help="(default: 200)")
@@ -120,6 +127,7 @@ class Job:
     n_new: int
     chunk: int  # prompt tokens read at once
     echo: bool
+    chat: Conversation | None
 
 
 def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
@@ -136,9 +144,13 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
     tokenizer = load_tokenizer(checkpoint.tokenizer_path) if checkpoint.tokenizer_path else None
     if tokenizer is not None:
         check_tokenizer(config, tokenizer)
-    elif args.interactive:
-        raise UserError("--interactive needs a checkpoint with a tokenizer")
-    ids = [encode_prompt(text, tokenizer, config.vocab_size, args.seed) for text in texts]
+    elif args.interactive or args.chat:
+        raise UserError(f"--{'interactive' if args.interactive else 'chat'} needs a checkpoint with a tokenizer")
+    chat = start_chat(args, checkpoint, tokenizer)
+    if chat is not None:
+        ids = [replace(chat).turn(text) for text in texts]
+    else:
+        ids = [encode_prompt(text, tokenizer, config.vocab_size, args.seed) for text in texts]
     prompts = [] if args.interactive else [p for p in ids for _ in range(args.num_samples)]
     longest = max(map(len, prompts), default=0)
     if args.interactive:
@@ -164,8 +176,21 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
         prompts,
         n_new,
         min(args.prefill_chunk, longest or capacity),
-        args.echo and not all(text.isdecimal() for text in texts),
+        args.echo and chat is None and not all(text.isdecimal() for text in texts),
+        chat,
     )
+
+
+def start_chat(args: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Conversation | None:
+    """A chat without a turn yet, where one is asked for."""
+    if not args.chat:
+        if args.system is not None:
+            raise UserError("--system goes with --chat")
+        return None
+    assert tokenizer is not None and checkpoint.tokenizer_path is not None
+    folder = checkpoint.tokenizer_path.parent
+    template = load_chat_template(folder.parent if folder.name == "original" else folder)
+    return Conversation(template, tokenizer, args.system)
 
 
 def check_exact(policy: KVCache, context: int) -> None:
@@ -221,6 +246,7 @@ def converse(engine: Engine, job: Job, args: argparse.Namespace) -> Iterator[Tim
     """A line in, a continuation out; the cache keeps it all, and each turn reads only what is new to it."""
     assert job.tokenizer is not None
     say("Type a line; /reset forgets, Ctrl-D ends.")
+    chat = job.chat
     pending: list[int] = []  # the last token written, which the cache has not read yet
     n_seen = 0
     given = iter(args.prompt)
@@ -235,11 +261,19 @@ def converse(engine: Engine, job: Job, args: argparse.Namespace) -> Iterator[Tim
         if text == "/reset":
             engine.reset()
             pending, n_seen = [], 0
+            if chat is not None:
+                chat.turns = ()
         if not text.strip() or text == "/reset":
             continue
-        ids = pending + job.tokenizer.encode(text, bos=n_seen == 0)
+        before = chat.turns if chat is not None else ()
+        if chat is not None:
+            ids = chat.turn(text, pending, engine.end_ids)
+        else:
+            ids = pending + job.tokenizer.encode(text, bos=n_seen == 0)
         room = args.max_new_tokens if job.policy.endless else job.shape.capacity - n_seen - len(ids) + 1
         if room < 1:
+            if chat is not None:
+                chat.turns = before
             say(f"no room: that is {1 - room} tokens past the context of {job.shape.capacity}; /reset starts anew")
             continue
         printer = Printer(job.tokenizer, [ids], echo=False)

@@ -263,7 +263,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.pieces = {n: b"" if n in specials else self._bytes(n, piece) for piece, n in vocab.items()}
         settings = read_json(folder / "tokenizer_config.json", missing_ok=True)
         self.bos_id = self._bos_id(fields, settings, folder)
-        end = vocab.get(_token_name(settings.get("eos_token")))
+        end = vocab.get(token_name(settings.get("eos_token")))
         self.eos_ids = tuple(dict.fromkeys([*eos_ids_of(folder), *([end] if end is not None else [])]))
 
     def _read_decoder(self, decoder: Any, name: str) -> None:
@@ -297,7 +297,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         if settings.get("add_bos_token") is False:
             return None
-        bos = self.model.token_to_id(_token_name(settings.get("bos_token")))
+        bos = self.model.token_to_id(token_name(settings.get("bos_token")))
         if settings.get("add_bos_token") and bos is not None:
             return bos
         if fields.get("post_processor") is not None:
@@ -319,7 +319,7 @@ class HuggingFaceTokenizer(Tokenizer):
 _BYTE_OF = _byte_level_alphabet()
 
 
-def _token_name(token: Any) -> str:
+def token_name(token: Any) -> str:
     """tokenizer_config.json writes a token as its text or as an object with "content"; "" for none."""
     name = token.get("content") if isinstance(token, dict) else token
     return name if isinstance(name, str) else ""

@@ -30,6 +30,7 @@ COMPANIONS = (
     "params.json",
     "generation_config.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer.model",

@@ -32,6 +32,7 @@ NEEDED = [
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "special_tokens_map.json",
     "original/tokenizer.model",
 ]

@@ -1,0 +1,116 @@
+"""Chat templates: how an instruct model wants its turns written, as its checkpoint says.
+
+A template is a Jinja program that comes with the checkpoint (`chat_template.jinja`, or `chat_template` in
+`tokenizer_config.json`). It is run in Jinja's sandbox with the names that transformers gives it, so that it
+writes what `apply_chat_template` writes. Names of special tokens in the result are the tokens themselves.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tokenizer import Tokenizer, UserError, read_json, token_name
+
+Message = dict[str, str]  # "role": system, user or assistant; "content"
+REPLY = "\ue000"  # stands for a reply that is in the cache already: a character of nobody's
+
+
+class ChatTemplate:
+    """source: the template. names: its special tokens' texts, such as bos_token."""
+
+    def __init__(self, source: str, names: dict[str, str], where: Path) -> None:
+        self.where = where
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda x, **k: json.dumps(x, ensure_ascii=False, **k)
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now, **names}
+        try:
+            self.template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{where}: the chat template does not parse: {error}") from None
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The turns and the beginning of the model's own. Raises UserError where the template refuses them."""
+        try:
+            return self.template.render(messages=list(messages), add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self.where}: the chat template refuses this: {error}") from None
+
+    def next_turn(self, messages: Sequence[Message], text: str) -> str:
+        """What follows the last reply: the end of its turn, the user's `text`, the beginning of the next reply.
+
+        messages: the turns before it; the last one's reply is in the cache as the model wrote it.
+        """
+        turns = [*messages, {"role": "assistant", "content": REPLY}, {"role": "user", "content": text}]
+        _, found, rest = self.render(turns).rpartition(REPLY)
+        if not found:
+            raise UserError(f"{self.where}: the chat template leaves a reply out: no conversation is possible")
+        return rest
+
+
+@dataclass
+class Conversation:
+    """The turns of a chat so far, and the ids that the next one adds to what the model has read."""
+
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    system: str | None = None
+    turns: tuple[Message, ...] = ()
+
+    def turn(self, text: str, pending: Sequence[int] = (), end_ids: frozenset[int] = frozenset()) -> list[int]:
+        """Ids to read for the user's next turn, which is remembered.
+
+        pending: of the last reply, what the cache has not read (its last token). An end token that the model wrote
+        itself is not written again.
+        """
+        user = {"role": "user", "content": text}
+        if not self.turns:
+            system = () if self.system is None else ({"role": "system", "content": self.system},)
+            self.turns = (*system, user)
+            return self._encode(self.template.render(self.turns))
+        ids = self._encode(self.template.next_turn(self.turns, text))
+        if pending and pending[-1] in end_ids and pending[-1] in ids[:2]:  # ids[0] may be a blank before it
+            ids = ids[ids.index(pending[-1]) + 1 :]
+        self.turns = (*self.turns, {"role": "assistant", "content": REPLY}, user)
+        return [*pending, *ids]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=False, special=True)
+
+
+def load_chat_template(folder: Path) -> ChatTemplate:
+    """The template of the checkpoint in a folder. Raises UserError where there is none."""
+    settings = read_json(folder / "tokenizer_config.json", missing_ok=True)
+    file = folder / "chat_template.jinja"
+    source = settings.get("chat_template")
+    if file.is_file():
+        try:
+            source = file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: {error}") from None
+    elif isinstance(source, list):  # several, by name
+        source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not isinstance(source, str):
+        raise UserError(
+            f"--chat: {folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
+            "a base model has none"
+        )
+    names = {name: token_name(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    return ChatTemplate(source, {k: v for k, v in names.items() if v}, folder)
+
+
+def _refuse(message: Any) -> NoReturn:
+    raise jinja2.TemplateError(str(message))
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
