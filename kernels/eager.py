@@ -190,7 +190,7 @@ def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_freque
     n_kv_head = regions.k.shape[1]
     out = torch.empty_like(q)
     for b, pos in enumerate(positions.tolist()):
-        held = regions.batch_rows(b, 1)
+        held = regions.batch_rows(b, 1) if len(q) > 1 else regions
         tile = q[b].unflatten(0, (n_kv_head, -1))[None]  # [1, n_kv_head, group, head_dim]
         n_left = regions.n_left(pos + 1)
         n_slot = pos + 1 - n_left
@@ -290,20 +290,24 @@ def _products(query: Tensor, keys: Tensor) -> Tensor:
     if n_key < BLOCK or query.device.type != "cpu" or not int8_products_are_exact():
         parts = [query @ SCRATCH.float(part).transpose(-1, -2) for part in keys.split(BLOCK, 1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    unit = query.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    rest, terms = query / unit, []
-    for _ in range(3):
-        terms.append(rest.round())
+    unit = torch.linalg.vector_norm(query, torch.inf, -1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    rest = query / unit
+    terms = [rest.round()]
+    for _ in range(2):
         rest = (rest - terms[-1]) * 254
+        terms.append(rest.round())
     tile = torch.cat(terms, 1).to(torch.int8)  # [n_kv_head, 3 * group, d]
     sums = query.new_empty(n_head, 3 * group, n_key)
     for out, t, k in zip(sums, tile, keys, strict=True):
         out.copy_(torch._int_mm(t, k.t()))
-    together = torch.eye(group).repeat(1, 3) * _TERMS.repeat_interleave(group)  # [group, 3 * group]
-    return (unit * together) @ sums
+    return (unit * _together(group)) @ sums
 
 
-_TERMS = torch.tensor([1, 1 / 254, 1 / 254**2])
+@functools.cache
+def _together(group: int) -> Tensor:
+    """float32 [group, 3 * group]: what adds the three terms of each query up."""
+    with torch.inference_mode(False):
+        return torch.cat([torch.eye(group) / 254**n for n in range(3)], 1)
 
 
 def _add_held(
