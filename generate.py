@@ -34,7 +34,7 @@ from checkpoint import (
 from console import Printer, encode_prompt, read_prompts, say, write_json
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, caches
-from options import Parser, add_cache_flags, load_plugin, parse_size, policy_from, positive
+from options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
 from profiling import Profiler
 from report import device_memory, make_plan, make_report, process_age, report_lines, require_fit, size, startup
 from tokenizer import Tokenizer, UserError, load_tokenizer
@@ -96,7 +96,7 @@ def make_parser() -> Parser:
     )  # fmt: skip
     g.add_argument("--profile", metavar="NAME", help="write a profile of the run to outputs/NAME/")
     g.add_argument("--reference", action="store_true", help="the slow reference attention, to compare with")
-    g.add_argument("--plugin", type=Path, metavar="FILE", help="a Python file that defines caches of your own")
+    add_plugin_flag(g)
     add_cache_flags(p)
     return p
 

@@ -125,8 +125,12 @@ def policy_from(args: argparse.Namespace) -> KVCache:
     return make_policy(args.cache, {n: getattr(args, n) for n in names if getattr(args, n) is not None})
 
 
+def add_plugin_flag(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--plugin", type=Path, metavar="FILE", help="a Python file that defines caches of your own")
+
+
 def load_plugin(argv: Sequence[str]) -> None:
-    """Import the file given with --plugin, so that its caches are there when flags are made."""
+    """Import the file given with --plugin, so that its caches are there when flags are made. Raises UserError."""
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre.add_argument("--plugin", type=Path)
     path = pre.parse_known_args(argv)[0].plugin

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint import Checkpoint, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from kv_cache import KVCache, Shape
 from model import Config, Transformer
-from options import Parser, format_policy, parse_policy, parse_size, positive
+from options import Parser, add_plugin_flag, format_policy, load_plugin, parse_policy, parse_size, positive
 from report import device_memory, make_plan, size
 from tokenizer import UserError
 
@@ -170,6 +170,7 @@ def make_parser() -> Parser:
     p.add_argument("--dtype", default="auto")
     p.add_argument("--device", default="auto")
     p.add_argument("--caches", nargs="+", default=DEFAULT_CACHES, metavar="CACHE", help="the first is the base")
+    add_plugin_flag(p)
     p.add_argument("--batch", nargs="+", type=positive, default=[1])
     p.add_argument("--context", nargs="+", type=positive, default=[256, 2048, 8000])
     p.add_argument("--steps", type=positive, default=16, help="decode steps timed at a time (default: 16)")
@@ -261,6 +262,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
+        load_plugin(argv)
         run(make_parser().parse(argv), argv)
     except UserError as error:
         print(f"benchmark.py: error: {error}", file=sys.stderr)

@@ -46,7 +46,7 @@ import kv_cache
 from checkpoint import check_tokenizer, end_ids, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from engine import Engine, Sampling
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape
-from options import Parser, format_policy, parse_policy, positive
+from options import Parser, add_plugin_flag, format_policy, load_plugin, parse_policy, positive
 from tokenizer import Tokenizer, UserError, load_tokenizer
 
 CACHES = [
@@ -331,6 +331,7 @@ def make_parser() -> Parser:
     p.add_argument("--dtype", default="auto")
     p.add_argument("--device", default="auto")
     p.add_argument("--caches", nargs="+", default=CACHES, metavar="CACHE", help="beside the full cache")
+    add_plugin_flag(p)
     p.add_argument("--text", type=Path, nargs="+", default=[], help="plain or .xz; passkey: filler; rouge: JSONL")
     p.add_argument("--context", type=positive, default=2048, help="tokens of a window (default: 2048)")
     p.add_argument("--windows", type=positive, default=4, help="windows of each text, evenly spread (default: 4)")
@@ -375,6 +376,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
+        load_plugin(argv)
         run(make_parser().parse(argv), argv)
     except UserError as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)

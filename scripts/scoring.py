@@ -44,8 +44,8 @@ class ParallelCache:
 
     @staticmethod
     def can(policy: KVCache) -> bool:
-        """Whether this form is known for a cache; one of the user's own is scored sequentially."""
-        return isinstance(policy, FullCache | SinkWindowCache | SelectiveCache)
+        """Whether this form is known for a cache; one of the user's own, derived or not, is scored sequentially."""
+        return type(policy) in (FullCache, SinkWindowCache, SelectiveCache)
 
     def begin(self, n_token: int) -> _Step:
         return _Step(torch.arange(n_token, device=self.device)[None])

@@ -13,24 +13,24 @@ so a killed sweep goes on where it was, and tasks may run at the same time (swee
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from options import Parser, format_policy, parse_policy
+from options import Parser, add_plugin_flag, format_policy, load_plugin, make_policy, parse_policy
 from tokenizer import UserError
 
 ROOT = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """One setting, where its result goes, and the command that makes it."""
 
@@ -63,8 +63,11 @@ def settings(args: argparse.Namespace) -> list[str]:
     """The full cache, then every combination; each spelt in one way, and once."""
     found = ["full"]
     for cache, sink, window in itertools.product(args.caches, args.sinks, args.windows):
-        comma = "," if ":" in cache else ":"
-        found.append(format_policy(parse_policy(f"{cache}{comma}sink_size={sink},window_size={window}")))
+        policy = parse_policy(cache)
+        sizes = {"sink_size": sink, "window_size": window}
+        has = {f.name for f in dataclasses.fields(policy)}  # one of the user's own may have neither
+        knobs = dataclasses.asdict(policy) | {name: n for name, n in sizes.items() if name in has}
+        found.append(format_policy(make_policy(policy.name, knobs)))
     return list(dict.fromkeys(found))
 
 
@@ -77,15 +80,25 @@ def flag(knob: str, value: str) -> list[str]:
 
 def tasks(args: argparse.Namespace) -> list[Task]:
     made = []
+    plugin = ["--plugin", str(args.plugin)] if args.plugin else []
     for setting in settings(args):
         name = setting.translate(str.maketrans(":,=", "---"))
         result = args.outputs / args.name / f"{args.kind}-{name}.json"
         cache, _, knobs = setting.partition(":")
         if args.kind == "speed":
             flags = [word for knob in knobs.split(",") if knob for word in flag(*knob.split("="))]
-            command = ["generate.py", cache, *flags, *args.rest, "--json", str(result)]
+            command = ["generate.py", cache, *flags, *plugin, *args.rest, "--json", str(result)]
         else:
-            command = ["scripts/evaluate.py", args.kind, "--caches", setting, *args.rest, "--json", str(result)]
+            command = [
+                "scripts/evaluate.py",
+                args.kind,
+                "--caches",
+                setting,
+                *plugin,
+                *args.rest,
+                "--json",
+                str(result),
+            ]
         made.append(Task(setting, result, (sys.executable, str(ROOT / command[0]), *command[1:])))
     return made
 
@@ -93,11 +106,12 @@ def tasks(args: argparse.Namespace) -> list[Task]:
 def make_parser() -> Parser:
     p = Parser("sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--name", required=True, help="results go to outputs/NAME/")
-    p.add_argument("--kind", choices=("perplexity", "divergence", "passkey", "speed"), default="divergence")
+    p.add_argument("--kind", choices=("perplexity", "divergence", "passkey", "rouge", "speed"), default="divergence")
     p.add_argument(
         "--caches", nargs="+", default=["quantize_kv", "compress_kv"], metavar="CACHE",
         help="a name, or one with knobs: quantize_kv:k_bits=4,v_bits=4",
     )  # fmt: skip
+    add_plugin_flag(p)
     p.add_argument("--sinks", nargs="+", default=["4", "16"])
     p.add_argument("--windows", nargs="+", default=["32", "128"])
     p.add_argument("--outputs", type=Path, default=Path("outputs"))
@@ -109,9 +123,10 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
-    args = make_parser().parse(argv[:cut])
-    args.rest = argv[cut + 1 :]
     try:
+        load_plugin(argv[:cut])
+        args = make_parser().parse(argv[:cut])
+        args.rest = argv[cut + 1 :]
         todo = tasks(args)
         if args.index is not None and not 0 <= args.index < len(todo):
             raise UserError(f"--index {args.index}: the tasks are 0 to {len(todo) - 1}")

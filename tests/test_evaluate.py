@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import SENTENCES
+from conftest import ROOT, SENTENCES
 
 pytest.importorskip("rouge_score", reason="evaluate.py needs rouge_score")
 import evaluate
@@ -16,6 +18,21 @@ import summaries
 
 TEXT = "\n".join(SENTENCES * 2)
 CACHES = ["--caches", "quantize_kv:sink_size=2,window_size=8", "compress_kv:sink_size=2,window_size=8"]
+
+
+BLANK = """
+from dataclasses import dataclass
+from typing import ClassVar
+from kv_cache import SelectiveCache
+
+@dataclass
+class Blank(SelectiveCache):
+    "Sees nothing from position 50 on."
+    name: ClassVar[str] = "blank_kv"
+
+    def attend(self, q, k, v, chunk, rope):
+        return super().attend(q, k, v, chunk, rope) * (chunk.positions < 50)[:, None, :, None]
+"""
 
 
 @pytest.fixture
@@ -60,6 +77,18 @@ def test_perplexity_and_divergence_of_a_text(
     assert "bits/byte" in out and "quantize_kv:sink_size=2,window_size=8" in out
     record(tmp_path, "divergence", *base)
     assert "mean KL" in capsys.readouterr().out
+
+
+def test_a_cache_of_ones_own_is_scored_through_itself(tiny: Path, tmp_path: Path, text: Path) -> None:
+    """Token by token: nobody knows its parallel form, even where it is derived from a cache that has one."""
+    plugin, out = tmp_path / "mine.py", tmp_path / "out.json"
+    plugin.write_text(BLANK)
+    argv = ["--checkpoint_path", tiny, "--text", text, "--context", 100, "--windows", 1, "--plugin", plugin]
+    argv += ["--caches", "quantize_kv", "blank_kv", "--json", out]
+    command = [sys.executable, ROOT / "scripts" / "evaluate.py", "divergence", *map(str, argv)]
+    subprocess.run(command, check=True, capture_output=True)  # a process of its own: the class stays known in this one
+    kl = {r["cache"].partition(":")[0]: r["kl"] for r in json.loads(out.read_text())["rows"]}
+    assert kl["quantize_kv"] < 1e-2 < kl["blank_kv"]
 
 
 def test_without_a_text_the_model_writes_one(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

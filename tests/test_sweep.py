@@ -14,6 +14,19 @@ from conftest import ROOT, SENTENCES
 NAMES = ["--caches", "quantize_kv", "compress_kv", "--sinks", "2", "4", "--windows", "8", "16"]
 
 
+MINE = """
+from dataclasses import dataclass
+from typing import ClassVar
+from kv_cache import KVCache, knob
+
+@dataclass
+class Mine(KVCache):
+    "Mine."
+    name: ClassVar[str] = "mine_kv"
+    n: int = knob(3, "n")
+"""
+
+
 @pytest.fixture
 def base(tiny: Path, tmp_path: Path) -> list[str]:
     (tmp_path / "t.txt").write_text("\n".join(SENTENCES))
@@ -87,6 +100,18 @@ def test_a_cache_may_bring_knobs_of_its_own(base: list[str]) -> None:
     task = sweep.tasks(args)[1]
     assert task.setting == "quantize_kv:sink_size=2,window_size=8,k_bits=4,v_bits=4,rotate=false"
     assert "--no-rotate" in task.command and task.command[task.command.index("--k_bits") + 1] == "4"
+
+
+def test_a_cache_of_ones_own_without_sink_and_window_is_one_task(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    env = os.environ | {"CACHES": "mine_kv", "SINKS": "0 4", "WINDOWS": "8 32", "COUNT": "1"}
+    for plugin, count in (("mine.py", "2"), ("", "")):
+        out = subprocess.run(
+            ["bash", str(ROOT / "scripts" / "sweep.sh")],
+            env=env | {"PLUGIN": plugin}, cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert out.stdout.strip() == count, out.stderr
+    assert "no cache is called 'mine_kv'" in out.stderr and out.returncode == 2
 
 
 def test_the_shell_scripts_visit_every_element(tmp_path: Path) -> None:
