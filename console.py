@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -112,6 +114,21 @@ class Printer:
             if not self.ended[self.current]:
                 return
             self.current += 1
+
+
+def require_writable(path: Path, flag: str) -> None:
+    """Raises UserError if `path` cannot be written: before the work, not after it. Makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        part = path.with_name(path.name + ".part")
+        part.touch()
+        part.unlink()
+    except FileExistsError:
+        raise UserError(f"{flag} {path}: {path.parent} is not a folder") from None
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}") from None
 
 
 def write_json(target: str, report: dict[str, Any]) -> None:

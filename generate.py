@@ -31,7 +31,7 @@ from checkpoint import (
     parse_device,
     parse_dtype,
 )
-from console import Printer, encode_prompt, read_prompts, say, write_json
+from console import Printer, encode_prompt, read_prompts, require_writable, say, write_json
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, caches
 from options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
@@ -321,6 +321,8 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
     require_fit(*plan, budget)
     if args.dry_run:
         return
+    if args.json not in (None, "-"):
+        require_writable(Path(args.json), "--json")
     profiler = Profiler(args.profile, job.shape.device) if args.profile else None
     engine, loading = build(args, job, profiler)
     printer = Printer(job.tokenizer, job.prompts, job.echo)

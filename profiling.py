@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from console import require_writable
 from tokenizer import UserError
 
 WARM_STEPS = 2
@@ -27,7 +28,7 @@ class Profiler:
         if not name or Path(name).name != name:
             raise UserError(f"--profile {name}: a name for a folder in outputs/, not a path")
         self.folder = outputs / name
-        self.folder.mkdir(parents=True, exist_ok=True)
+        require_writable(self.folder / "report.json", "--profile")
         self.device = device
         self.phase = ""
         self.profile: profile | None = None

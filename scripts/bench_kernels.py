@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from console import require_writable
 from kernels import triton_kernels
 from kernels.regions import Regions
 from options import Parser
@@ -268,6 +269,8 @@ def main() -> None:
     args = parser.parse(sys.argv[1:])
     heads = Heads(args.n_head, args.n_kv_head, args.head_dim)
     try:
+        if args.output:
+            require_writable(args.output, "--output")
         record = run(heads, args.shapes, args.slots, args.rounds, not args.no_sdpa)
     except UserError as error:
         print(f"bench_kernels.py: error: {error}", file=sys.stderr)

@@ -41,6 +41,7 @@ from contest import GATE_TOKENS, Contestant, Timed, gate, read_ceiling
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checkpoint import Checkpoint, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
+from console import require_writable
 from kv_cache import KVCache, Shape
 from model import Config, Transformer
 from options import Parser, add_plugin_flag, format_policy, load_plugin, parse_policy, parse_size, positive
@@ -249,10 +250,12 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         raise UserError("--largest_batch does not go with --peer or --prefill")
     where = None if args.random_weights else args.checkpoint_path or find_demo()
     checkpoint = open_checkpoint(where, args.model)
+    for flag, path in (("--json", args.json), ("--png", args.png)):
+        if path:
+            require_writable(path, flag)
     record = (run_kernels if args.kernels else run_caches)(checkpoint, device, args)
     record |= {"torch": torch.__version__, "command": ["scripts/benchmark.py", *argv]}
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         with args.json.open("a") as out:
             out.write(json.dumps(record) + "\n")
     if args.png:

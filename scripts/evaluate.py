@@ -44,6 +44,7 @@ import tables
 
 import kv_cache
 from checkpoint import check_tokenizer, end_ids, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
+from console import require_writable
 from engine import Engine, Sampling
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape
 from options import Parser, add_plugin_flag, format_policy, load_plugin, parse_policy, positive
@@ -353,10 +354,12 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if any(not 0 <= depth <= 1 for depth in args.depths):
         raise UserError("--depths lie between 0 and 1")
 
+    if args.json:
+        require_writable(args.json, "--json")
+
     def save(rows: list[dict[str, Any]], finished: bool = False) -> None:
         """What is done so far: a crash later loses none of it."""
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
             part = args.json.with_name(args.json.name + ".part")
             part.write_text(json.dumps(record(subject, args.kind, rows, argv, finished)) + "\n")
             part.replace(args.json)

@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import kv_cache
+from console import require_writable
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
 from model import CONFIGS, Config
 from options import Parser, format_policy, make_policy
@@ -284,6 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse(sys.argv[1:] if argv is None else argv)
     try:
         records = read(args.files)
+        require_writable(args.out / "table.png", "--out")
     except UserError as error:
         print(f"plot.py: error: {error}", file=sys.stderr)
         sys.exit(2)

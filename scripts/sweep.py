@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from console import require_writable
 from options import Parser, add_plugin_flag, format_policy, load_plugin, make_policy, parse_policy
 from tokenizer import UserError
 
@@ -128,6 +129,9 @@ def main(argv: list[str] | None = None) -> None:
         args = make_parser().parse(argv[:cut])
         args.rest = argv[cut + 1 :]
         todo = tasks(args)
+        if not args.count:
+            for task in todo[:1]:
+                require_writable(task.result, "--outputs")
         if args.index is not None and not 0 <= args.index < len(todo):
             raise UserError(f"--index {args.index}: the tasks are 0 to {len(todo) - 1}")
     except UserError as error:

@@ -37,6 +37,7 @@ import demo_data
 from demo_scores import card, score_passkeys, score_text
 
 from checkpoint import load_model, open_checkpoint
+from console import require_writable
 from model import Attention, Config, FeedForward, LayerCache, Rope, Step, Transformer
 from options import Parser, positive
 from tokenizer import UserError
@@ -328,7 +329,8 @@ def run(args: argparse.Namespace) -> None:
         model.load_state_dict(load_model(open_checkpoint(args.init, None), device, torch.float32).state_dict())
     model.rope(torch.zeros(1, 1, dtype=torch.int64, device=device))  # moves its frequencies, before compiling
     trainer = Trainer(model, args, device)
-    args.state.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(args.state, "--state")
+    require_writable(args.export / "model.safetensors", "--export")
     if args.resume:
         trainer.load(args.state)
     n = sum(p.numel() for p in model.parameters())

@@ -457,3 +457,16 @@ def test_four_bits_write_text(capsys: pytest.CaptureFixture[str]) -> None:
     generate.main([*argv, "--sink_size", "2", "--window_size", "4", "--bits", "4"])
     out, err = capsys.readouterr()
     assert len(out) > 40 and "k_bits 4, v_bits 4" in err
+
+
+@pytest.mark.parametrize("target", ["a file/r.json", "a folder"])
+def test_a_report_that_cannot_be_written_is_told_before_the_work(
+    target: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a file").touch()
+    (tmp_path / "a folder").mkdir()
+    with pytest.raises(SystemExit) as exit_:
+        generate.main(["--checkpoint_path", str(tiny), "--prompt", "The", "--json", str(tmp_path / target)])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2 and out == "" and len(err.splitlines()) == 1 and "--json" in err
+    assert {f.name for f in tmp_path.iterdir()} == {"a file", "a folder"}
