@@ -129,15 +129,15 @@ def compare(
                     contestant.round(args.steps)
             rows += [c.result(model, ceiling) for c in contestants]
             del contestants
-            if shape.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release(shape.device)
     return rows
 
 
 def fill_card(
     model: Transformer, config: Config, policies: list[KVCache], args: argparse.Namespace, shape: Shape, ceiling: float
 ) -> list[dict[str, Any]]:
-    """The largest batch whose plan fits, per cache and context, really allocated, filled and stepped."""
+    """As many sequences as the plan says fit, per cache and context, really allocated, filled and stepped."""
+    release(shape.device)
     # What the plan counts weights in: they are there already.
     available = device_memory(shape.device) + sum(p.nbytes for p in model.parameters())
     available = min(available, args.memory_budget or available)
@@ -150,17 +150,35 @@ def fill_card(
                 raise UserError(
                     f"{format_policy(policy)}: not one sequence of {context} tokens fits in {size(available)}"
                 )
-            try:
-                contestant = Contestant(model, policy, replace(at, batch=n), context)
-                for _ in range(args.rounds):
-                    contestant.round(args.steps)
-            except torch.OutOfMemoryError:
-                raise UserError(f"{format_policy(policy)}: the plan says {n} sequences fit, and they do not") from None
-            rows.append(contestant.result(model, ceiling))
-            del contestant
-            if shape.device.type == "cuda":
-                torch.cuda.empty_cache()
+            while not (row := step_batch(model, policy, replace(at, batch=n), context, args, ceiling)):
+                print(f"{format_policy(policy)}: the plan says {n} sequences fit, and they do not", file=sys.stderr)
+                n -= 1
+                if not n:
+                    raise UserError(f"{format_policy(policy)}: not one sequence of {context} tokens fits")
+            rows.append(row)
     return rows
+
+
+def step_batch(
+    model: Transformer, policy: KVCache, shape: Shape, context: int, args: argparse.Namespace, ceiling: float
+) -> dict[str, Any] | None:
+    """The row of one cache alone on the device; None if memory does not suffice."""
+    try:
+        contestant = Contestant(model, policy, shape, context)
+        for _ in range(args.rounds):
+            contestant.round(args.steps)
+        return contestant.result(model, ceiling)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        contestant = None  # type: ignore[assignment]
+        release(shape.device)
+
+
+def release(device: torch.device) -> None:
+    """Give back what the allocator keeps for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def make_parser() -> Parser:

@@ -91,6 +91,23 @@ def test_the_largest_batch_fits_and_one_more_does_not(tmp_path: Path) -> None:
         assert make_plan(config, policy, replace(shape, batch=row["batch"] + 1), 1).total > 3e6
 
 
+def test_a_plan_that_is_wrong_is_told_and_one_sequence_less_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Tight(contest.Contestant):
+        def __init__(self, model: Any, policy: KVCache, shape: Shape, context: int) -> None:
+            if shape.batch > 7:
+                raise torch.OutOfMemoryError
+            super().__init__(model, policy, shape, context)
+
+    monkeypatch.setattr(benchmark, "Contestant", Tight)
+    monkeypatch.setattr(benchmark, "largest_batch", lambda *_: 9)
+    (record,) = run(tmp_path, "--largest_batch", "--context", "60", "--caches", "full")
+    assert [r["batch"] for r in record["rows"]] == [7]
+    err = capsys.readouterr().err
+    assert "says 9 sequences fit" in err and "says 8 sequences fit" in err
+
+
 @pytest.mark.parametrize("budget", [0, 10**5, 10**7])
 def test_largest_batch_is_the_largest(budget: int) -> None:
     config = Config(97, 48, 2, 6, 2, 80, 256)
