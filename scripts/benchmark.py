@@ -20,6 +20,7 @@ and the share of it that went into storing keys and values (quantising them, whe
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -155,7 +156,9 @@ def fill_card(
                 n -= 1
                 if not n:
                     raise UserError(f"{format_policy(policy)}: not one sequence of {context} tokens fits")
+                release(shape.device)
             rows.append(row)
+            release(shape.device)
     return rows
 
 
@@ -170,13 +173,11 @@ def step_batch(
         return contestant.result(model, ceiling)
     except torch.OutOfMemoryError:
         return None
-    finally:
-        contestant = None  # type: ignore[assignment]
-        release(shape.device)
 
 
 def release(device: torch.device) -> None:
-    """Give back what the allocator keeps for later."""
+    """Free what is no longer used: engines refer to themselves, and the allocator keeps memory for later."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
