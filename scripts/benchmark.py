@@ -265,8 +265,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         raise UserError("--random_weights needs --model NAME")
     if args.kernels and (args.peer or args.largest_batch or args.png):
         raise UserError("--kernels goes with --batch, --context, --rounds and --json alone")
-    if args.largest_batch and (args.peer or args.prefill):
-        raise UserError("--largest_batch does not go with --peer or --prefill")
+    if args.largest_batch and (args.peer or args.prefill or args.png):
+        raise UserError("--largest_batch does not go with --peer, --prefill or --png")
     where = None if args.random_weights else args.checkpoint_path or find_demo()
     checkpoint = open_checkpoint(where, args.model)
     for flag, path in (("--json", args.json), ("--png", args.png)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 
+import benchmark
 import contest
 import pytest
 import torch
@@ -120,3 +122,20 @@ def test_stories260k_writes_the_golden_ids(policy: KVCache) -> None:
     rows = list(engine.generate([golden[:1], golden[:30]], len(golden) - 1))
     assert [golden[0], *(row[0] for row in rows)] == golden
     assert [*golden[:30], *(row[1] for row in rows)][: len(golden)] == golden
+
+
+@pytest.mark.parametrize(
+    "more", [["--prefill"], ["--peer", "transformers"], ["--largest_batch", "--memory_budget", "6GiB"], ["--kernels"]]
+)
+def test_the_benchmark_in_every_mode(more: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    argv = ["--random_weights", "--model", "llama-3.2-1b", "--device", "cuda", "--context", "2000", "--steps", "4"]
+    caches = [] if "--kernels" in more else ["--rounds", "2", "--caches", "full", "quantize_kv"]
+    benchmark.main([*argv, *caches, *more, "--json", str(out)])
+    rows = {r.get("cache", r.get("version")): r for r in json.loads(out.read_text())["rows"]}
+    if "--prefill" in more:
+        assert all(0 < r["store_s"] < r["prefill_s"] for r in rows.values())
+    if "--peer" in more:
+        assert rows["transformers dynamic"]["cache_bytes"] >= rows["full"]["cache_bytes"]
+    if "--largest_batch" in more:
+        assert rows["quantize_kv:sink_size=16,window_size=32"]["batch"] > 1.7 * rows["full"]["batch"]
