@@ -83,9 +83,10 @@ def transformers_model(model: Transformer) -> Any:
 
 @torch.inference_mode()
 def gate(model: Transformer, theirs: Any) -> float:
-    """The relative distance of their logits from ours over a short prompt; UserError in float32 unless it is rounding.
+    """The relative distance of their logits from ours over a short prompt; UserError unless it is rounding.
 
-    Half precision rounds differently in every operation, and layers amplify that: there it is told, not judged.
+    Half precision rounds differently in every operation, and layers amplify that: 0.003 to 0.03 was seen with the
+    same function, 0.2 to 0.8 with a wrong RoPE.
     """
     weight = model.tok_embeddings.weight
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +94,7 @@ def gate(model: Transformer, theirs: Any) -> float:
     shape = Shape(1, model.config.n_kv_head, model.config.head_dim, GATE_TOKENS, weight.dtype, weight.device)
     ours = model(tokens, ModelCache(FullCache(), model.config.n_layer, shape).slot(0)).float()
     error = ((theirs(tokens).logits.float() - ours).norm() / ours.norm()).item()
-    if weight.dtype == torch.float32 and not error < 1e-3:
+    if not error < (1e-3 if weight.dtype == torch.float32 else 0.1):
         raise UserError(f"--peer transformers: its logits are {error:.2g} from ours")
     return error
 
