@@ -47,6 +47,24 @@ def test_the_model_never_learns_what_the_cache_keeps() -> None:
     assert re.findall(r"(?i)quant|int8|int4|sink|window", (ROOT / "model.py").read_text()) == []
 
 
+@pytest.mark.parametrize(
+    ("room", "below"),
+    [
+        ("model.py", set()),
+        ("quantize.py", set()),
+        ("kernels/*.py", {"kernels", "quantize"}),
+        ("kv_cache.py", {"kernels", "quantize"}),
+        ("checkpoint/*.py", {"checkpoint", "model", "tokenizer"}),
+    ],
+)
+def test_imports_run_downwards_only(room: str, below: set[str]) -> None:
+    """The model knows no cache, a kernel knows neither: what stands below can be read without what stands above."""
+    ours = {p.stem for p in ROOT.glob("*.py")} | {"kernels", "checkpoint"}
+    for path in ROOT.glob(room):
+        found = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+        assert ours & set(found) <= below, path
+
+
 def test_only_kv_cache_asks_what_class_a_cache_is() -> None:
     for path in ROOT.glob("*.py"):
         if path.name != "kv_cache.py":

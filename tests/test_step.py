@@ -11,8 +11,8 @@ from kernel_reference import BF16, DEVICES, FP16, FP32, poison  # chooses the in
 from torch import Tensor
 
 from checkpoint import load_model, open_checkpoint
+from engine import FusedStep
 from kernels import eager, triton_kernels
-from kernels.step import FusedStep
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
 
 CLOSE = {FP32: 1e-5, FP16: 1.5e-3, BF16: 1e-2}  # relative to the whole output: a few roundings of its dtype
