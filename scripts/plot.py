@@ -65,6 +65,17 @@ def family(setting: str) -> str:
     return name if bits == ["8", "8"] else f"{name} K{bits[0]}V{bits[1]}"
 
 
+def in_order(by_setting: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The full cache first, then by cache, bits (most first) and sizes."""
+
+    def key(setting: str) -> tuple[Any, ...]:
+        name, *bits = family(setting).split(" ")
+        sizes = [int(n) for n in re.findall(r"(?:sink|window)_size=(\d+)", setting)]
+        return name != "full", name, bits and [-int(n) for n in re.findall(r"\d", bits[0])], sizes, setting
+
+    return [by_setting[setting] for setting in sorted(by_setting, key=key)]
+
+
 def setting_of(cache: dict[str, Any]) -> str:
     """The setting, as evaluate.py writes it, of the cache in a report of generate.py, which lists every knob."""
     knobs = {name: value for name, value in cache.items() if name != "name"}
@@ -122,9 +133,11 @@ def draw_cache(out: Path) -> None:
         planned = [2**i for i in range(6, 15)]
         sizes = [sum(kv_cache.plan(policy, config.n_layer, shape(config, n)).values()) for n in planned]
         axis.plot(planned, [s / 2**20 for s in sizes], line, color=grey, label=f"{policy.name}, planned")
-        for n in planned[::2]:
-            cache = ModelCache(policy, config.n_layer, shape(config, n, "cpu"))
-            axis.plot(n, sum(cache.nbytes().values()) / 2**20, marker, color=grey, markerfacecolor="white")
+        taken = [
+            sum(ModelCache(policy, config.n_layer, shape(config, n, "cpu")).nbytes().values()) for n in planned[::2]
+        ]
+        axis.plot(planned[::2], [n / 2**20 for n in taken], marker, color=grey, markerfacecolor="white",
+                  label=f"{policy.name}, allocated")  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="MiB, Llama 3.2 1B in bfloat16")
     axis.legend(fontsize=8)
     axis.grid(True, which="major", alpha=0.3)
@@ -156,6 +169,7 @@ def draw_frontier(rows: list[dict[str, Any]], out: Path) -> None:
         )
         axis.set(yscale="log", title=text, xlabel="cache, MiB")
         axis.margins(x=0.18, y=0.15)
+        axis.set_xlim(left=0)
         axis.grid(True, alpha=0.3)
     axes[0][0].set_ylabel("mean KL from the full cache, nats")
     save(figure, out, "frontier")
@@ -178,9 +192,14 @@ def draw_position(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def draw_passkeys(rows: list[dict[str, Any]], out: Path) -> None:
-    rows = list({r["cache"]: r for r in rows}.values())
-    figure, axes = plt.subplots(1, len(rows), figsize=(2.6 * len(rows), 2.6), squeeze=False, sharey=True)
-    for axis, r in zip(axes[0], rows, strict=True):
+    """A map of lengths and depths per cache, four side by side."""
+    rows = in_order({r["cache"]: r for r in rows})
+    across = min(4, len(rows))
+    down = -(-len(rows) // across)
+    figure, axes = plt.subplots(down, across, figsize=(2.6 * across, 2.4 * down), squeeze=False, sharey=True)
+    for axis in axes.flat[len(rows) :]:
+        axis.axis("off")
+    for axis, r in zip(axes.flat, rows, strict=False):
         lengths, depths = list(r["recalled"]), list(next(iter(r["recalled"].values())))
         shares = [[r["recalled"][n][d] for d in depths] for n in lengths]
         axis.imshow(shares, cmap="Greys_r", vmin=0, vmax=1, aspect="auto")
@@ -199,7 +218,9 @@ def draw_passkeys(rows: list[dict[str, Any]], out: Path) -> None:
         axis.set_yticks(range(len(lengths)), lengths, fontsize=8)
         axis.set_title(short(r["cache"]), fontsize=9)
         axis.set_xlabel("depth", fontsize=8)
-    axes[0][0].set_ylabel("length, tokens", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("length, tokens", fontsize=8)
+    figure.tight_layout()
     save(figure, out, "passkeys")
 
 
@@ -215,6 +236,9 @@ def draw_speed(records: list[dict[str, Any]], out: Path, name: str = "speed") ->
             if r["batch"] == batch:
                 caches.setdefault(r["cache"], {})[r["context"]] = r["step_ms"]
         base = next(iter(caches.values()))
+        if len({c for steps in caches.values() for c in steps}) == 1:
+            draw_bars(latency, ratio, caches, batch)
+            continue
         for setting, steps in caches.items():
             i = every.index(setting)
             grey, line, _, _ = look(setting)
@@ -226,14 +250,34 @@ def draw_speed(records: list[dict[str, Any]], out: Path, name: str = "speed") ->
         for axis, label in ((latency, "ms a step"), (ratio, f"speed over {short(next(iter(caches)))}")):
             axis.set(xscale="log", xlabel=f"context, tokens; batch {batch}", ylabel=label)
             ticks = sorted({c for steps in caches.values() for c in steps})
-            axis.set_xticks(ticks, [str(c) if c % 1024 else f"{c // 1024}k" for c in ticks], fontsize=8)
+            axis.set_xticks(ticks, [thousands(c) for c in ticks], fontsize=8)
             axis.minorticks_off()
             axis.grid(True, alpha=0.3)
             axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
+    handles, labels = max((pair[0].get_legend_handles_labels() for pair in axes), key=lambda found: len(found[0]))
+    if handles:
+        figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
     figure.tight_layout()
     save(figure, out, name)
+
+
+def draw_bars(latency: Any, ratio: Any, caches: dict[str, dict[int, float]], batch: int) -> None:
+    """One context only: a bar per cache, the first at the top."""
+    names, steps = [short(setting) for setting in caches], [next(iter(found.values())) for found in caches.values()]
+    context = thousands(next(iter(next(iter(caches.values())))))
+    for axis, values, label in ((latency, steps, "ms a step"), (ratio, [steps[0] / t for t in steps], "speed over")):
+        axis.barh(names, values, color="#dddddd", edgecolor="black")
+        for y, value in enumerate(values):
+            axis.text(value, y, f" {value:.2f}", va="center", fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.15 * max(values))
+        label += f" {names[0]}" if axis is ratio else ""
+        axis.set_xlabel(f"{label}; {context} tokens of context, batch {batch}")
+        axis.tick_params(axis="y", labelsize=8)
+
+
+def thousands(context: int) -> str:
+    return str(context) if context % 1024 else f"{context // 1024}k"
 
 
 def draw_table(records: list[dict[str, Any]], out: Path) -> None:
@@ -254,11 +298,12 @@ def draw_table(records: list[dict[str, Any]], out: Path) -> None:
             cells.setdefault(setting_of(record["cache"]), {})["tokens/s"] = f"{record['decode_tokens_per_s']:.1f}"
     order = ("cache", "perplexity", "mean KL", "same top", "passkeys", "ROUGE-L", "to full", "tokens/s")
     columns = [c for c in order if any(c in row for row in cells.values())]
+    rows = in_order({setting: row | {"name": short(setting)} for setting, row in cells.items()})
     figure, axis = plt.subplots(figsize=(1.7 + 1.05 * len(columns), 0.3 + 0.3 * len(cells)))
     axis.axis("off")
     table = axis.table(
-        [[row.get(c, "") for c in columns] for row in cells.values()],
-        rowLabels=[short(setting) for setting in cells], colLabels=columns, loc="center", cellLoc="right",
+        [[row.get(c, "") for c in columns] for row in rows],
+        rowLabels=[row["name"] for row in rows], colLabels=columns, loc="center", cellLoc="right",
     )  # fmt: skip
     table.auto_set_font_size(False)
     table.set_fontsize(9)
