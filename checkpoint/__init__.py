@@ -227,7 +227,10 @@ def parse_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torc
 
 
 def parse_device(name: str) -> torch.device:
-    """--device. auto: a GPU where there is one. Raises UserError where the device is not there."""
+    """--device. auto: a GPU where there is one. Raises UserError where the device is not there.
+
+    A CUDA device becomes the current one: kernels are launched and graphs captured on that.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     match = re.fullmatch(r"(cpu|mps|cuda)(?::(\d+))?", name)
@@ -243,4 +246,6 @@ def parse_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: no CUDA device here (--device cpu runs anywhere)")
     if index >= n_device:
         raise UserError(f"--device {name}: the last of the {n_device} CUDA devices here is cuda:{n_device - 1}")
-    return torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device

@@ -6,8 +6,10 @@ stand in for the other, and tests compare them.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import shutil
 import sys
 from types import ModuleType
 
@@ -22,18 +24,39 @@ __all__ = ["Regions", "chunk_attention", "eager", "for_device"]
 
 
 def for_device(device: torch.device) -> ModuleType:
-    """The functions for a device. Triton's where there is a GPU and Triton; a report shows its `NAME`.
+    """The functions for a device: Triton's where there is a GPU that can run them. A report shows their `NAME`.
 
     SELECTIVE_KV_KERNELS=eager in the environment asks for the PyTorch twins, to compare or to debug.
     """
     if device.type != "cuda" or os.environ.get("SELECTIVE_KV_KERNELS") == "eager":
         return eager
-    if importlib.util.find_spec("triton") is None:
-        print("Triton is not installed: decoding falls back on PyTorch kernels, slowly", file=sys.stderr)
+    missing = what_triton_lacks(device)
+    if missing:
+        _say_once(f"{missing}: decoding falls back on PyTorch kernels, slowly")
         return eager
     from kernels import triton_kernels
 
     return triton_kernels
+
+
+def what_triton_lacks(device: torch.device) -> str:
+    """Why the Triton kernels cannot run on a CUDA device; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):  # no asynchronous copies, no bfloat16 matrix units
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}, below 8.0"
+        )
+    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
+        return "Triton needs a C compiler to launch its kernels, and there is none (CC names one)"
+    return ""
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """To standard error: every layer's cache asks for its functions."""
+    print(line, file=sys.stderr)
 
 
 def chunk_attention(

@@ -121,11 +121,12 @@ def linear(
     swiglu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """weight @ x, with an RMSNorm before it and a bias, SwiGLU or a residual after it, where they are given.
+    """weight @ x, with an RMSNorm before it and a bias or SwiGLU (not both) and a residual after it, where given.
 
     x: [n_token, k]; weight: [n, k], the gate's rows before the up projection's with swiglu; bias: [n]; norm: [k];
     residual: like the output, [n_token, n] or [n_token, n / 2]. Returns x's dtype.
     """
+    assert bias is None or not swiglu
     if norm is not None:
         x = F.rms_norm(x, norm.shape, norm, eps)
     y = F.linear(x, weight, bias)

@@ -291,6 +291,7 @@ def combine_kernel(
         y = y * keep + tl.sum(values * factor[:, None], 0)
         top = new_top
     at = (batch * tl.num_programs(0) + head) * HEAD_DIM
+    total = tl.where(total == 0, 1.0, total)  # a sequence without a token: zeros, not 0 / 0
     tl.store(out + at + d, (y / total).to(out.dtype.element_ty), d < HEAD_DIM)
 
 
@@ -332,13 +333,50 @@ def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int,
     return p
 
 
+class Processor(NamedTuple):
+    """What a GPU offers to a launch."""
+
+    count: int  # streaming multiprocessors
+    overlap: bool  # whether a launch can start before the last one ends (Hopper)
+    shared: int  # bytes of shared memory that a program may have
+
+
 @lru_cache
-def processor(device: torch.device) -> tuple[int, bool]:
-    """Streaming multiprocessors of a GPU, and whether a launch can start before the last one ends (Hopper)."""
+def processor(device: torch.device) -> Processor:
     if device.type != "cuda":
-        return 8, False  # the interpreter
+        return Processor(8, False, 1 << 30)  # the interpreter
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major >= 9
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shared: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return Processor(properties.multi_processor_count, properties.major >= 9, shared)
+
+
+SHARED_SLACK = 8 << 10  # what a program needs beside its blocks: scales, exchanges between warps
+
+
+def fitting(p: Plan, shared: int, head_dim: int, itemsize: int, bits: int) -> Plan:
+    """The plan, with fewer blocks in flight and then smaller ones where a program's shared memory is too little.
+
+    A loop of n stages keeps n - 1 blocks there. Slots are looked at apart from rows: what a cache does with its
+    slots must not depend on what it keeps beside them. bits: of an element of K and its value in V, together.
+    """
+    room = shared - SHARED_SLACK
+    dim = max(32, triton.next_power_of_2(head_dim))
+    while (p.float_stages - 1) * p.warps * p.float_slice * dim * 2 * itemsize > room:
+        if p.float_stages > 2:
+            p = p._replace(float_stages=p.float_stages - 1)
+        elif p.float_slice > 16:
+            p = p._replace(float_slice=p.float_slice // 2)
+        else:
+            break
+    while (p.int_stages - 1) * p.warps * p.int_slice * (dim * bits // 8 + 16) > room:
+        if p.int_stages > 2:
+            p = p._replace(int_stages=p.int_stages - 1)
+        elif p.int_slice > 32:
+            p = p._replace(int_slice=p.int_slice // 2)
+        else:
+            break
+    return p
 
 
 def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None) -> Tensor:
@@ -350,8 +388,10 @@ def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_freque
     Returns [batch, n_head, head_dim] in q's dtype. No host synchronisation.
     """
     n_row, group = q.shape[0] * regions.k.shape[1], q.shape[1] // regions.k.shape[1]
-    four = regions.k_int is not None and regions.k_format.bits + regions.v_format.bits < 16
-    p = plan(n_row, group, q.shape[2], regions.k.element_size(), processor(q.device)[0], four)
+    bits = regions.k_format.bits + regions.v_format.bits
+    here, itemsize = processor(q.device), regions.k.element_size()
+    p = plan(n_row, group, q.shape[2], itemsize, here.count, regions.k_int is not None and bits < 16)
+    p = fitting(p, here.shared, q.shape[2], itemsize, bits)
     return run(q, regions, positions, sink_frequencies, p)
 
 
@@ -363,13 +403,14 @@ def as_words(scales: Tensor) -> Tensor:
 def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None, p: Plan) -> Tensor:
     """`decode_attention` by a given plan."""
     batch, n_head, head_dim = q.shape
-    assert q.stride(2) == 1
+    assert q.stride(2) == 1 and positions.is_contiguous()
     n_kv_head, n_slot = regions.k.shape[1:3]
     group = n_head // n_kv_head
     tiles = triton.cdiv(group, p.heads)
     n_column = n_kv_head * tiles
-    n_processor, overlap = processor(q.device)
-    n_split = min(max(2, n_processor * p.per_processor // (batch * n_column)), 128)
+    here = processor(q.device)
+    overlap = here.overlap
+    n_split = min(max(2, here.count * p.per_processor // (batch * n_column)), 128)
     float_block, int_block = p.warps * p.float_slice, p.warps * p.int_slice
 
     k_int, v_int, k_scale, v_scale = regions.k_int, regions.v_int, regions.k_scale, regions.v_scale

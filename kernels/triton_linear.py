@@ -135,6 +135,7 @@ def linear(
 
     The residual's memory may become the output's.
     """
+    assert bias is None or not swiglu
     n_token, k = x.shape
     if n_token == 1:
         n_out = weight.shape[0] // (2 if swiglu else 1)
@@ -143,7 +144,7 @@ def linear(
         normed = torch.empty_like(x)
         norm_kernel[(n_token,)](x, norm, normed, eps, K=k, num_warps=8)
         x = normed
-    if residual is not None and not swiglu:
+    if residual is not None and not swiglu and bias is None:
         return residual.addmm_(x, weight.t())
     y = F.linear(x, weight, bias)
     if swiglu:
@@ -161,7 +162,7 @@ def run(
     k = x.shape[1]
     assert len(x) == 1 and x.stride(1) == 1 and weight.is_contiguous()
     n_out = weight.shape[0] // (2 if swiglu else 1)
-    overlap = processor(x.device)[1]
+    overlap = processor(x.device).overlap
     out = torch.empty(1, n_out, dtype=x.dtype, device=x.device)
     vector_kernel[(triton.cdiv(n_out, p.rows),)](
         x, weight, *(x if t is None else t for t in (bias, norm, residual)), out, n_out, eps,
@@ -206,7 +207,7 @@ def rotate_qk(
     """RoPE, in place, of the first n_qk heads of qkv; the twin says exactly what."""
     batch, _, head_dim = qkv.shape
     q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
-    overlap = processor(qkv.device)[1]
+    overlap = processor(qkv.device).overlap
     rotate_kernel[(n_qk, batch)](
         qkv, cos, sin, q_norm, k_norm, n_head, n_qk, qkv.stride(0), eps, HEAD_DIM=head_dim,
         NORM=norms is not None, OVERLAP=overlap, launch_pdl=overlap, num_warps=1,

@@ -188,7 +188,8 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
     k, v: [batch, n_kv_head, head_dim]; positions: int64 [batch], where the new tokens stand.
     """
     batch, n_kv_head, _ = k.shape
-    overlap = processor(k.device)[1]
+    assert k.stride(2) == v.stride(2) == 1 and positions.is_contiguous()
+    overlap = processor(k.device).overlap
     stored, flags = operands(regions)
     append_kernel[(batch * n_kv_head, 2)](
         k, v, regions.k, regions.v, *stored, positions,

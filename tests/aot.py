@@ -6,25 +6,33 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.triton_decode import Plan, plan, split_kernel
-from kernels.triton_history import dequantize_kernel
-from kernels.triton_store import append_kernel, quantize_kernel
+from kernels.triton_decode import combine_kernel, fitting, plan, split_kernel
+from kernels.triton_history import dequantize_kernel, history_kernel
+from kernels.triton_linear import norm_kernel, rotate_kernel, swiglu_kernel, vector_kernel
+from kernels.triton_store import append_kernel, quantize_kernel, slots_kernel
 
 TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "positions": "*i64", "frequencies": "*fp64", "partial": "*fp32",
          "statistics": "*fp32", "k_int": "*i8", "v_pair": "*i16", "rotation": "*bf16",
          "softmax_scale": "fp32"}  # fmt: skip
 
 
+HOPPER_SHARED = 232_448  # bytes that a program may have
+
+
 def compile_split_kernel(
-    head_dim: int, group: int, k_bits: int = 8, v_bits: int = 8, n_group: int = 1, n_row: int = 8, p: Plan | None = None
-) -> dict[str, int] | None:
+    head_dim: int, group: int, k_bits: int = 8, v_bits: int = 8, n_group: int = 1, n_row: int = 8,
+    dtype: str = "bf16", shared: int = HOPPER_SHARED,
+) -> dict[str, int] | None:  # fmt: skip
     """Registers, spills and instruction counts of `split_kernel`; None if the tools are missing."""
-    p = p or plan(n_row, group, head_dim, 2, 132, 0 < k_bits + v_bits < 16)
+    itemsize = 4 if dtype == "fp32" else 2
+    p = plan(n_row, group, head_dim, itemsize, 132, 0 < k_bits + v_bits < 16)
+    p = fitting(p, shared, head_dim, itemsize, k_bits + v_bits)
     constants = {
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
@@ -32,7 +40,7 @@ def compile_split_kernel(
         "COST": 2, "TURN_SINKS": False, "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
     }  # fmt: skip
     names = split_kernel.arg_names
-    types = TYPES | {
+    types = {name: kind.replace("bf16", dtype) for name, kind in TYPES.items()} | {
         name: "*i32" if bits == 4 else "*fp32" for name, bits in (("k_scale", k_bits), ("v_scale", v_bits))
     }
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
@@ -73,14 +81,40 @@ def compiles(k_bits: int, v_bits: int, n_group: int, rotated: bool) -> None:
     shared = {"HEAD_DIM": 128, "K_BITS": k_bits, "V_BITS": v_bits, "K_GROUPS": n_group if k_bits == 4 else 1,
               "V_GROUPS": n_group if v_bits == 4 else 1}  # fmt: skip
     store = shared | {"ROTATED": rotated, "INTERPRET": False}
-    for kernel, constants in (
-        (append_kernel, store | {"OVERLAP": True}),
-        (quantize_kernel, store | {"BLOCK": 16}),
-        (dequantize_kernel, shared | {"BLOCK": 32}),
-    ):
-        names = kernel.arg_names
-        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-        source = ASTSource(
-            kernel, signature=signature, constexprs={(names.index(n),): value for n, value in constants.items()}
-        )
-        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    compile_kernel(append_kernel, types, store | {"OVERLAP": True})
+    compile_kernel(quantize_kernel, types, store | {"BLOCK": 16})
+    compile_kernel(dequantize_kernel, types, shared | {"BLOCK": 32})
+
+
+def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Any:
+    """For Hopper. types: of the arguments that are no int32."""
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    source = ASTSource(kernel, signature=signature, constexprs={(names.index(n),): c for n, c in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32))
+
+
+def compile_the_rest() -> None:
+    """Raises what the compiler does, for the kernels that look at no integers."""
+    pointers = ("q", "k", "v", "x", "weight", "bias", "norm", "residual", "out", "qkv", "q_norm", "k_norm")
+    types = {name: "*bf16" for name in (*pointers, "chunk_k", "chunk_v")}
+    types |= {name: "*fp32" for name in ("partial", "statistics", "lse", "cos", "sin")}
+    types |= {"positions": "*i64", "frequencies": "*fp64", "softmax_scale": "fp32", "eps": "fp32"}
+    for overlap in (False, True):  # before Hopper, and since
+        compile_kernel(combine_kernel, types, {
+            "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "COST": 2, "FLOAT_BLOCK": 64, "INT_BLOCK": 64, "CHUNK": 32,
+            "DIMS": 32, "HAS_INT": True, "OVERLAP": overlap,
+        })  # fmt: skip
+        for swiglu in (False, True):
+            compile_kernel(vector_kernel, types, {
+                "K": 4096, "ROWS": 2, "BLOCK": 2048, "NORM": True, "SWIGLU": swiglu, "BIAS": not swiglu, "ADD": True,
+                "OVERLAP": overlap,
+            })  # fmt: skip
+        compile_kernel(rotate_kernel, types, {"HEAD_DIM": 128, "NORM": True, "OVERLAP": overlap})
+    compile_kernel(norm_kernel, types, {"K": 4096})
+    compile_kernel(swiglu_kernel, types, {"BLOCK": 1024})
+    compile_kernel(slots_kernel, types, {"HEAD_DIM": 128, "BLOCK": 16})
+    for turn in (False, True):
+        compile_kernel(history_kernel, types, {
+            "HEAD_DIM": 128, "QUERIES": 128, "KEYS": 64, "STAGES": 3, "TURN_SINKS": turn, "INTERPRET": False,
+        })  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from kernels import triton_kernels as kernels  # after kernel_reference, which chooses the interpreter
 from kernels.regions import Regions
+from kernels.triton_decode import fitting, plan
 from quantize import Format, quantize
 
 
@@ -131,6 +133,24 @@ def test_nothing_left_the_window_is_the_full_cache_bit_for_bit(device: str) -> N
         regions = held(k, v, lengths, sink, window, n_row, device)
         turn = None if n_row else frequencies
         assert torch.equal(kernels.decode_attention(q, regions, positions, turn), full)
+
+
+@pytest.mark.parametrize("four", [False, True])
+@pytest.mark.parametrize("n_row", [8, 64, 256])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_hopper_takes_the_plan_that_was_measured(head_dim: int, n_row: int, four: bool) -> None:
+    p = plan(n_row, 4, head_dim, 2, 132, four)
+    assert fitting(p, HOPPER_SHARED, head_dim, 2, 8 if four else 16) == p
+
+
+def test_a_sequence_without_a_token_gets_zeros(device: str) -> None:
+    k, v = tokens(2, 1, 50, 16, FP32)
+    regions = held(k, v, [0, 50], 4, 8, 60, device)
+    poison(device)
+    q = torch.randn(2, 2, 16)
+    out = kernels.decode_attention(q.to(device), regions, torch.tensor([-1, 49], device=device))
+    assert torch.equal(out[0].cpu(), torch.zeros(2, 16))
+    assert error(out[1], reference(q[1], k[1], v[1], 50, 4, 8, True, None)) < TOLERANCE[FP32]
 
 
 def test_strided_queries_and_a_slice_of_the_batch(device: str) -> None:
@@ -282,6 +302,8 @@ def test_one_graph_serves_every_length() -> None:
             assert error(out[b], reference(q[b].cpu(), k[b], v[b], n, 4, 60, True, None)) < 1e-2
 
 
+HOPPER_SHARED, SMALL_SHARED = 232_448, 101_376  # bytes that a program may have: an H200's, an RTX 4090's
+
 COMPILE = """
 import json, sys
 sys.path.insert(0, "tests")
@@ -306,9 +328,11 @@ print(json.dumps(compile_split_kernel(**json.loads(sys.argv[1]))))
         {"head_dim": 128, "group": 4, "k_bits": 4, "v_bits": 4, "n_row": 256, "n_group": 2},
         {"head_dim": 128, "group": 4, "v_bits": 4, "n_row": 64},
         {"head_dim": 64, "group": 8, "k_bits": 4, "v_bits": 4, "n_row": 64},
+        {"head_dim": 128, "group": 4, "dtype": "fp32", "shared": SMALL_SHARED},
+        {"head_dim": 256, "group": 4, "n_row": 256, "shared": SMALL_SHARED},
     ],
 )
-def test_compiled_for_hopper(shape: dict[str, int]) -> None:
+def test_compiled_for_hopper(shape: dict[str, Any]) -> None:
     """No spills, no byte-wide loads, and the matrix units that were meant: Triton compiles without a GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -321,15 +345,19 @@ def test_compiled_for_hopper(shape: dict[str, int]) -> None:
         pytest.skip("this Triton has no cuobjdump beside it")
     assert found["spills"] == 0 and found["stack"] == 0
     assert found["byte_loads"] == 0
-    assert found["HMMA"] > 0 and (found["IMMA"] > 0) == (shape.get("k_bits", 8) > 0)
+    assert (found["HMMA"] > 0) == (shape.get("dtype") != "fp32" or shape.get("k_bits", 8) > 0) and (
+        found["IMMA"] > 0
+    ) == (shape.get("k_bits", 8) > 0)
+    assert found["shared"] <= shape.get("shared", HOPPER_SHARED)
     assert found["copies"] > 0, "keys and values are to be copied to shared memory asynchronously"
 
 
-def test_every_mix_of_formats_compiles_for_hopper() -> None:
+def test_every_kernel_compiles_for_hopper() -> None:
     """The interpreter is lenient about types; the compiler is not."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = "import sys; sys.path.insert(0, 'tests'); from aot import compiles\n"
-    code += "for mix in ((8, 8, 1, False), (4, 8, 2, False), (8, 4, 2, False), (4, 4, 1, True)): compiles(*mix)"
+    code = "import sys; sys.path.insert(0, 'tests'); from aot import compile_the_rest, compiles\n"
+    code += "for mix in ((8, 8, 1, False), (4, 8, 2, False), (8, 4, 2, False), (4, 4, 1, True)): compiles(*mix)\n"
+    code += "compile_the_rest()"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True
     )
