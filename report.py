@@ -107,6 +107,16 @@ def make_plan(config: Config, policy: KVCache, shape: Shape, chunk: int) -> Plan
     )
 
 
+def require_suits(policy: KVCache, config: Config) -> None:
+    """Raises UserError if the cache cannot hold this model's vectors: 4 bits of a head_dim that they are not for."""
+    length = policy.n_exact + 1  # where the first token has left
+    shape = Shape(1, config.n_kv_head, config.head_dim, length, torch.bfloat16, torch.device("meta"))
+    try:
+        kv_cache.plan(policy, 1, shape)
+    except ValueError as error:
+        raise UserError(f"{format_policy(policy)}: {error}") from None
+
+
 def require_fit(config: Config, policy: KVCache, shape: Shape, chunk: int, available: int) -> None:
     """Raises UserError, naming the largest context that fits, if the plan needs more than `available`."""
     plan = make_plan(config, policy, shape, chunk)

@@ -10,7 +10,8 @@ A gate comes first: each cache's fast path must agree with its slow reference, o
 caches are then filled to the context, and their decode steps timed in turn (A B C A B C ...), so that a
 drift of the machine touches all alike. Reported per cache: the median step over the rounds and its
 spread, tokens/s, cache bytes, the share of the measured read ceiling that weights + cache bytes come to,
-and, over the contexts, the slope of a step's latency and from where on it is no slower than the first.
+on a GPU the peak memory it would take alone with the weights, and, over the contexts, the slope of a step's
+latency and from where on it is no slower than the first.
 
 Filling writes random values instead of reading a prompt: the time of a step does not depend on them.
 `--prefill` reads a real (random) prompt of the context's length instead, and reports how long that took
@@ -37,7 +38,7 @@ import bench_kernels
 import peers
 import plot
 import torch
-from contest import GATE_TOKENS, Contestant, Timed, gate, read_ceiling
+from contest import Contestant, Timed, gate, read_ceiling
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -46,7 +47,7 @@ from console import require_writable
 from kv_cache import KVCache, Shape
 from model import Config, Transformer
 from options import Parser, add_plugin_flag, format_policy, load_plugin, parse_policy, parse_size, positive
-from report import device_memory, make_plan, size
+from report import device_memory, make_plan, require_suits, size
 from tokenizer import UserError
 
 DEFAULT_CACHES = [
@@ -54,6 +55,7 @@ DEFAULT_CACHES = [
     "compress_kv:sink_size=16,window_size=32",
     "quantize_kv:sink_size=16,window_size=32",
 ]
+DEFAULT_STEPS = 16
 
 
 def slope(rows: list[dict[str, Any]]) -> float:
@@ -92,16 +94,17 @@ def largest_batch(config: Config, policy: KVCache, shape: Shape, available: int)
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     print(f"{'batch':>5} {'context':>8} {'cache':<44} {'step ms':>9} {'min-max':>15} {'tok/s':>8} "
-          f"{'vs first':>8} {'cache':>11} {'ceiling':>8}")  # fmt: skip
-    first: dict[tuple[int, int], float] = {}
+          f"{'vs first':>8} {'cache':>11} {'ceiling':>8} {'peak':>11}")  # fmt: skip
     for r in rows:
-        base = first.setdefault((r["batch"], r["context"]), r["step_ms"])
+        base = next(b for b in rows if (b["batch"], b["context"]) == (r["batch"], r["context"]))
+        ratio = f"{base['step_ms'] / r['step_ms']:.3f}x" if base["cache"] == rows[0]["cache"] else ""
         spread = f"{r['step_ms_min']:.2f}-{r['step_ms_max']:.2f}"
         held, share = "", ""
         if r["cache_bytes"] is not None:
             held, share = size(r["cache_bytes"]), f"{r['share_of_ceiling']:.1%}"
+        peak = size(r["peak_memory_bytes"]) if r["peak_memory_bytes"] else ""
         print(f"{r['batch']:>5} {r['context']:>8} {r['cache']:<44} {r['step_ms']:>9.3f} {spread:>15} "
-              f"{r['tokens_per_s']:>8.1f} {base / r['step_ms']:>7.3f}x {held:>11} {share:>8}")  # fmt: skip
+              f"{r['tokens_per_s']:>8.1f} {ratio:>8} {held:>11} {share:>8} {peak:>11}")  # fmt: skip
         if r["prefill_s"]:
             stored = (
                 "" if r["store_s"] is None else f", {r['store_s'] / r['prefill_s']:.2%} of it storing keys and values"
@@ -189,11 +192,13 @@ def make_parser() -> Parser:
     p.add_argument("--random_weights", action="store_true")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--device", default="auto")
-    p.add_argument("--caches", nargs="+", default=DEFAULT_CACHES, metavar="CACHE", help="the first is the base")
+    p.add_argument(
+        "--caches", nargs="+", metavar="CACHE", help=f"the first is the base (default: {' '.join(DEFAULT_CACHES)})"
+    )
     add_plugin_flag(p)
     p.add_argument("--batch", nargs="+", type=positive, default=[1])
     p.add_argument("--context", nargs="+", type=positive, default=[256, 2048, 8000])
-    p.add_argument("--steps", type=positive, default=16, help="decode steps timed at a time (default: 16)")
+    p.add_argument("--steps", type=positive, help=f"decode steps timed at a time (default: {DEFAULT_STEPS})")
     p.add_argument("--rounds", type=positive, default=5, help="(default: 5)")
     p.add_argument("--prefill", action="store_true", help="read a prompt instead of filling with random values")
     p.add_argument("--peer", choices=("transformers",), help="run its dynamic and quantised caches beside ours")
@@ -210,7 +215,8 @@ def run_kernels(checkpoint: Checkpoint, device: torch.device, args: argparse.Nam
     c = checkpoint.config
     if device.type == "cuda":
         shapes = [(batch, context) for batch in args.batch for context in args.context]
-        return bench_kernels.run(bench_kernels.Heads(c.n_head, c.n_kv_head, c.head_dim), shapes)
+        heads = bench_kernels.Heads(c.n_head, c.n_kv_head, c.head_dim)
+        return bench_kernels.run(heads, shapes, rounds=args.rounds)
     if args.batch != [1]:
         raise UserError("--kernels measures batch 1 on a CPU")
     rows = bench_attention.run(args.context, c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim, args.rounds)
@@ -223,10 +229,17 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     policies = [parse_policy(text) for text in args.caches]
     args.context = sorted(set(args.context))
     config = checkpoint.config
-    model = load_model(checkpoint, device, dtype, random_weights=args.random_weights)
-    shape = Shape(1, config.n_kv_head, config.head_dim, GATE_TOKENS, dtype, device)
     for policy in policies:
-        worst = gate(model, policy, shape)
+        require_suits(policy, config)
+    if len({format_policy(policy) for policy in policies}) < len(policies):
+        raise UserError("--caches names a setting twice")
+    model = load_model(checkpoint, device, dtype, random_weights=args.random_weights)
+    shape = Shape(1, config.n_kv_head, config.head_dim, 1, dtype, device)
+    for policy in policies:
+        # The largest batch is not known yet: 32 sequences take the kernels' plan for many.
+        worst = max(
+            gate(model, policy, replace(shape, batch=n)) for n in ([1, 32] if args.largest_batch else args.batch)
+        )
         print(f"gate: {format_policy(policy)} within {worst:.2g} of its reference", file=sys.stderr)
     ceiling = read_ceiling(device)
     measure = fill_card if args.largest_batch else compare
@@ -263,8 +276,12 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     device = parse_device(args.device)
     if args.random_weights and args.model is None:
         raise UserError("--random_weights needs --model NAME")
-    if args.kernels and (args.peer or args.largest_batch or args.png):
-        raise UserError("--kernels goes with --batch, --context, --rounds and --json alone")
+    others = args.peer or args.largest_batch or args.png or args.prefill or args.caches or args.steps
+    if args.kernels and (others or args.dtype != "auto"):
+        raise UserError("--kernels goes with the model, --device, --batch, --context, --rounds and --json alone")
+    args.caches, args.steps = args.caches or DEFAULT_CACHES, args.steps or DEFAULT_STEPS
+    if args.memory_budget and not args.largest_batch:
+        raise UserError("--memory_budget goes with --largest_batch")
     if args.largest_batch and (args.peer or args.prefill or args.png):
         raise UserError("--largest_batch does not go with --peer, --prefill or --png")
     where = None if args.random_weights else args.checkpoint_path or find_demo()

@@ -11,8 +11,10 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,13 +24,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import kernels
 import kv_cache
-from engine import Engine, Sampling
+from engine import PREFILL_CHUNK, Engine, FusedStep, Sampling
+from kernels import Regions
 from kv_cache import KVCache, ModelCache, Shape
 from model import Transformer
 from options import format_policy
 from tokenizer import UserError
 
-GATE_TOKENS = 200
+GATE_TOKENS = 200  # beyond sink and window
+GATE_STEPS = 4
+WARM_TOKENS = PREFILL_CHUNK + 64  # of a prompt, read before it is timed: a chunk, and a second one that looks back
 GATE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative, of an output
 
 
@@ -56,15 +61,25 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 def fill(engine: Engine, context: int) -> None:
     """As if every sequence had read `context` tokens: random values in all that is held."""
     for layer in engine.cache.layers:
-        regions = getattr(layer, "regions", None)  # a plugin's cache may have none
-        if regions is None:
+        if not hasattr(layer, "regions"):  # a plugin's cache may have none
             raise UserError(f"{layer.name}: only caches with regions can be filled; --prefill reads a prompt instead")
-        regions.k.normal_()
-        regions.v.normal_()
-        for _, ints, scales, form in regions.quantised():
-            ints.random_(0, 128)
-            scales.uniform_(0.005, 0.015) if form.bits == 8 else scales.uniform_(0.1, 0.2)
+        randomize(layer)
     engine.cache.lengths.fill_(context)
+
+
+def randomize(layer: KVCache) -> None:
+    regions: Regions = layer.regions  # type: ignore[attr-defined]
+    regions.k.normal_()
+    regions.v.normal_()
+    for _, ints, scales, form in regions.quantised():
+        ints.random_(0, 128)
+        scales.uniform_(0.005, 0.015) if form.bits == 8 else scales.uniform_(0.1, 0.2)
+
+
+def copy_values(source: KVCache, target: KVCache) -> None:
+    for mine, theirs in zip(target.regions, source.regions, strict=True):  # type: ignore[attr-defined]
+        if isinstance(mine, Tensor):
+            mine.copy_(theirs)
 
 
 class Checked:
@@ -81,32 +96,98 @@ class Checked:
         self.error = 0.0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Any, rope: Any) -> Tensor:
-        want = self.reference.attend(q, k, v, step, rope).float()
+        want = self.reference.attend(q, k, v, step, rope)
         got = self.fast.attend(q, k, v, step, rope)
-        error = ((got.float() - want).norm() / want.norm()).item()
-        self.error = max(self.error, error if math.isfinite(error) else math.inf)
+        self.error = max(self.error, distance(got, want))
         return got
 
 
-@torch.inference_mode()
-def gate(model: Transformer, policy: KVCache, shape: Shape) -> float:
-    """The largest relative error of any attention output against the reference, over a prompt read in two chunks
-    and decoded on; raises UserError past what the dtype's rounding explains."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, GATE_TOKENS), generator=generator).to(shape.device)
-    cache = ModelCache(policy, 0, shape)
-    checked = [Checked(policy, shape) for _ in range(model.config.n_layer)]
-    cache.layers = checked  # type: ignore[assignment]
-    view = cache.slot(0)
-    for part in tokens.split([GATE_TOKENS // 2, GATE_TOKENS // 4, *[1] * (GATE_TOKENS // 4)], 1):
-        model(part, view, last_only=True)
-    worst = max(layer.error for layer in checked)
+class Compared(ModuleType):
+    """The functions of a fused step that also ask their PyTorch twins, and keep the largest relative error."""
+
+    def __init__(self, functions: ModuleType) -> None:
+        super().__init__("compared")
+        self.functions = functions
+        self.error = 0.0
+
+    def linear(self, x: Tensor, weight: Tensor, **around: Any) -> Tensor:
+        want = kernels.eager.linear(x, weight, **around)  # first: the residual's memory may become the output's
+        got: Tensor = self.functions.linear(x, weight, **around)
+        self.error = max(self.error, distance(got, want))
+        return got
+
+    def rotate_qk(self, qkv: Tensor, *how: Any) -> None:
+        want = qkv.clone()
+        kernels.eager.rotate_qk(want, *how)
+        self.functions.rotate_qk(qkv, *how)
+        self.error = max(self.error, distance(qkv, want))
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over norm of what is wanted; infinite where it is no number."""
+    error = ((got.float() - want.float()).norm() / want.float().norm()).item()
+    return error if math.isfinite(error) else math.inf
+
+
+def gate(model: Transformer, policy: KVCache, shape: Shape, functions: ModuleType | None = None) -> float:
+    """The largest relative error of what is going to be timed, against the slow path; UserError past what the dtype's
+    rounding explains.
+
+    Attention of every layer: of one sequence over a prompt in two chunks and tokens after it, until some have left
+    the window; then of a whole batch of ragged lengths, and there the products of the fused step as well.
+    shape: its batch counts, its capacity is the gate's own. functions: the device's, unless given.
+    """
+    if functions is None:
+        functions = kernels.for_device(shape.device)
+    worst = max(gate_sequence(model, policy, shape), gate_batch(model, policy, shape, functions))
     most = GATE_ERROR[shape.dtype]
     if not worst <= most:
         raise UserError(
-            f"{format_policy(policy)}: attention is {worst:.2g} from its reference, and {most:g} is allowed"
+            f"{format_policy(policy)}, batch {shape.batch}: {worst:.2g} from its reference, and {most:g} is allowed"
         )
     return worst
+
+
+def checked_cache(model: Transformer, policy: KVCache, shape: Shape) -> tuple[ModelCache, list[Checked]]:
+    cache = ModelCache(policy, 0, shape)
+    layers = [Checked(policy, shape) for _ in range(model.config.n_layer)]
+    cache.layers = layers  # type: ignore[assignment]
+    return cache, layers
+
+
+@torch.inference_mode()
+def gate_sequence(model: Transformer, policy: KVCache, shape: Shape) -> float:
+    """A prompt past sink and window in two chunks, and GATE_TOKENS / 4 tokens after it."""
+    n_after = GATE_TOKENS // 4
+    n_prompt = policy.n_exact + GATE_TOKENS - n_after
+    at = dataclasses.replace(shape, batch=1, capacity=n_prompt + n_after)
+    cache, layers = checked_cache(model, policy, at)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, at.capacity), generator=generator).to(shape.device)
+    for part in tokens.split([2 * n_prompt // 3, n_prompt - 2 * n_prompt // 3, *[1] * n_after], 1):
+        model(part, cache.slot(0), last_only=True)
+    return max(layer.error for layer in layers)
+
+
+@torch.inference_mode()
+def gate_batch(model: Transformer, policy: KVCache, shape: Shape, functions: ModuleType) -> float:
+    """GATE_STEPS steps of the whole batch over random values: some sequences within sink and window, most past them."""
+    at = dataclasses.replace(shape, capacity=policy.n_exact + GATE_TOKENS)
+    cache, layers = checked_cache(model, policy, at)
+    if any(not hasattr(layer.fast, "regions") for layer in layers):  # a plugin's cache: only prompts can be read
+        return 0.0
+    for layer in layers:
+        randomize(layer.fast)
+        copy_values(layer.fast, layer.reference)
+    last = at.capacity - GATE_STEPS
+    cache.lengths.copy_(torch.linspace(last, 1 + policy.n_exact // 2, shape.batch).long())
+    compared = Compared(functions)
+    fused = functions is not kernels.eager
+    step = FusedStep(model, compared) if fused else lambda tokens, cache: model(tokens, cache)[:, -1]
+    tokens = torch.arange(shape.batch, device=shape.device)[:, None] % model.config.vocab_size
+    for _ in range(GATE_STEPS):
+        tokens = step(tokens, cache).argmax(-1, keepdim=True)
+    return max(compared.error, *(layer.error for layer in layers))
 
 
 class StoreClock:
@@ -143,6 +224,25 @@ class StoreClock:
         return self.host + sum(begin.elapsed_time(end) for begin, end in self.events) / 1e3
 
 
+class Peak:
+    """The most device memory that one contestant takes, beside the weights and what others hold. Bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.held, self.most = device, 0, 0
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """All that is allocated and freed in here is this contestant's."""
+        if self.device.type != "cuda":
+            yield
+            return
+        others = torch.cuda.memory_allocated(self.device) - self.held
+        torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        self.most = max(self.most, torch.cuda.max_memory_allocated(self.device) - others)
+        self.held = torch.cuda.memory_allocated(self.device) - others
+
+
 class Timed:
     """Decode steps of one cache, timed in rounds. cache_bytes: at the context; None where nobody can tell."""
 
@@ -154,8 +254,7 @@ class Timed:
     def __init__(self, name: str, batch: int, context: int, device: torch.device) -> None:
         self.name, self.batch, self.context, self.device = name, batch, context, device
         self.seconds: list[float] = []
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        self.peak = Peak(device)
 
     def advance(self) -> None:
         """One decode step of the whole batch."""
@@ -167,14 +266,15 @@ class Timed:
     @torch.inference_mode()
     def round(self, steps: int) -> None:
         """Time `steps` decode steps, after one that does not count."""
-        self.advance()
 
         def run() -> None:
             for _ in range(steps):
                 self.advance()
 
-        self.seconds.append(timed(run, self.device) / steps)
-        self.rewind()
+        with self.peak.watch():
+            self.advance()
+            self.seconds.append(timed(run, self.device) / steps)
+            self.rewind()
 
     def result(self, model: Transformer, ceiling: float) -> dict[str, Any]:
         step = statistics.median(self.seconds)
@@ -192,7 +292,7 @@ class Timed:
             "share_of_ceiling": read and read / step / ceiling,
             "prefill_s": self.prefill_seconds,
             "store_s": self.store_seconds,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
+            "peak_memory_bytes": self.peak.most and sum(p.nbytes for p in model.parameters()) + self.peak.most,
             "path": self.path,
         }
 
@@ -208,18 +308,24 @@ class Contestant(Timed):
 
     def __init__(self, model: Transformer, policy: KVCache, shape: Shape, context: int, prefill: bool = False) -> None:
         super().__init__(format_policy(policy), shape.batch, context, shape.device)
-        self.engine = Engine(model, ModelCache(policy, model.config.n_layer, shape), Sampling(temperature=0))
-        if prefill:
-            generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(model.config.vocab_size, (context,), generator=generator).tolist()
-            with StoreClock(self.device) as clock:
-                self.prefill_seconds = timed(lambda: self.engine.read([ids] * shape.batch), self.device)
-            self.store_seconds = clock.seconds()
-        else:
-            fill(self.engine, context)
+        with self.peak.watch():
+            self.engine = Engine(model, ModelCache(policy, model.config.n_layer, shape), Sampling(temperature=0))
+            if prefill:
+                self.read(model.config.vocab_size)
+            else:
+                fill(self.engine, context)
         held = dataclasses.replace(shape, capacity=context, device=torch.device("meta"))
         self.cache_bytes = sum(kv_cache.plan(policy, model.config.n_layer, held).values())
         self.path = f"{self.engine.cache.layers[0].path}, {self.engine.step_path}"
+
+    def read(self, vocab_size: int) -> None:
+        """A random prompt, timed; a part of it once before, because the first call of a kernel compiles it."""
+        ids = torch.randint(vocab_size, (self.context,), generator=torch.Generator().manual_seed(0)).tolist()
+        self.engine.read([ids[:WARM_TOKENS]] * self.batch)
+        self.engine.reset()
+        with StoreClock(self.device) as clock:
+            self.prefill_seconds = timed(lambda: self.engine.read([ids] * self.batch), self.device)
+        self.store_seconds = clock.seconds()
 
     def advance(self) -> None:
         self.engine.step()

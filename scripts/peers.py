@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded here
 
 import torch
-from contest import Timed, timed
+from contest import WARM_TOKENS, Timed, timed
 from torch import Tensor
 
 from checkpoint.layout import hugging_face_name, slots_of
@@ -127,20 +127,27 @@ class Peer(Timed):
         super().__init__(name, shape.batch, context, shape.device)
         self.theirs, self.path = theirs, f"transformers {transformers_version()}, eager step"
         before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-        self.cache = make()
-        if prefill:
-            generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(theirs.config.vocab_size, (shape.batch, context), generator=generator).to(self.device)
-            self.prefill_seconds = timed(lambda: self.read(ids), self.device)
-        else:
-            kv = (shape.batch, shape.n_kv_head, context, shape.head_dim)
-            for layer in range(theirs.config.num_hidden_layers):
-                k, v = (torch.randn(kv, dtype=shape.dtype, device=self.device) for _ in "kv")
-                self.cache.update(k, v, layer)
-                del k, v
-            self.tokens = torch.zeros(shape.batch, 1, dtype=torch.int64, device=self.device)
+        with self.peak.watch():
+            self.cache = make()
+            if prefill:
+                generator = torch.Generator().manual_seed(0)
+                vocab_size = theirs.config.vocab_size
+                ids = torch.randint(vocab_size, (shape.batch, context), generator=generator).to(self.device)
+                self.read(ids[:, :WARM_TOKENS])
+                self.cache = make()
+                self.prefill_seconds = timed(lambda: self.read(ids), self.device)
+            else:
+                self.fill(shape)
         if self.device.type == "cuda":  # what the system tells; a CPU's does not
             self.cache_bytes = torch.cuda.memory_allocated(self.device) - before
+
+    def fill(self, shape: Shape) -> None:
+        kv = (shape.batch, shape.n_kv_head, self.context, shape.head_dim)
+        for layer in range(self.theirs.config.num_hidden_layers):
+            k, v = (torch.randn(kv, dtype=shape.dtype, device=self.device) for _ in "kv")
+            self.cache.update(k, v, layer)
+            del k, v
+        self.tokens = torch.zeros(shape.batch, 1, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
     def read(self, tokens: Tensor) -> None:

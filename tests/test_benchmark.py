@@ -13,11 +13,12 @@ import families
 import peers
 import pytest
 import torch
+from torch import Tensor
 
 from checkpoint import load_model, open_checkpoint
 from kernels import eager
 from kv_cache import FullCache, KVCache, SelectiveCache, Shape
-from model import Config
+from model import Config, Transformer
 from report import make_plan
 from tokenizer import UserError
 
@@ -29,7 +30,8 @@ def run(folder: Path, *more: str) -> list[dict[str, Any]]:
     if not (folder / "model").exists():
         families.make("llama3", folder / "model")
     out = folder / "out.json"
-    quick = ["--steps", "2", "--rounds", "2", "--device", "cpu", "--json", str(out)]
+    quick = ["--rounds", "2", "--device", "cpu", "--json", str(out)]
+    quick += [] if "--kernels" in more else ["--steps", "2"]
     benchmark.main(["--checkpoint_path", str(folder / "model"), *quick, *more])
     return [json.loads(line) for line in out.read_text().splitlines()]
 
@@ -127,13 +129,81 @@ def test_no_slower_from(ours: list[float], base: list[float], expected: int | No
     assert benchmark.no_slower_from(rows(ours), rows(base)) == expected
 
 
+def tiny(folder: Path) -> tuple[Transformer, Shape]:
+    families.make("llama3", folder)
+    return load_model(open_checkpoint(folder), CPU, torch.float32), Shape(1, 2, 8, 1, torch.float32, CPU)
+
+
 def test_a_wrong_kernel_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    families.make("llama3", tmp_path)
+    model, shape = tiny(tmp_path)
     right = eager.decode_attention
     monkeypatch.setattr(eager, "decode_attention", lambda *a: 1.01 * right(*a))
-    model = load_model(open_checkpoint(tmp_path), CPU, torch.float32)
     with pytest.raises(UserError, match="from its reference"):
-        contest.gate(model, SelectiveCache(4, 8), Shape(1, 2, 8, contest.GATE_TOKENS, torch.float32, CPU))
+        contest.gate(model, SelectiveCache(4, 8), shape)
+
+
+def test_the_gate_goes_past_any_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of 200 tokens never left a window of 256, and what reads integers could be as wrong as it liked."""
+    model, shape = tiny(tmp_path)
+    assert contest.gate(model, SelectiveCache(4, 256), shape) < 1e-5
+    monkeypatch.setattr(eager, "_decode_quantised", lambda tile, *_: 1e3 * torch.ones_like(tile))
+    with pytest.raises(UserError, match="from its reference"):
+        contest.gate(model, SelectiveCache(4, 256), shape)
+
+
+def test_the_gate_looks_at_every_sequence_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shape = tiny(tmp_path)
+    right = eager.decode_attention
+
+    def wrong(q: Tensor, *rest: Any) -> Tensor:
+        out = right(q, *rest)
+        out[3:4] *= 1.05  # of one sequence in four
+        return out
+
+    monkeypatch.setattr(eager, "decode_attention", wrong)
+    contest.gate(model, SelectiveCache(4, 8), shape)
+    with pytest.raises(UserError, match="batch 4: "):
+        contest.gate(model, SelectiveCache(4, 8), replace(shape, batch=4))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
+def test_the_gate_looks_at_the_fused_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products are timed too: a wrong one is refused, though every attention is right."""
+    from kernels import triton_kernels
+
+    model, shape = tiny(tmp_path)
+    assert contest.gate(model, SelectiveCache(4, 8), shape, triton_kernels) < 1e-5
+    right = triton_kernels.linear
+    monkeypatch.setattr(triton_kernels, "linear", lambda *a, **k: 1.01 * right(*a, **k))
+    with pytest.raises(UserError, match="from its reference"):
+        contest.gate(model, SelectiveCache(4, 8), shape, triton_kernels)
+
+
+def test_peak_memory_is_one_contestants_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contestants stand side by side; what one takes must not be counted as another's."""
+    now, most = 100, 0  # the weights, say
+
+    def take(n: int, n_passing: int = 0) -> None:
+        nonlocal now, most
+        most = max(most, now + n + n_passing)
+        now += n
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: now)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: most)
+
+    def reset(*_: object) -> None:
+        nonlocal most
+        most = now
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    a, b = contest.Peak(torch.device("cuda")), contest.Peak(torch.device("cuda"))
+    with a.watch():
+        take(30, 5)
+    with b.watch():
+        take(50)
+    with a.watch():
+        take(0, 7)
+    assert (a.most, b.most) == (37, 50)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +216,11 @@ def test_a_wrong_kernel_is_never_timed(tmp_path: Path, monkeypatch: pytest.Monke
         ["--caches", "quantise_kv"],
         ["--largest_batch", "--memory_budget", "1kB"],
         ["--context", "0"],
+        ["--caches", "full", "quantize_kv", "quantize_kv:sink_size=16"],
+        ["--caches", "quantize_kv:k_bits=4"],  # of head_dim 8
+        ["--memory_budget", "1GiB"],
+        ["--kernels", "--steps", "3"],
+        ["--kernels", "--dtype", "float32"],
     ],
     ids=" ".join,
 )

@@ -14,6 +14,7 @@ from conftest import STORIES, needs
 
 from checkpoint import load_model, open_checkpoint
 from engine import Engine, Sampling
+from generate import main as generate_main
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
 from model import Transformer
 
@@ -124,15 +125,30 @@ def test_stories260k_writes_the_golden_ids(policy: KVCache) -> None:
     assert [*golden[:30], *(row[1] for row in rows)][: len(golden)] == golden
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_second_gpu_writes_what_the_first_does(capfd: pytest.CaptureFixture[str]) -> None:
+    """The kernels, the graph and its events once went to the first device whatever --device said."""
+    texts = []
+    try:
+        for device in ("cuda:1", "cuda:0"):
+            generate_main(["--device", device, "--temperature", "0", "--max_new_tokens", "40", "quantize_kv"])
+            texts.append(capfd.readouterr().out)
+    finally:
+        torch.cuda.set_device(0)
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(
     "more", [["--prefill"], ["--peer", "transformers"], ["--largest_batch", "--memory_budget", "6GiB"], ["--kernels"]]
 )
 def test_the_benchmark_in_every_mode(more: list[str], tmp_path: Path) -> None:
     out = tmp_path / "r.json"
-    argv = ["--random_weights", "--model", "llama-3.2-1b", "--device", "cuda", "--context", "2000", "--steps", "4"]
-    caches = [] if "--kernels" in more else ["--rounds", "2", "--caches", "full", "quantize_kv"]
+    argv = ["--random_weights", "--model", "llama-3.2-1b", "--device", "cuda", "--context", "2000", "--rounds", "2"]
+    caches = [] if "--kernels" in more else ["--steps", "4", "--caches", "full", "quantize_kv"]
     benchmark.main([*argv, *caches, *more, "--json", str(out)])
     rows = {r.get("cache", r.get("version")): r for r in json.loads(out.read_text())["rows"]}
+    if "--kernels" not in more:
+        assert rows["full"]["peak_memory_bytes"] > rows["full"]["cache_bytes"] + 2 * 1.2e9
     if "--prefill" in more:
         assert all(0 < r["store_s"] < r["prefill_s"] for r in rows.values())
     if "--peer" in more:
