@@ -6,8 +6,10 @@ import argparse
 import errno
 import json
 import os
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +55,21 @@ def _json_prompt(path: Path, n: int, line: str) -> str:
     return prompt
 
 
-def encode_prompt(prompt: str, tokenizer: Tokenizer | None, n_vocab: int, seed: int) -> list[int]:
-    """Token ids; a number makes that many random ones, as gpt-fast does."""
+def encode_prompt(prompt: str, tokenizer: Tokenizer | None, n_vocab: int, seed: int, model: str) -> list[int]:
+    """Token ids; a number makes that many random ones, as gpt-fast does. model: how an error names it."""
     if prompt.isdecimal():
+        if len(prompt) > 9 or int(prompt) > MOST_RANDOM:
+            raise UserError(f"--prompt {prompt[:20]}: at most {MOST_RANDOM:,} random tokens")
         if int(prompt) < 1:
             raise UserError("--prompt 0 asks for no tokens")
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(n_vocab, (int(prompt),), generator=generator).tolist()
     if tokenizer is None:
-        raise UserError("random weights have no tokenizer: give --prompt a number of tokens")
+        raise UserError(f"{model} has no tokenizer: give --prompt a number of tokens")
     return tokenizer.encode(prompt)
+
+
+MOST_RANDOM = 1 << 24  # tokens of a made-up prompt
 
 
 class Printer:
@@ -122,8 +129,12 @@ def require_writable(path: Path, flag: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        part = path.with_name(path.name + ".part")
-        part.touch()
+        if is_special(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        part = part_of(path)
+        part.touch(exist_ok=False)
         part.unlink()
     except FileExistsError:
         raise UserError(f"{flag} {path}: {path.parent} is not a folder") from None
@@ -131,15 +142,47 @@ def require_writable(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path}: {error.strerror}") from None
 
 
+def is_special(path: Path) -> bool:
+    """A pipe or a device: written to as it stands, never replaced by a file."""
+    return path.exists() and not path.is_file()
+
+
+def part_of(path: Path) -> Path:
+    """Where the new content of `path` grows; where `path` is a link, beside what it points to."""
+    target = path.resolve()
+    return target.with_name(f".{target.name}.{os.getpid()}.part")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that whoever looks finds the old one or all of the new one. Makes its folder; raises OSError."""
+    if is_special(path):
+        path.write_text(text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part_of(path)
+    try:
+        part.write_text(text)
+        part.replace(path.resolve())
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_json(target: str, report: dict[str, Any]) -> None:
+    """To standard output's last line ("-") or to a file. Raises UserError."""
     if target == "-":
         print(json.dumps(report))
         return
-    path = Path(target)
-    part = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(report) + "\n")
-        part.replace(path)
+        write_whole(Path(target), json.dumps(report) + "\n")
     except OSError as error:
         raise UserError(f"--json {target}: {error.strerror}") from None
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C must not tear what the first one has to say."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -8,7 +8,9 @@ picks up tokens that are already there, `LAG` steps behind.
 
 from __future__ import annotations
 
+import math
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,6 +27,7 @@ from tokenizer import UserError
 
 LAG = 2  # steps that the host may be ahead of the tokens it has seen: enough to never let the GPU wait
 PREFILL_CHUNK = 8192  # tokens of a prompt read at once; bounds the activations of a long one
+LEAST_TEMPERATURE = 1e-4  # above 0: logits over less would overflow
 BAD = -1  # what a step returns in place of a token when its logits hold a NaN or an infinity
 
 
@@ -38,12 +41,14 @@ class Sampling:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"--temperature must not be negative, not {self.temperature}")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise UserError(f"--temperature must be 0 or at least {LEAST_TEMPERATURE:g}, not {self.temperature}")
         if self.top_k < 0:
             raise UserError(f"--top_k must not be negative, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+        if not -(1 << 63) <= self.seed < 1 << 64:
+            raise UserError(f"--seed must fit 64 bits, not {self.seed}")
 
     def pick(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """logits: [batch, vocab_size]. Returns int64 [batch]; BAD where a row is not finite.
@@ -222,6 +227,7 @@ class Engine:
             slot = self.cache.slot(b)
             for part in ids.split(chunk, dim=1):
                 logits = self.model(part, slot, last_only=True)
+                self.timing.n_read += part.shape[1]
             last.append(logits[:, -1])
         self._choose(torch.cat(last))
 
@@ -232,7 +238,7 @@ class Engine:
         Stops when every sequence has ended, or after max_new_tokens. Raises UserError when the model's
         numbers are no longer finite, naming where that began.
         """
-        timing = self.timing = Timing(n_read=sum(map(len, prompts)))
+        timing = self.timing = Timing()
         self._synchronize()
         began = time.perf_counter()
         self.read(prompts)
@@ -240,6 +246,7 @@ class Engine:
         timing.prefill_seconds = time.perf_counter() - began
         ended = [False] * len(prompts)
         waiting: deque[_Pending] = deque([_Pending(self.picked)])
+        written = array("q")  # eight bytes a token: a text without end must not fill the memory
         timing.n_first, n_queued = len(prompts), 1
         decode_began = time.perf_counter()
         self._notify("decode")
@@ -257,7 +264,8 @@ class Engine:
                 if timing.n_written == 0:
                     timing.first_token_seconds = time.perf_counter() - began
                 if BAD in row:
-                    raise UserError(self._diagnose(prompts))
+                    raise UserError(self._diagnose(prompts, written))
+                written.extend(row)
                 timing.n_written += len(row) - sum(ended)
                 timing.decode_seconds = time.perf_counter() - decode_began
                 yield [None if e else t for t, e in zip(row, ended, strict=True)]
@@ -275,8 +283,11 @@ class Engine:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
-    def _diagnose(self, prompts: Sequence[Sequence[int]]) -> str:
-        """Read the prompts again, looking at every tensor: the name of the first that is not finite."""
+    def _diagnose(self, prompts: Sequence[Sequence[int]], written: Sequence[int]) -> str:
+        """Read the prompts and feed the tokens again, looking at every tensor, for the first that is not finite.
+
+        written: a token per sequence, step after step.
+        """
         bad = first_bad_parameter(self.model)
         if bad is not None:
             return f"the logits are not finite: the weight {bad} holds a NaN or an infinity"
@@ -292,11 +303,14 @@ class Engine:
         handles = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules() if name]
         self.cache.reset()
         with torch.inference_mode():
-            for b, prompt in enumerate(prompts):
-                self.model(torch.tensor([list(prompt)], device=self.device), self.cache.slot(b), last_only=True)
+            self.read(prompts)
+            for row in torch.tensor(written, dtype=torch.int64).view(-1, len(prompts), 1):
+                if found:
+                    break
+                self.model(row.to(self.device), self.cache)
         for handle in handles:
             handle.remove()
-        where = f"the output of {found[0]} is the first" if found else "they were when the prompt was read again"
+        where = f"the output of {found[0]} is the first" if found else "they were when all was read again"
         return f"the logits are not finite: {where} ({str(self.cache.shape.dtype).split('.')[-1]} is the dtype)"
 
 

@@ -12,12 +12,18 @@ subcommand. A subcommand is a cache class (kv_cache.py); its flags are that clas
 
 from __future__ import annotations
 
-import argparse
 import os
+import signal
+
+if __name__ == "__main__":  # importing torch takes seconds, in which a Ctrl-C has nothing to report
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from chat import Conversation, load_chat_template
@@ -31,7 +37,7 @@ from checkpoint import (
     parse_device,
     parse_dtype,
 )
-from console import Printer, encode_prompt, read_prompts, require_writable, say, write_json
+from console import Printer, encode_prompt, read_prompts, require_writable, say, uninterrupted, write_json
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, caches
 from options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
@@ -113,6 +119,9 @@ def chosen_policy(args: argparse.Namespace) -> KVCache:
     return policy_from(args)
 
 
+MOST_SEQUENCES = 65535  # a kernel's grid is no wider
+
+
 @dataclass(frozen=True)
 class Job:
     """All that is decided before any memory is taken."""
@@ -137,6 +146,14 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
     if not texts and not args.interactive:
         texts = ["16"] if args.random_weights else ["Once upon a time"]
     device = parse_device(args.device)
+    if args.interactive and (args.prompt_file is not None or args.num_samples > 1):
+        raise UserError(
+            "--interactive takes its turns from standard input and --prompt: no --prompt_file, no --num_samples"
+        )
+    if args.context is not None and not args.interactive:
+        raise UserError("--context is the room of a conversation: it goes with --interactive")
+    if len(texts) * args.num_samples > MOST_SEQUENCES:
+        raise UserError(f"a batch has at most {MOST_SEQUENCES} sequences, not {len(texts) * args.num_samples}")
     if args.random_weights and (args.model is None or args.checkpoint_path is not None):
         raise UserError("--random_weights needs --model NAME, and no --checkpoint_path")
     checkpoint = open_checkpoint(None if args.random_weights else args.checkpoint_path or find_demo(), args.model)
@@ -150,7 +167,8 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
     if chat is not None:
         ids = [replace(chat).turn(text) for text in texts]
     else:
-        ids = [encode_prompt(text, tokenizer, config.vocab_size, args.seed) for text in texts]
+        name = "a model of random weights" if args.random_weights else str(checkpoint.path)
+        ids = [encode_prompt(text, tokenizer, config.vocab_size, args.seed, name) for text in texts]
     prompts = [] if args.interactive else [p for p in ids for _ in range(args.num_samples)]
     longest = max(map(len, prompts), default=0)
     if args.interactive:
@@ -205,6 +223,8 @@ def conversation_room(args: argparse.Namespace, policy: KVCache, context: int) -
     """Tokens that a conversation may have."""
     check_exact(policy, context)
     room = args.context or context
+    if room < policy.n_exact:
+        raise UserError(f"--context {room} is less than --sink_size + --window_size, {policy.n_exact}")
     if room > context and not policy.endless:
         raise UserError(f"--context {room} is {room - context} past the model's context of {context}")
     return room
@@ -242,8 +262,11 @@ def build(args: argparse.Namespace, job: Job, profiler: Profiler | None) -> tupl
     return Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, hook=hook), loading
 
 
-def converse(engine: Engine, job: Job, args: argparse.Namespace) -> Iterator[Timing]:
-    """A line in, a continuation out; the cache keeps it all, and each turn reads only what is new to it."""
+def converse(engine: Engine, job: Job, args: argparse.Namespace) -> Iterator[tuple[Timing, str]]:
+    """A line in, a continuation out; the cache keeps it all, and each turn reads only what is new to it.
+
+    Yields what each turn took, and what was written.
+    """
     assert job.tokenizer is not None
     say("Type a line; /reset forgets, Ctrl-D ends.")
     chat = job.chat
@@ -278,13 +301,17 @@ def converse(engine: Engine, job: Job, args: argparse.Namespace) -> Iterator[Tim
             continue
         printer = Printer(job.tokenizer, [ids], echo=False)
         rows = 0
-        for row in engine.generate([ids], min(job.n_new, room)):
-            printer.push(row, engine.end_ids)
-            pending = [token for token in row if token is not None]
-            rows += 1
+        try:
+            for row in engine.generate([ids], min(job.n_new, room)):
+                printer.push(row, engine.end_ids)
+                pending = [token for token in row if token is not None]
+                rows += 1
+        except KeyboardInterrupt:
+            yield engine.timing, printer.texts[0]  # what was done of this turn belongs to the report
+            raise
         printer.finish()
         n_seen += len(ids) + rows - 1
-        yield engine.timing
+        yield engine.timing, printer.texts[0]
 
 
 def choose_bits(job: Job, budget: int) -> KVCache:
@@ -316,21 +343,24 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
         planned = make_plan(*plan)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if args.json not in (None, "-"):
+        require_writable(Path(args.json), "--json")
     if args.dry_run:
         print("\n".join(planned.lines()))
+        if args.json:
+            write_json(args.json, {"plan": asdict(planned) | {"total": planned.total}})
     require_fit(*plan, budget)
     if args.dry_run:
         return
-    if args.json not in (None, "-"):
-        require_writable(Path(args.json), "--json")
     profiler = Profiler(args.profile, job.shape.device) if args.profile else None
     engine, loading = build(args, job, profiler)
     printer = Printer(job.tokenizer, job.prompts, job.echo)
-    timing, interrupted, age = Timing(), False, process_age()
+    timing, turns, interrupted, age = Timing(), [], False, process_age()
     try:
         if args.interactive:
-            for turn in converse(engine, job, args):
+            for turn, text in converse(engine, job, args):
                 timing += turn
+                turns.append(text)
         else:
             for row in engine.generate(job.prompts, job.n_new):
                 printer.push(row, job.end_ids)
@@ -338,20 +368,24 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
     except KeyboardInterrupt:
         interrupted = True
         print()
-    timing = timing if args.interactive else engine.timing
-    report = make_report(engine, job.checkpoint.name, timing) | startup(age, loading, timing)
-    report |= {"texts": printer.texts, "command": ["generate.py", *args.argv]}
-    say("", *report_lines(report))
-    if profiler is not None:
-        say(*profiler.write(report))
-    if args.json:
-        write_json(args.json, report)
+    with uninterrupted():
+        timing = timing if args.interactive else engine.timing
+        report = make_report(engine, job.checkpoint.name, timing) | startup(age, loading, timing)
+        report |= {"texts": turns or printer.texts, "command": ["generate.py", *args.argv]}
+        say("", *report_lines(report))
+        if profiler is not None:
+            say(*profiler.write(report))
+        if args.json:
+            write_json(args.json, report)
     if interrupted:
         sys.exit(130)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")  # what a model writes fits no smaller alphabet
     try:
         load_plugin(argv)
         for i, word in enumerate(argv[:-1]):  # "--json quantize_kv": the subcommand, not a file of that name
@@ -367,7 +401,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of the pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk behind standard output, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say(f"generate.py: error: {error}")
+        sys.exit(2)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

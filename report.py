@@ -77,9 +77,10 @@ class Plan:
     def lines(self) -> list[str]:
         regions = ", ".join(f"{name} {size(n)}" for name, n in self.cache.items())
         cache = sum(self.cache.values())
+        what = f"{self.batch} x {self.capacity} tokens ({regions})" if self.cache else "this cache does not say"
         return [
             f"weights      {size(self.weights):>12}",
-            f"cache        {size(cache):>12}  {self.batch} x {self.capacity} tokens ({regions})",
+            f"cache        {size(cache):>12}  {what}",
             f"  full cache {size(self.full_cache):>12}  this one takes {cache / self.full_cache:.1%} of it",
             f"activations  {size(self.activations):>12}  at most, estimated",
             f"total        {size(self.total):>12}",
@@ -201,16 +202,18 @@ def report_lines(r: dict[str, Any]) -> list[str]:
     name, _, knobs = r["setting"].partition(":")  # the rare knobs only where they are set
     cache, full = sum(r["cache_bytes"].values()), r["full_cache_bytes"]
     regions = ", ".join(f"{name} {size(n)}" for name, n in r["cache_bytes"].items())
+    allocated = f"{size(cache)} allocated ({regions}); the full cache: {size(full)} ({cache / full:.1%})"
+    held = f"{size(r['cache_bytes_held'])} held at the end; the full cache: {size(r['full_cache_bytes_held'])}"
+    first = f"time to first token {r['time_to_first_token_s']:.3f} s, {r['tokens_read']} tokens read; "
+    first += f"{r['start_to_first_token_s']:.2f} s after the program began, {r['load_weights_s']:.2f} loading weights"
     where = "device" if r["device"] != "cpu" else "process"
     return [
         f"{r['model']}, {r['dtype']} on {r['device']}; cache {name}"
         + (f" ({knobs.replace('=', ' ').replace(',', ', ')})" if knobs else "")
         + f"; {r['path']}",
-        f"time to first token {r['time_to_first_token_s']:.3f} s, {r['tokens_read']} tokens read; "
-        f"{r['start_to_first_token_s']:.2f} s after the program began, {r['load_weights_s']:.2f} loading weights",
+        first if r["tokens_written"] else f"no token written, {r['tokens_read']} tokens read",
         f"decode {r['decode_tokens_per_s']:.2f} tokens/s, {r['tokens_written']} tokens written",
-        f"cache {size(cache)} allocated ({regions}); the full cache: {size(full)} ({cache / full:.1%})",
-        f"cache {size(r['cache_bytes_held'])} held at the end; the full cache: {size(r['full_cache_bytes_held'])}",
+        *([f"cache {allocated}", f"cache {held}"] if r["cache_bytes"] else ["cache bytes: this cache does not say"]),
         f"peak memory {size(r['peak_memory_bytes'])} ({where}); "
         f"bandwidth {r['bandwidth_bytes_per_s'] / 1e9:.2f} GB/s, weights and cache",
     ]

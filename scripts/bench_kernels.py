@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from console import require_writable
+from console import require_writable, write_whole
 from kernels import triton_kernels
 from kernels.regions import Regions
 from options import Parser
@@ -295,7 +295,7 @@ def main() -> None:
     line = json.dumps(record)
     print(line)
     if args.output:
-        args.output.write_text(line + "\n")
+        write_whole(args.output, line + "\n")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ import tables
 
 import kv_cache
 from checkpoint import check_tokenizer, end_ids, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
-from console import require_writable
+from console import require_writable, write_whole
 from engine import Engine, Sampling
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape
 from options import Parser, add_plugin_flag, format_policy, load_plugin, parse_policy, positive
@@ -360,9 +360,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     def save(rows: list[dict[str, Any]], finished: bool = False) -> None:
         """What is done so far: a crash later loses none of it."""
         if args.json:
-            part = args.json.with_name(args.json.name + ".part")
-            part.write_text(json.dumps(record(subject, args.kind, rows, argv, finished)) + "\n")
-            part.replace(args.json)
+            write_whole(args.json, json.dumps(record(subject, args.kind, rows, argv, finished)) + "\n")
 
     if args.kind == "passkey":
         rows = score_passkeys(subject, save)
