@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,12 @@ class Printer:
             if not self.ended[self.current]:
                 return
             self.current += 1
+
+
+def shown(argv: Sequence[str]) -> list[str]:
+    """A command line as a record shows it: files by their names alone, flags whole, so that it can be repeated."""
+    parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in argv]
+    return [flag + equals + (Path(value).name if "/" in value else value) for flag, equals, value in parts]
 
 
 def require_writable(path: Path, flag: str) -> None:

@@ -147,6 +147,11 @@ class KVCache:
         return out
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32, or wider as it is: what a reference computes in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass
 class _RegionCache(KVCache):
     """A cache made of sink, window and (maybe) quantised rows: storage, reference and fast path."""
@@ -234,8 +239,8 @@ class _RegionCache(KVCache):
         dense = []
         stored: list[Stored | None] = list(r.quantised()) or [None, None]
         for chunk, values, held in zip((k, v), (r.k, r.v), stored, strict=True):
-            kept = values[row, :, slots[~middle]].float()
-            parts = [kept[:, : r.sink_size], kept[:, r.sink_size :], chunk.float()]
+            kept = wide(values[row, :, slots[~middle]])
+            parts = [kept[:, : r.sink_size], kept[:, r.sink_size :], wide(chunk)]
             if held is not None:
                 rows = past[middle] - r.sink_size
                 parts.insert(1, held.format.dequantize(held.ints[row, :, rows], held.scales[row, :, rows]))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from console import require_writable
+from console import require_writable, shown
 from options import Parser, add_plugin_flag, format_policy, load_plugin, make_policy, parse_policy
 from tokenizer import UserError
 
@@ -40,12 +40,23 @@ class Task:
     command: tuple[str, ...]
 
     def is_done(self) -> bool:
-        """Whether the result is there, whole: evaluate.py saves what it has so far, and says so."""
+        """Whether the result is there, whole, and of this command. Raises UserError where it is another's."""
         try:
             record = json.loads(self.result.read_text())
-            return isinstance(record, dict) and record.get("finished", True)
         except (FileNotFoundError, json.JSONDecodeError):
             return False
+        if not isinstance(record, dict) or not record.get("finished", True):
+            return False
+        command = [*shown(record.get("command", []))]
+        if command != self.shown:
+            raise UserError(f"{self.result} was made by another command, {' '.join(command)}: choose another --name")
+        return True
+
+    @property
+    def shown(self) -> list[str]:
+        """The command as its record shows it."""
+        program = Path(self.command[1])
+        return [*shown([str(program.relative_to(ROOT))]), *shown(self.command[2:])]
 
     def run(self) -> bool:
         """Run it, unless it is done; whether it is done then."""
@@ -129,21 +140,28 @@ def main(argv: list[str] | None = None) -> None:
         args = make_parser().parse(argv[:cut])
         args.rest = argv[cut + 1 :]
         todo = tasks(args)
-        if not args.count:
-            for task in todo[:1]:
-                require_writable(task.result, "--outputs")
-        if args.index is not None and not 0 <= args.index < len(todo):
-            raise UserError(f"--index {args.index}: the tasks are 0 to {len(todo) - 1}")
+        args.outputs.mkdir(parents=True, exist_ok=True)  # where a Slurm array's logs go, too
+        if args.count:
+            print(len(todo))
+            return
+        if args.index is not None:
+            if not 0 <= args.index < len(todo):
+                raise UserError(f"--index {args.index}: the tasks are 0 to {len(todo) - 1}")
+            todo = [todo[args.index]]
+        require_writable(todo[0].result, "--outputs")
+        for task in todo:
+            task.is_done()  # a result of another command is told before any work
+        bar = tqdm(todo, desc=args.name, disable=not sys.stderr.isatty())
+        failed = [task.setting for task in bar if not task.run()]
     except UserError as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    if args.count:
-        print(len(todo))
-        return
-    if args.index is not None:
-        todo = [todo[args.index]]
-    bar = tqdm(todo, desc=args.name, disable=not sys.stderr.isatty())
-    failed = [task.setting for task in bar if not task.run()]
+    except OSError as error:
+        print(f"sweep.py: error: --outputs {args.outputs}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     print(f"{len(todo) - len(failed)} of {len(todo)} done, in {args.outputs / args.name}/", file=sys.stderr)
     if failed:
         sys.exit(1)

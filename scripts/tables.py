@@ -35,10 +35,10 @@ def print_scores(rows: list[dict[str, Any]], kind: str) -> None:
 
 
 def print_passkeys(rows: list[dict[str, Any]]) -> None:
+    print(f"{rows[0]['text']}: {rows[0]['trials']} keys a cache, {rows[0]['trials_per_cell']} a cell; 95% intervals")
     for r in rows:
-        print(
-            f"{r['cache']}: {r['mean']:.1%} of keys recalled, {r['trials_per_cell']} a cell; {size(r['cache_bytes'])}"
-        )
+        interval = f"[{r['low']:.1%}, {r['high']:.1%}]"
+        print(f"{r['cache']}: {r['mean']:.1%} {interval} of keys recalled; {size(r['cache_bytes'])}")
         depths = list(next(iter(r["recalled"].values())))
         print(f"  {'length':>8} " + " ".join(f"{float(d):>5.0%}" for d in depths) + "   depth")
         for length, row in r["recalled"].items():
@@ -46,8 +46,13 @@ def print_passkeys(rows: list[dict[str, Any]]) -> None:
 
 
 def print_summaries(rows: list[dict[str, Any]]) -> None:
-    print(f"{rows[0]['text']}: {rows[0]['documents']} documents; ROUGE-L F by the package rouge_score, 95% intervals")
-    print(f"{'cache':<58}{'to references':>24}{'to the full cache':>24}{'cache':>12}")
+    first = rows[0]
+    print(f"{first['text']}: {first['documents']} documents, {first['cut']} cut to fit, {first['tokens']} tokens; "
+          "ROUGE-L F by the package rouge_score, 95% intervals")  # fmt: skip
+    print(f"{'cache':<58}{'to references':>26}{'over the full cache':>28}{'to the full cache':>26}{'cache':>12}")
     for r in rows:
-        shown = [f"{x['mean']:.4f} [{x['low']:.4f}, {x['high']:.4f}]" for x in (r["rouge_l"], r["rouge_l_to_full"])]
-        print(f"{r['cache']:<58}{shown[0]:>24}{shown[1]:>24}{size(r['cache_bytes']):>12}")
+        cells = [
+            "{mean:{s}.4f} [{low:{s}.4f}, {high:{s}.4f}]".format(s=sign, **r[key]) if key in r else "no references"
+            for key, sign in (("rouge_l", ""), ("rouge_l_rise", "+"), ("rouge_l_to_full", ""))
+        ]
+        print(f"{r['cache']:<58}{cells[0]:>26}{cells[1]:>28}{cells[2]:>26}{size(r['cache_bytes']):>12}")

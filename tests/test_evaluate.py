@@ -8,12 +8,16 @@ import lzma
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, SENTENCES
 
 pytest.importorskip("rouge_score", reason="evaluate.py needs rouge_score")
 import evaluate
+import retrieval
+import scoring
+import subject
 import summaries
 
 TEXT = "\n".join(SENTENCES * 2)
@@ -99,40 +103,99 @@ def test_without_a_text_the_model_writes_one(tiny: Path, tmp_path: Path, capsys:
 
 
 def test_passkeys_read_the_cache(tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights recall nothing; what counts is that every cell is tried, and the body is read apart."""
-    reads: list[int] = []
-    original = evaluate.Engine.read
+    """Random weights recall nothing; what counts is that every cell is tried, and the question finds only the cache."""
+    asked: list[tuple[str, int, int]] = []
+    original = subject.Engine.read
 
     def spy(self, prompts):  # type: ignore[no-untyped-def]
-        reads.append(len(prompts[0]))
+        asked.append((self.cache.policy.name, int(self.cache.lengths[0]), len(prompts[0])))
         return original(self, prompts)
 
-    monkeypatch.setattr(evaluate.Engine, "read", spy)
-    base = ["--checkpoint_path", tiny, "--text", text, "--lengths", 200, 240, "--depths", 0, 1, "--trials", 2]
+    monkeypatch.setattr(subject.Engine, "read", spy)
+    base = ["--checkpoint_path", tiny, "--text", text, "--lengths", 200, 240, 200, "--depths", 0, 1, "--trials", 2]
     r = record(tmp_path, "passkey", *base, *CACHES)
-    assert len(reads) == 2 * 3 * 2 * 2 * 2
-    assert {a + b for a, b in zip(reads[::2], reads[1::2], strict=True)} == {200, 240}
-    assert all(set(row["recalled"]) == {"200", "240"} for row in r["rows"])
+    questions = [(name, before + n) for name, before, n in asked if before]
+    assert len(questions) == 2 * 2 * 2 * 3 and {n for _, n in questions} == {200, 240}
+    assert {name for name, _ in questions} == {"full", "quantize_kv", "compress_kv"}
+    for row in r["rows"]:
+        assert set(row["recalled"]) == {"200", "240"} and row["trials"] == 8
+        assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 1 and row["text"] == text.name
+    assert r["settings"] == {"lengths": [200, 240], "depths": [0, 1], "trials": 2}
 
 
+def test_a_prompt_taken_from_the_full_cache_is_the_prompt_read(tiny: Path) -> None:
+    """One prefill for all settings: keys and values of a prompt that is one chunk do not depend on the cache."""
+    args = evaluate.make_parser().parse(["passkey", "--checkpoint_path", str(tiny), "--device", "cpu", *CACHES])
+    tested = subject.Subject(args)
+    ids = list(range(3, 90))
+    for policy, engine in tested.engines_after(ids, 120):
+        alone = tested.engine(policy, 120)
+        alone.read([ids])
+        for mine, theirs in zip(engine.cache.layers, alone.cache.layers, strict=True):
+            for a, b in zip(mine.regions[:6], theirs.regions[:6], strict=True):  # type: ignore[attr-defined]
+                assert (a is None and b is None) or (a == b).all()
+        rows = [list(e.generate([[7, 8]], 6)) for e in (engine, alone)]
+        assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"), [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (81, 263, 0.2553, 0.3662)]
+)
+def test_wilsons_interval(right: int, n: int, low: float, high: float) -> None:
+    """The last figures are those of Newcombe 1998, table I."""
+    assert retrieval.wilson(right, n) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "options"),
+    [
+        ("perplexity", scoring, ["--context", "60", "--windows", "3"]),
+        ("passkey", retrieval, ["--lengths", "200", "--depths", "0", "0.5", "1"]),
+    ],
+)
 def test_a_crash_loses_no_finished_result(
-    tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, where: Any, options: list[str], tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Passkeys: the second setting fails; the first one's figures are in the file, which says it is not finished."""
-    original = evaluate.recalls
+    """In the middle of a text: what was done stands beside the record of an earlier run, which is whole still."""
+    out, kept = tmp_path / "out.json", tmp_path / "out.unfinished.json"
+    argv = [kind, "--checkpoint_path", str(tiny), "--text", str(text), "--json", str(out), *CACHES, *options]
+    evaluate.main(argv)
+    before = out.read_text()
+    name = "score" if where is scoring else "recalls"
+    original, calls = getattr(where, name), 0
 
-    def crash(subject, policy, *rest):  # type: ignore[no-untyped-def]
-        if policy.name == "quantize_kv":
+    def crash(*args):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        if calls == 5:
             raise KeyboardInterrupt
-        return original(subject, policy, *rest)
+        return original(*args)
 
-    monkeypatch.setattr(evaluate, "recalls", crash)
-    out = tmp_path / "out.json"
-    argv = ["--checkpoint_path", str(tiny), "--text", str(text), "--lengths", "200", "--json", str(out), *CACHES]
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.main(["passkey", *argv])
-    saved = json.loads(out.read_text())
-    assert [row["cache"] for row in saved["rows"]] == ["full"] and not saved["finished"]
+    monkeypatch.setattr(where, name, crash)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(argv)
+    saved = json.loads(kept.read_text())
+    assert exit_.value.code == 130 and not saved["finished"] and len(saved["rows"]) == 3
+    assert out.read_text() == before
+    monkeypatch.setattr(where, name, original)
+    evaluate.main(argv)
+    assert not kept.exists() and json.loads(out.read_text())["finished"]
+
+
+def test_jsonl_is_read_for_its_texts(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not as the source that it is; U+2028 in a string ends no line."""
+    lines = [{"text": SENTENCES[0] + "\u2028" + SENTENCES[1]}, {"document": TEXT}]
+    path, plain = tmp_path / "t.jsonl", tmp_path / "t.txt"
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    plain.write_text("\n\n".join([lines[0]["text"], TEXT]))
+    base = ["perplexity", "--checkpoint_path", tiny, "--context", 60, "--windows", 2, "--text"]
+    a, b = record(tmp_path, *base, path), record(tmp_path, *base, plain)
+    assert [r["nll"] for r in a["rows"]] == [r["nll"] for r in b["rows"]]
+    assert a["rows"][0]["sha256"] == b["rows"][0]["sha256"]
+    capsys.readouterr()
+    for last, message in (('{"title": "x"}', "line 3: the field 'text'"), ("[1]", "line 3: not a JSON object")):
+        path.write_text('{"text": "a"}\n\n' + last)
+        assert message in fails(capsys, *base, path)
 
 
 def test_mistakes_are_one_line(tiny: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +213,8 @@ def test_mistakes_are_one_line(tiny: Path, tmp_path: Path, text: Path, capsys: p
     passkey = ["passkey", "--checkpoint_path", tiny, "--text", text]
     assert "a passkey test takes at least" in fails(capsys, *passkey, "--lengths", 20)
     assert "past the model's context" in fails(capsys, *passkey, "--lengths", 256)
+    assert "the first token has no score" in fails(capsys, *base, "--context", 1)
+    assert "4 bits need a head_dim" in fails(capsys, *base, "--caches", "quantize_kv:k_bits=4")
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"\xff\xfe")
     assert "bad.txt" in fails(capsys, *base, "--text", bad)
@@ -166,17 +231,30 @@ def test_rouge_of_summaries(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFi
         r = record(tmp_path, *base, "--caches", "quantize_kv:sink_size=2,window_size=200", "compress_kv:window_size=2")
         full, same, other = r["rows"]
         assert full["rouge_l_to_full"]["mean"] == same["rouge_l_to_full"]["mean"] == 1
-        assert full["rouge_l"] == same["rouge_l"] and full["documents"] == 2
+        assert full["rouge_l"] == same["rouge_l"] and full["documents"] == 2 and full["cut"] == 2
+        assert full["rouge_l_rise"] == {"mean": 0, "low": 0, "high": 0}
         assert other["rouge_l_to_full"]["mean"] < 1
         assert SENTENCES[0] not in json.dumps(r)
-    assert "were cut to fit" in capsys.readouterr().err
+    assert "2 cut to fit" in capsys.readouterr().out
     for line, message in (
         ('{"document": "a"}', "line 1: the field 'summary'"),
         ("{", "line 1: not JSON"),
-        ("", "no document"),
+        ("", "an empty text"),
+        ('{"document": 5, "summary": "a"}', "line 1: 'document' is not a text"),
+        ('{"document": "a", "summary": null}', "line 1: the references are not"),
+        ('{"document": "a", "questions": [{"question_text": "b", "responses": []}]}', "line 1: the references are not"),
+        ('{"document": "a", "questions": 5}', "line 1: 'questions' are not"),
+        ("5", "line 1: not a JSON object"),
     ):
         path.write_text(line)
         assert message in fails(capsys, *base)
+
+
+def test_summaries_of_the_models_own_text(tiny: Path, tmp_path: Path) -> None:
+    """Nothing to compare with but the full cache's words."""
+    base = ["rouge", "--checkpoint_path", tiny, "--context", 100, "--max_new_tokens", 8, "--documents", 2]
+    full, *_ = record(tmp_path, *base, *CACHES)["rows"]
+    assert "rouge_l" not in full and full["rouge_l_to_full"]["mean"] == 1
 
 
 def test_an_interval_holds_its_mean_and_narrows() -> None:

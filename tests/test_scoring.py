@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import scoring
 import torch
-from conftest import STORIES, needs
+from conftest import SENTENCES, STORIES, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import load_model, open_checkpoint
+from checkpoint import find_demo, load_model, open_checkpoint
 from kv_cache import FullCache, KVCache, SelectiveCache, SinkWindowCache
 from model import Config, Transformer
+from tokenizer import load_tokenizer
 
 
 @settings(max_examples=40, deadline=None)
@@ -39,6 +42,42 @@ def test_every_logit_is_the_sequential_one(sink: int, window: int, n_token: int,
             assert (model.head(states[0]) - model.head(states[1])).abs().max() < 1e-3, policy
     finally:
         scoring.QUERIES = before
+
+
+POLICIES: list[KVCache] = [
+    FullCache(), SelectiveCache(4, 16), SelectiveCache(0, 1), SelectiveCache(4, 16, 8, 4), SelectiveCache(4, 16, 4, 4),
+    SinkWindowCache(4, 16), SinkWindowCache(4, 16, "original"),
+]  # fmt: skip
+
+
+@functools.cache
+def bundled(dtype: torch.dtype) -> Transformer:
+    return load_model(open_checkpoint(find_demo(), None), torch.device("cpu"), dtype)
+
+
+def some_text(n_token: int) -> torch.Tensor:
+    ids = load_tokenizer(find_demo() / "tokenizer.model").encode(" ".join(SENTENCES * 20))
+    return torch.tensor(ids[:n_token])
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_in_double_every_logit_of_the_bundled_model_is_the_sequential_one(policy: KVCache) -> None:
+    """All ten layers of it, where no rounding tips: the two forms are one definition."""
+    model, tokens = bundled(torch.float64), some_text(150)
+    parallel = scoring.read_parallel(model, policy, tokens)
+    sequential = scoring.read_sequential(model, policy, tokens, reference=True)
+    assert (model.head(parallel) - model.head(sequential)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_in_single_precision_the_mean_is_the_sequential_one(policy: KVCache) -> None:
+    """Through the fast path. A rounding that tips moves a logit, not the mean; without integers nothing can tip."""
+    model, tokens = bundled(torch.float32), some_text(600)
+    states = [read(model, policy, tokens) for read in (scoring.read_parallel, scoring.read_sequential)]
+    nll = [scoring.score(model, tokens, s).nll.mean() for s in states]
+    assert abs(nll[0] - nll[1]) < 1e-3
+    error = (model.head(states[0]) - model.head(states[1])).abs().max()
+    assert error < (0.3 if isinstance(policy, SelectiveCache) else 1e-3)
 
 
 @needs(STORIES)

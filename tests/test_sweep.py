@@ -61,6 +61,19 @@ def test_every_setting_is_visited_once_and_then_skipped(
     assert len([c for c in ran if c.endswith("evaluate.py")]) == 2
 
 
+def test_results_of_another_command_are_not_taken_for_these(
+    tiny: Path, tmp_path: Path, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One name, two texts: the second sweep once found everything done."""
+    argv = [*base, "--caches", "quantize_kv", "--sinks", "2", "--windows", "8"]
+    sweep.main([*argv, *rest(tiny, tmp_path)])
+    sweep.main([*argv, *rest(tiny, tmp_path)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        sweep.main([*argv, *rest(tiny, tmp_path), "--windows", "2"])
+    assert exit_.value.code == 2 and "was made by another command" in capsys.readouterr().err
+
+
 def test_a_failed_task_is_not_done_and_is_told(
     tiny: Path, tmp_path: Path, base: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
