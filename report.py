@@ -93,16 +93,29 @@ def weight_bytes(config: Config, dtype: torch.dtype) -> int:
     return sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
 
+def activation_bytes(config: Config, shape: Shape, n_token: int) -> int:
+    """What n_token tokens take on their way through a layer, estimated from above.
+
+    The feed-forward's part and attention's are never there together; but a CPU's allocator does not give
+    the one's memory to the other.
+    """
+    size = shape.dtype.itemsize
+    heads = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    feed_forward = (2 * config.dim + 4 * config.ffn_dim) * size
+    # q, k and v as they come and rotated; parts of the output in float32, and what merges them
+    attention = (2 * config.dim + 2 * heads) * size + 6 * config.n_head * config.head_dim * 4
+    per_token = feed_forward + attention if shape.device.type == "cpu" else 1.1 * max(feed_forward, attention)
+    return round(n_token * per_token)
+
+
 def make_plan(config: Config, policy: KVCache, shape: Shape, chunk: int) -> Plan:
     """chunk: the most prompt tokens read at once."""
-    n = min(chunk, shape.capacity)
-    width = 3 * config.dim + 3 * config.ffn_dim + 4 * (config.n_head + 2 * config.n_kv_head) * config.head_dim
     logits = shape.batch * config.vocab_size * 4 * 4  # float32 logits and what sampling makes of them
     return Plan(
         weights=weight_bytes(config, shape.dtype),
         cache=kv_cache.plan(policy, config.n_layer, shape),
         full_cache=sum(kv_cache.plan(FullCache(), config.n_layer, shape).values()),
-        activations=max(n, shape.batch) * width * shape.dtype.itemsize + logits,
+        activations=activation_bytes(config, shape, max(min(chunk, shape.capacity), shape.batch)) + logits,
         capacity=shape.capacity,
         batch=shape.batch,
     )

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import eager
+from kernels import eager, flash
 from kernels.regions import Regions
 
 __all__ = ["Regions", "chunk_attention", "eager", "for_device"]
@@ -79,6 +79,5 @@ def chunk_attention(
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     held, held_lse = kernels.history_attention(q, regions, start, sink_frequencies)
-    own, own_lse = eager.causal_attention(q, k, v)
-    share = torch.sigmoid(own_lse - held_lse.float())[..., None]  # of the softmax's mass
-    return torch.lerp(held.float(), own.float(), share).to(q.dtype)
+    own, own_lse = flash.attend(q, k, v, causal=True)
+    return flash.merge(held, held_lse, own, own_lse)[0].to(q.dtype)

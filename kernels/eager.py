@@ -1,26 +1,28 @@
 """The kernels in plain PyTorch: the twins that Triton is compared with, and the fast path of a CPU.
 
-Every function has the signature of its twin in Triton. The group of query heads that share a KV head
-is packed into one tile, [KV head, group * token, head_dim], so that each key is read once; integers
-are read a block at a time, with a running softmax, and a scale multiplies a score or a probability,
-never an element. `decode_attention` reads lengths on the host: free on a CPU, a synchronisation on
-an accelerator, where this module is only the fallback.
+Every function has the signature of its twin in Triton. In decoding, the group of query heads that share a
+KV head is packed into one tile, [KV head, group, head_dim], so that each key is read once; integers are
+read a block at a time, and a scale multiplies a score or a probability, never an element. A chunk's queries
+look at a block of integers thousands of times: for them it is made dense (`history_attention`).
+`decode_attention` reads lengths on the host: free on a CPU, a synchronisation on an accelerator, where this
+module is only the fallback.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.flash import attend, merge
 from kernels.regions import Regions, Stored
-from quantize import INT8, Format
 
 NAME = "PyTorch kernels"
 BLOCK = 2048  # keys at a time: their float32 form must stay in a CPU's cache, and calls be few
-SCORES = 1 << 21  # scores of one KV head at a time, when many queries share a block
+BLOCK_ROWS = 4096  # quantised rows made dense at a time, for the many queries of a chunk
 
 
 class Scratch:
@@ -40,68 +42,6 @@ class Scratch:
 
 
 SCRATCH = Scratch()
-
-
-class RunningSoftmax:
-    """Attention accumulated over blocks of keys (Milakov & Gimelshein 2018, arXiv:1805.02867).
-
-    q: [batch, n_kv_head, row, head_dim] where a row is one query token of one head in the group.
-    """
-
-    def __init__(self, q: Tensor) -> None:
-        self.q = q.float() * q.shape[-1] ** -0.5
-        self.top = q.new_full((*q.shape[:-1], 1), float("-inf"), dtype=torch.float32)
-        self.total = torch.zeros_like(self.top)
-        self.out = torch.zeros_like(self.q)
-
-    def add(
-        self,
-        k: Tensor,
-        v: Tensor,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
-        q: Tensor | None = None,
-        hidden: Tensor | None = None,
-        k_format: Format = INT8,
-        v_format: Format = INT8,
-    ) -> None:
-        """k, v: [batch, n_kv_head, key, head_dim], or integers with scales, in their formats.
-
-        q: another rotation of the queries for these keys. hidden: bool [row, key], True where a row
-        must not look.
-        """
-        query = self.q if q is None else q.float() * q.shape[-1] ** -0.5
-        n_key = min(BLOCK, max(64, SCORES // query.shape[2]))
-        for lo in range(0, k.shape[2], n_key):
-            block = slice(lo, lo + n_key)
-            score = query @ self.values(k, k_scale, k_format, block).transpose(-1, -2)
-            if k_scale is not None and k_format.bits == 8:
-                score *= k_scale[:, :, None, block]
-            if hidden is not None:
-                score.masked_fill_(hidden[:, block], float("-inf"))
-            top = torch.maximum(self.top, score.amax(-1, keepdim=True))
-            safe = top.masked_fill(top == float("-inf"), 0.0)  # rows that have seen no key yet
-            prob = score.sub_(safe).exp_()
-            keep = (self.top - safe).exp_()
-            self.total = self.total * keep + prob.sum(-1, keepdim=True)
-            if v_scale is not None and v_format.bits == 8:
-                prob *= v_scale[:, :, None, block]
-            self.out = self.out * keep + prob @ self.values(v, v_scale, v_format, block)
-            self.top = top
-
-    def values(self, x: Tensor, scale: Tensor | None, format: Format, block: slice) -> Tensor:
-        """A block of keys or values in float32. int8's scale is left to the scores: 1 product, not head_dim."""
-        if scale is not None and format.bits == 4:
-            return format.stored(x[:, :, block], scale[:, :, block])
-        return SCRATCH.float(x[:, :, block])
-
-    def result(self) -> Tensor:
-        """float32 [batch, n_kv_head, row, head_dim]; zero for a row that saw no key."""
-        return self.out / self.total.clamp_min(torch.finfo(torch.float32).tiny)
-
-    def lse(self) -> Tensor:
-        """Natural log of the sum of exponentiated scores, float32 [batch, n_kv_head, row]."""
-        return (self.top + self.total.log())[..., 0]
 
 
 def rotate(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
@@ -311,29 +251,6 @@ def _together(group: int) -> Tensor:
         return torch.cat([torch.eye(group) / 254**n for n in range(3)], 1)
 
 
-def _add_held(
-    softmax: RunningSoftmax,
-    tile: Tensor,
-    regions: Regions,
-    spans: list[tuple[int, int]],
-    n_left: int,
-    sink_frequencies: Tensor | None,
-) -> None:
-    """Add the full-precision slots in `spans` and the first n_left quantised rows."""
-    if sink_frequencies is not None and n_left > 0:
-        sink = regions.sink_size
-        turned = rotate(tile, -n_left, sink_frequencies)
-        softmax.add(regions.k[:, :, :sink], regions.v[:, :, :sink], q=turned)
-        spans = [(max(lo, sink), hi) for lo, hi in spans]
-    for lo, hi in spans:
-        softmax.add(regions.k[:, :, lo:hi], regions.v[:, :, lo:hi])
-    if n_left > 0 and regions.k_int is not None:
-        (_, *k, k_format), (_, *v, v_format) = regions.quantised()
-        (k_int, k_scale), (v_int, v_scale) = ((t[:, :, :n_left] for t in held) for held in (k, v))
-        query = k_format.turn(tile) if k_format.rotated else tile
-        softmax.add(k_int, v_int, k_scale, v_scale, query, k_format=k_format, v_format=v_format)
-
-
 def history_attention(
     q: Tensor, regions: Regions, start: int, sink_frequencies: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -343,33 +260,35 @@ def history_attention(
     first): its slot, which `start` will take, is not looked at. Returns the output, float32 and shaped like
     q, and the log-sum-exp of its scores, float32 [batch, n_head, token].
     """
-    batch, n_head, n_token, head_dim = q.shape
-    tile = q.reshape(batch, regions.k.shape[1], -1, head_dim)  # [batch, n_kv_head, group * token, head_dim]
-    softmax = RunningSoftmax(tile)
-    n_left = regions.n_left(start + 1)
-    if n_left == 0:
-        spans = [(0, start)]
-    else:
-        gap = regions.slot(start)
-        spans = [(0, gap), (gap + 1, regions.sink_size + regions.window_size)]
-    _add_held(softmax, tile, regions, spans, n_left, sink_frequencies)
-    return softmax.result().view(q.shape), softmax.lse().view(batch, n_head, n_token)
+    out = torch.zeros(q.shape, device=q.device)
+    lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    for queries, k, v in _held(q, regions, start, sink_frequencies):
+        if k.shape[2]:
+            out, lse = merge(out, lse, *attend(queries, k, v))
+    return out, lse
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of a chunk over itself. q: [batch, n_head, token, head_dim]; k, v: [batch, n_kv_head, ...].
-
-    Returns the output and the log-sum-exp, as `history_attention` does.
-    """
-    batch, n_head, n_token, head_dim = q.shape
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[:2]
-        return out, lse
-    softmax = RunningSoftmax(q.reshape(batch, k.shape[1], -1, head_dim))
-    token = torch.arange(n_token, device=q.device)
-    hidden = (token[:, None] < token).repeat(n_head // k.shape[1], 1)  # [group * token, token]
-    softmax.add(k, v, hidden=hidden)
-    return softmax.result().view(q.shape), softmax.lse().view(batch, n_head, n_token)
+def _held(
+    q: Tensor, regions: Regions, start: int, sink_frequencies: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What the cache holds, in parts that are dense: queries as these keys want them, keys, values."""
+    sink, n_left = regions.sink_size, regions.n_left(start + 1)
+    gap, end = (regions.slot(start), regions.k.shape[2]) if n_left > 0 else (start, start)
+    first = 0
+    if sink_frequencies is not None and n_left > 0:
+        yield rotate(q, -n_left, sink_frequencies), regions.k[:, :, :sink], regions.v[:, :, :sink]
+        first = sink
+    for part in (slice(first, gap), slice(gap + 1, end)):
+        yield q, regions.k[:, :, part], regions.v[:, :, part]
+    turned = regions.k_format.turn(q).to(q.dtype)
+    for lo in range(0, n_left, BLOCK_ROWS):
+        rows = slice(lo, min(lo + BLOCK_ROWS, n_left))
+        dense = [
+            form.stored(ints[:, :, rows], scales[:, :, rows]).to(q.dtype)
+            for _, ints, scales, form in regions.quantised()
+        ]
+        if dense:
+            yield turned, dense[0], dense[1]
 
 
 def evict(regions: Regions, start: int) -> None:

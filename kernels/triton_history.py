@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.eager import RunningSoftmax
+from kernels.flash import attend, merge
 from kernels.regions import Regions
 from kernels.triton_store import operands
 from kernels.triton_tiles import NEGATIVE, UNSEEN, scale_and_base, turn_back
@@ -196,8 +196,8 @@ def history_attention(
     """Attention of a chunk that begins at position `start` over what the cache held before it.
 
     q: [batch, n_head, token, head_dim]. The token at start - window_size has left (`evict` came
-    first): its slot, which `start` will take, is not looked at. Returns the output, shaped and typed like
-    q, and the log-sum-exp of its scores, float32 [batch, n_head, token].
+    first): its slot, which `start` will take, is not looked at. Returns the output, shaped like q, in its
+    dtype or float32, and the log-sum-exp of its scores, float32 [batch, n_head, token].
     """
     if q.stride(3) != 1:
         q = q.contiguous()
@@ -208,18 +208,5 @@ def history_attention(
     turned = rotate(q).to(q.dtype) if regions.k_format.rotated else q
     for first in range(0, n_left, BLOCK_ROWS):
         k, v = dequantize_rows(regions, first, min(first + BLOCK_ROWS, n_left))
-        y, y_lse = dense_attention(turned, k, v)
-        share = torch.sigmoid(y_lse - lse)[..., None]  # of the softmax's mass
-        out = torch.lerp(out.float(), y.float(), share).to(q.dtype)
-        lse = torch.logaddexp(lse, y_lse)
+        out, lse = merge(out, lse, *attend(turned, k, v))
     return out, lse
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention without a mask, and its log-sum-exp: by a library's flash kernel where there is one."""
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False)[:2]
-        return out, lse
-    softmax = RunningSoftmax(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]))
-    softmax.add(k, v)
-    return softmax.result().view(q.shape).to(q.dtype), softmax.lse().view(q.shape[:3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kernels.eager import causal_attention
 from kernels.triton_decode import decode_attention
 from kernels.triton_history import history_attention
 from kernels.triton_linear import linear, rotate_qk
@@ -13,7 +12,6 @@ NAME = "Triton kernels"
 __all__ = [
     "NAME",
     "append",
-    "causal_attention",
     "decode_attention",
     "evict",
     "history_attention",
