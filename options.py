@@ -6,9 +6,12 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,18 +20,49 @@ from tokenizer import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """One line on a mistake, and the nearest flag when one is unknown. Options and positionals mix freely."""
+    """One line on a mistake, and the nearest name when one is unknown. Options and positionals mix freely."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, _path)  # Path("") would be the working directory
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        for word in argv:  # before argparse takes an unknown flag's value for something else
+        for before, word in pairwise(["", *argv]):  # before argparse takes an unknown flag's value for something else
             flag = word.split("=")[0]
             if flag.startswith("--") and flag not in (*self._option_string_actions, "--"):
-                near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
-                self.error(f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+                near = "" if len(flag.split()) > 1 else _nearest(flag, self._option_string_actions)
+                self.error(f"unknown argument {flag}{near}{self._hint(before)}")
         return self.parse_intermixed_args(argv)
+
+    def _hint(self, before: str) -> str:
+        """How to give a word that begins with dashes to the flag in front of it, where that one wants a value."""
+        action = self._option_string_actions.get(before)
+        if action is None or action.nargs is not None:  # None: one value, and it must be there
+            return ""
+        return f" (a value that begins with dashes is given as {before}=...)"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = _nearest(str(value), [str(choice) for choice in action.choices or ()])
+            raise argparse.ArgumentError(action, error.message + near) from None
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    """ "; did you mean ...?" with the one name that begins so, or else the likest; "" if none is alike."""
+    longer = [other for other in known if other.startswith(name)]
+    near = longer if len(longer) == 1 else difflib.get_close_matches(name, longer or known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def positive(text: str) -> int:
@@ -44,17 +78,18 @@ def parse_size(text: str) -> int:
         number = float(match[1]) if match else 0.0
     except ValueError:
         number = 0.0
-    if match is None or number <= 0:
+    if match is not None and match[2]:
+        number *= (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper())
+    if not 1 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 20GiB")
-    step = 1024 if match[3] else 1000
-    return int(number * step ** (" KMGT".index(match[2].upper()) if match[2] else 0))
+    return int(number)
 
 
 def make_policy(name: str, knobs: Mapping[str, Any]) -> KVCache:
     """The cache class called `name`, with values given as text or as they are. Raises UserError."""
     known = caches()
     if name not in known:
-        raise UserError(f"no cache is called {name!r}: there are {', '.join(known)}")
+        raise UserError(f"no cache is called {name!r}: there are {', '.join(known)}{_nearest(name, known)}")
     fields = {f.name: f for f in dataclasses.fields(known[name])}
     values: dict[str, Any] = {}
     for knob, value in knobs.items():
@@ -98,25 +133,40 @@ def format_policy(policy: KVCache) -> str:
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
-    """A group of flags per cache class. A flag that two classes share is one flag, None until given."""
-    added: set[str] = set()
+    """A group of flags per cache class. Raises UserError where a class's field cannot be a flag here.
+
+    A flag that two classes share is one flag, None until given; each group tells what it means there.
+    """
+    owners: dict[str, tuple[type[KVCache], bool]] = {}  # the flags so far: whose, and whether of the kind on or off
     for name, cls in caches().items():
-        fields = dataclasses.fields(cls)
-        shared = [f"--{f.name}" for f in fields if f.name in added]
-        summary = (cls.__doc__ or "").strip().partition("\n")[0]
-        group = parser.add_argument_group(
-            f"{name}: {summary}", f"also {', '.join(shared)}, as above" if shared else None
-        )
-        for f in fields:
-            if f.name in added:
+        summary = (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        group = parser.add_argument_group(f"{name}: {summary}")
+        for f in dataclasses.fields(cls):
+            flag, options, switch = f"--{f.name}", _flag_options(f), isinstance(f.default, bool)
+            owner, other = owners.get(f.name, (cls, switch))
+            if switch != other:
+                raise UserError(f"{_field(cls, f)}: {owner.__name__} has it too, and only one of them is true or false")
+            if f.name in owners:  # to be shown only: an action of another parser
+                shown = argparse.ArgumentParser(add_help=False).add_argument(flag, **options)
+                group._group_actions.append(shown)
                 continue
-            added.add(f.name)
-            help_text = f"{f.metadata.get('help', '')} (default: {f.default})".replace("%", "%%")
-            if isinstance(f.default, bool):
-                action: Any = argparse.BooleanOptionalAction
-                group.add_argument(f"--{f.name}", action=action, default=None, help=help_text)
-            else:
-                group.add_argument(f"--{f.name}", metavar=type(f.default).__name__.upper(), help=help_text)
+            if f.name in {action.dest for action in parser._actions}:
+                raise UserError(f"{_field(cls, f)}: {parser.prog} has an argument of that name already")
+            owners[f.name] = (cls, switch)
+            group.add_argument(flag, **options)
+
+
+def _flag_options(f: dataclasses.Field[Any]) -> dict[str, Any]:
+    """What argparse is told about the flag of a field. Its value stays text, and the cache class judges it."""
+    help_text = f"{f.metadata.get('help', '')} (default: {f.default})".replace("%", "%%")
+    if isinstance(f.default, bool):
+        return {"action": argparse.BooleanOptionalAction, "default": None, "help": help_text}
+    choices = ",".join(map(str, f.metadata.get("choices") or ()))
+    return {"metavar": f"{{{choices}}}" if choices else type(f.default).__name__.upper(), "help": help_text}
+
+
+def _field(cls: type[KVCache], f: dataclasses.Field[Any]) -> str:
+    return f"class {cls.__name__}, field {f.name}"
 
 
 def policy_from(args: argparse.Namespace) -> KVCache:
@@ -132,13 +182,66 @@ def add_plugin_flag(parser: argparse._ActionsContainer) -> None:
 def load_plugin(argv: Sequence[str]) -> None:
     """Import the file given with --plugin, so that its caches are there when flags are made. Raises UserError."""
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    pre.add_argument("--plugin", type=Path)
+    pre.add_argument("--plugin", type=Path, nargs="?")  # that it lacks its value, the whole parser will say
     path = pre.parse_known_args(argv)[0].plugin
     if path is None:
         return
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    name = f"_plugin_{path.stem}"  # its own: a plugin torch.py must not become everybody's torch
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
         raise UserError(f"--plugin {path}: not a Python file")
+    taken = {other: cls for other, cls in caches().items() if cls.__module__ != name}
+    before = _cache_classes()
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+        _check_plugin([cls for cls in _cache_classes() if cls not in before], taken)
+    except (Exception, SystemExit) as error:  # whatever somebody's file may raise
+        del sys.modules[name]
+        raise UserError(f"--plugin {path}: {_reason(error, spec.origin)}") from None
+
+
+def _cache_classes() -> list[type[KVCache]]:
+    found = [KVCache]
+    for cls in found:  # which grows meanwhile
+        found += [child for child in cls.__subclasses__() if child not in found]
+    return found
+
+
+def _check_plugin(classes: Sequence[type[KVCache]], taken: dict[str, type[KVCache]]) -> None:
+    """Raises UserError about the first of a plugin's classes that is no cache, or not findable, or not settable."""
+    named = [cls for cls in classes if cls.name]
+    if not named:
+        raise UserError("it defines no cache: no subclass of KVCache with a name")
+    for cls in named:
+        if not isinstance(cls.name, str) or not re.fullmatch(r"\w[\w.-]*", cls.name):
+            raise UserError(f"class {cls.__name__}: the name {cls.name!r} is not one word")
+        if cls.name in taken:
+            owner = taken[cls.name].__name__
+            raise UserError(f"class {cls.__name__}: the name {cls.name!r} is {owner}'s already: give it one of its own")
+        taken = taken | {cls.name: cls}
+        if cls.update is KVCache.update and cls.attend is KVCache.attend:
+            raise UserError(f"class {cls.__name__}: it defines no update")
+        if any(isinstance(value, dataclasses.Field) for value in vars(cls).values()):
+            raise UserError(f"class {cls.__name__}: it has fields, but is no @dataclass")
+        for f in dataclasses.fields(cls):
+            if f.default is dataclasses.MISSING:
+                raise UserError(f"{_field(cls, f)}: it has no default")
+            if not isinstance(f.default, (bool, int, float, str)):
+                kind = type(f.default).__name__
+                raise UserError(f"{_field(cls, f)}: its default is a {kind}, and a flag is a bool, int, float or str")
+
+
+def _reason(error: BaseException, file: str | None) -> str:
+    """An error of a plugin's in one line: "line N: Type: message", N the line of `file` that was at work."""
+    if isinstance(error, UserError):
+        return str(error)
+    message = " ".join(str(error).split())
+    lines = [n for frame, n in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:  # it did not come to run
+        lines, message = [error.lineno or 1], error.msg
+    elif isinstance(error, OSError) and not lines:  # the file itself cannot be read
+        return error.strerror or message
+    where = f"line {lines[-1]}: " if lines else ""
+    return f"{where}{type(error).__name__}: {message}"

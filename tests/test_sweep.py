@@ -17,10 +17,10 @@ NAMES = ["--caches", "quantize_kv", "compress_kv", "--sinks", "2", "4", "--windo
 MINE = """
 from dataclasses import dataclass
 from typing import ClassVar
-from kv_cache import KVCache, knob
+from kv_cache import FullCache, knob
 
 @dataclass
-class Mine(KVCache):
+class Mine(FullCache):
     "Mine."
     name: ClassVar[str] = "mine_kv"
     n: int = knob(3, "n")
