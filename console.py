@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tokenizer import StreamDecoder, Tokenizer, UserError
+from tokenizer import TOO_DEEP, StreamDecoder, Tokenizer, UserError
 
 
 def say(*lines: str) -> None:
@@ -27,16 +27,16 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompt_file is not None:
         try:
-            text = args.prompt_file.read_bytes().decode("utf-8")
+            text = args.prompt_file.read_bytes().decode("utf-8").removeprefix("\ufeff")
         except OSError as error:
             raise UserError(f"--prompt_file {args.prompt_file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt_file {args.prompt_file}: not UTF-8 at byte {error.start}") from None
-        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         if not lines:
             raise UserError(f"--prompt_file {args.prompt_file}: no prompt in it")
         for n, line in lines:
-            prompts.append(_json_prompt(args.prompt_file, n, line) if line.startswith("{") else line)
+            prompts.append(_json_prompt(args.prompt_file, n, line) if line.lstrip().startswith("{") else line)
     for prompt in prompts:
         if not prompt.strip():
             raise UserError("--prompt is empty")
@@ -47,8 +47,10 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 def _json_prompt(path: Path, n: int, line: str) -> str:
     try:
-        prompt = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError):
+        prompt = json.loads(line.strip())["prompt"]
+    except RecursionError:
+        raise UserError(f"{path}, line {n}: {TOO_DEEP}") from None
+    except (ValueError, KeyError):
         raise UserError(f'{path}, line {n}: not a JSON object with "prompt"') from None
     if not isinstance(prompt, str):
         raise UserError(f'{path}, line {n}: "prompt" is not text')

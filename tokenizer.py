@@ -28,6 +28,9 @@ class UserError(ValueError):
     """A mistake of the user's, told in one line; generate.py prints it and exits with 2."""
 
 
+TOO_DEEP = "the JSON is nested too deeply"
+
+
 class Tokenizer(ABC):
     """Ids are in [0, n_vocab). `bos_id` is None where a text has no begin token (Qwen)."""
 
@@ -242,6 +245,8 @@ class HuggingFaceTokenizer(Tokenizer):
             fields = json.loads(data)
         except ValueError as error:
             raise UserError(f"{name}: not JSON ({error}); is it truncated?") from None
+        except RecursionError:
+            raise UserError(f"{name}: {TOO_DEEP}") from None
         if not isinstance(fields, dict) or "model" not in fields:
             raise UserError(f"{name}: JSON, but not a tokenizer's")
         try:
@@ -307,7 +312,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if bos is not None:
             return bos
         stated = read_json(folder / "config.json", missing_ok=True).get("bos_token_id")
-        return stated if isinstance(stated, int) else None
+        if stated is not None and (type(stated) is not int or stated < 0):
+            raise UserError(f"{folder / 'config.json'}: bos_token_id {stated!r} is not a token's number")
+        return stated
 
     def encode_text(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
@@ -337,6 +344,8 @@ def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:  # json's own error and a wrong encoding are both of this class
         raise UserError(f"{path}: not JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"{path}: {TOO_DEEP}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: not a JSON object")
     return fields
@@ -367,12 +376,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Raises UserError where there is none, or where the file is damaged or something else.
     """
-    if path.is_dir():
-        found = find_tokenizer(path)
-        if found is None:
-            raise UserError(f"{path}: no tokenizer.model or tokenizer.json in this folder")
-        path = found
     try:
+        if path.is_dir():
+            found = find_tokenizer(path)
+            if found is None:
+                raise UserError(f"{path}: no tokenizer.model or tokenizer.json in this folder")
+            path = found
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

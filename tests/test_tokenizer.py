@@ -245,6 +245,16 @@ def test_begin_token_where_the_file_itself_is_silent(tmp_path: Path) -> None:
     assert load_tokenizer(folder).bos_id == 0
 
 
+@pytest.mark.parametrize("number", [-1, True, "1", [1]])
+def test_a_begin_token_that_is_no_number_is_refused(tmp_path: Path, number: object) -> None:
+    folder = folder_with(tmp_path, config={"bos_token_id": number})
+    fields = json.loads(byte_level_json())
+    fields["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"config.json: bos_token_id .* is not a token's number$"):
+        load_tokenizer(folder)
+
+
 def test_all_end_tokens_are_found(tmp_path: Path) -> None:
     folder = folder_with(
         tmp_path,
@@ -295,6 +305,7 @@ def test_missing(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
         (b'{"model": {"type": "BPE"', "not JSON"),
         (b'{"hidden_size": 4}', "not a tokenizer's"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
         (b'{"version": "1.0", "model": {"type": "Nonsense"}}', "tokenizer"),
         (b"IQ== 0\nIg== 1\n", "2 tiktoken ranks, where Llama 3 has 128000"),
         (b"IQ== 0\nIg== one\n", "line 2 is not a tiktoken rank"),
