@@ -57,6 +57,13 @@ def open_checkpoint(path: Path | None, model: str | None = None) -> Checkpoint:
             raise UserError("no checkpoint, and no --model NAME either")
         name, config = named_config(model)
         return Checkpoint(None, name, config)
+    try:
+        return _open(path, model)
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _open(path: Path, model: str | None) -> Checkpoint:
     file = _weights_file(path)
     folder = file.resolve().parent
     tensors = stored_tensors(file)

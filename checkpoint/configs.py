@@ -21,6 +21,10 @@ def note(message: str) -> None:
     print(f"note: {message}", file=sys.stderr)
 
 
+LARGEST = sys.float_info.max
+LARGEST_WHOLE = 2**53  # the floats past it are not every whole number
+
+
 class Fields:
     """A JSON object that knows its file, so that a missing or odd value is told with both names."""
 
@@ -32,16 +36,22 @@ class Fields:
         value = self.fields.get(name)
         return default if value is None else value
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str, default: float | None = None, least: float = -LARGEST, most: float = LARGEST) -> float:
         value = self.get(name, default)
         if value is None:
             raise self.error(f"{name} is missing")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(f"{name} is {value!r}, not a number")
+        if not -LARGEST <= value <= LARGEST:  # json reads NaN, Infinity and 400 digits too
+            raise self.error(f"{name} is not a finite number")
+        if value < least:
+            raise self.error(f"{name} is {value}, and must be at least {least}")
+        if value > most:
+            raise self.error(f"{name} is {value}, and must be at most {most}")
         return float(value)
 
-    def whole(self, name: str, default: int | None = None) -> int:
-        value = self.number(name, default)
+    def whole(self, name: str, default: int | None = None, least: float = -LARGEST_WHOLE) -> int:
+        value = self.number(name, default, least, LARGEST_WHOLE)
         if value != int(value):
             raise self.error(f"{name} is {value}, not a whole number")
         return int(value)
@@ -95,7 +105,7 @@ def config_from_hugging_face(fields: dict[str, Any], path: Path) -> Config:
         ffn_dim=f.whole("intermediate_size"),
         context=_context(f, kind),
         head_dim=f.whole("head_dim", 128 if kind == "qwen3" else 0),
-        norm_eps=f.number("rms_norm_eps", 1e-6),
+        norm_eps=f.number("rms_norm_eps", 1e-6, least=0),
         rope_theta=theta,
         rope_scaling=scaling,
         tied_embeddings=bool(f.get("tie_word_embeddings", False)),
@@ -104,12 +114,17 @@ def config_from_hugging_face(fields: dict[str, Any], path: Path) -> Config:
     )
 
 
+def _base(f: Fields, default: float) -> float:
+    theta = f.number("rope_theta", default)
+    if theta <= 0:
+        raise f.error(f"rope_theta is {theta}, not a positive number")
+    return theta
+
+
 def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
     """Base and scaling. transformers 4 has rope_theta and rope_scaling, 5 has rope_parameters."""
     rope = f.inner("rope_parameters" if f.get("rope_parameters") else "rope_scaling")
-    theta = rope.number("rope_theta", f.number("rope_theta", 10000.0))
-    if theta <= 0:
-        raise f.error(f"rope_theta is {theta}, not a positive number")
+    theta = _base(rope, _base(f, 10000.0))
     if rope.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0)) != 1:
         raise f.error("partial_rotary_factor other than 1 is not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -127,7 +142,8 @@ def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     if high <= low:
         raise f.error(f"high_freq_factor {high} is not above low_freq_factor {low}")
-    return theta, RopeScaling(kind, factor, low, high, rope.whole("original_max_position_embeddings"))
+    original = rope.whole("original_max_position_embeddings", least=1)
+    return theta, RopeScaling(kind, factor, low, high, original)
 
 
 def _context(f: Fields, kind: str) -> int:
@@ -157,15 +173,15 @@ def config_from_params(fields: dict[str, Any], path: Path, vocab_size: int, tied
     """
     f = Fields(fields, path)
     dim, n_head = f.whole("dim"), f.whole("n_heads")
-    theta, scaling, context = f.number("rope_theta", 10000.0), None, 4096
+    theta, scaling, context = _base(f, 10000.0), None, 4096
     if f.get("use_scaled_rope"):
         # 3.2 states no factor of its own; Meta's 1B and 3B have 32, the larger ones 8
-        factor = f.number("rope_scaling_factor", 32.0 if dim <= 3072 else 8.0)
+        factor = f.number("rope_scaling_factor", 32.0 if dim <= 3072 else 8.0, least=1)
         scaling, context = RopeScaling("llama3", factor), 131072
     elif theta == 500000.0:
         context = 8192
-    ffn_dim = int(f.number("ffn_dim_multiplier", 1.0) * (8 * dim // 3))
-    multiple = f.whole("multiple_of", 256)
+    ffn_dim = int(f.number("ffn_dim_multiplier", 1.0, most=LARGEST_WHOLE) * (8 * dim // 3))
+    multiple = f.whole("multiple_of", 256, least=1)
     return make_config(
         path,
         vocab_size=vocab_size,
@@ -176,7 +192,7 @@ def config_from_params(fields: dict[str, Any], path: Path, vocab_size: int, tied
         ffn_dim=f.whole("hidden_dim", -(-ffn_dim // multiple) * multiple),
         context=context,
         head_dim=f.whole("head_dim", 0),
-        norm_eps=f.number("norm_eps"),
+        norm_eps=f.number("norm_eps", least=0),
         rope_theta=theta,
         rope_scaling=scaling,
         tied_embeddings=tied,

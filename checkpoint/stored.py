@@ -106,7 +106,9 @@ def _torch_tensors(file: Path) -> dict[str, Stored]:
         raise UserError(f"{file}: not a dict of tensors")
     tensors = {}
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str):
+            raise UserError(f"{file}: a name in it is {name!r}, not text")
+        if not isinstance(value, Tensor):
             raise UserError(f"{file}: {name!r} is a {type(value).__name__}, not a tensor")
         if value.dtype not in FLOATS.values() or value.layout is not torch.strided:
             raise UserError(f"{file}: {name} is {value.dtype}; quantised or sparse weights are not read")

@@ -26,11 +26,15 @@ def config_of(folder: Path, **changes: object) -> Config:
     return config_from_hugging_face(json.loads(path.read_text()), path)
 
 
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+
+
 def test_old_and_new_rope_fields(tmp_path: Path) -> None:
-    llama3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     expected = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
-    old = config_of(tmp_path, rope_theta=5e5, rope_scaling=llama3 | {"rope_type": "llama3"})
-    new = config_of(tmp_path, rope_theta="absent", rope_parameters=llama3 | {"rope_type": "llama3", "rope_theta": 5e5})
+    old = config_of(tmp_path, rope_theta=5e5, rope_scaling=LLAMA3)
+    new = config_of(tmp_path, rope_theta="absent", rope_parameters=LLAMA3 | {"rope_theta": 5e5})
     assert old == new and old.rope_scaling == expected and old.rope_theta == 5e5
     linear = config_of(tmp_path, rope_scaling={"type": "linear", "factor": 4})
     assert linear.rope_scaling == RopeScaling("linear", 4.0) and linear.rope_theta == 1e4
@@ -58,6 +62,15 @@ def test_old_and_new_rope_fields(tmp_path: Path) -> None:
         (dict(hidden_size="absent"), "hidden_size is missing"),
         (dict(hidden_size="48"), "hidden_size is '48', not a number"),
         (dict(hidden_size=48.5), "hidden_size is 48.5, not a whole number"),
+        (dict(hidden_size=float("inf")), "hidden_size is not a finite number"),
+        (dict(hidden_size=float("nan")), "hidden_size is not a finite number"),
+        (dict(hidden_size=10**400), "hidden_size is not a finite number"),
+        (dict(hidden_size=10**30), "hidden_size is 10+, and must be at most"),
+        (dict(rope_theta=float("nan")), "rope_theta is not a finite number"),
+        (dict(rms_norm_eps=float("nan")), "rms_norm_eps is not a finite number"),
+        (dict(rms_norm_eps=-1e-5), "rms_norm_eps is -1e-05, and must be at least 0"),
+        (dict(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 0}), "original_max_position_embeddings is 0"),
+        (dict(rope_scaling=LLAMA3 | {"low_freq_factor": float("nan")}), "low_freq_factor is not a finite number"),
         (dict(num_hidden_layers=True), "num_hidden_layers is True"),
         (dict(num_key_value_heads=4), "n_head 6 is not a multiple of n_kv_head 4"),
         (dict(num_attention_heads=0), "must be positive"),
@@ -109,6 +122,29 @@ def test_published_params_json(name: str, params: dict[str, object]) -> None:
     expected = CONFIGS[name]
     path = Path("params.json")
     assert config_from_params(params, path, expected.vocab_size, expected.tied_embeddings) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"multiple_of": 0}, "multiple_of is 0, and must be at least 1"),
+        ({"ffn_dim_multiplier": 1e300}, "ffn_dim_multiplier is 1e[+]300, and must be at most"),
+        ({"norm_eps": float("nan")}, "norm_eps is not a finite number"),
+        ({"norm_eps": -1.0}, "norm_eps is -1.0, and must be at least 0"),
+        ({"rope_theta": -5.0}, "rope_theta is -5.0, not a positive number"),
+        ({"use_scaled_rope": True, "rope_scaling_factor": 0}, "rope_scaling_factor is 0, and must be at least 1"),
+    ],
+)
+def test_params_json_that_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=f"^params.json: {message}"):
+        config_from_params(LLAMA3_8B | changes, Path("params.json"), 128256, False)
+
+
+def test_a_config_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    torch.save(random_gpt_fast(SMALL), tmp_path / "model.pth")
+    (tmp_path / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(UserError, match=r"config.json: the JSON is nested too deeply$"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(

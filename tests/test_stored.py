@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -22,7 +23,7 @@ from checkpoint import (
     load_model,
     open_checkpoint,
 )
-from tokenizer import UserError
+from tokenizer import UserError, load_tokenizer
 
 
 class Touch:
@@ -54,6 +55,20 @@ def test_other_files(tmp_path: Path, content: bytes, message: str, name: str) ->
     assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
+def test_paths_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"File name too long|no such file or folder"):
+        open_checkpoint(tmp_path / ("a" * 5000))
+    with pytest.raises(UserError, match=r"File name too long|no such file"):
+        load_tokenizer(tmp_path / ("a" * 5000))
+
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    with pytest.raises(UserError, match=r"/locked: Permission denied$"):
+        open_checkpoint(tmp_path / "locked")
+
+
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         open_checkpoint(tmp_path / "nothing")
@@ -70,7 +85,7 @@ def test_missing_files(tmp_path: Path) -> None:
         ([torch.zeros(1)], "not a dict of tensors"),
         ({}, "not a dict of tensors"),
         ({"model": {"a": torch.zeros(1)}}, "'model' is a dict, not a tensor"),
-        ({3: torch.zeros(1)}, "3 is a Tensor"),
+        ({3: torch.zeros(1)}, "a name in it is 3, not text"),
         ({"a": torch.zeros(1, dtype=torch.int8)}, "a is torch.int8; quantised"),
     ],
 )
