@@ -35,15 +35,18 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now, **names}
         try:
             self.template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UserError(f"{where}: the chat template does not parse: {error}") from None
+        except Exception as error:  # somebody else's program: it may be too much for Python's compiler, too
+            raise UserError(f"{where}: the chat template does not parse: {_reason(error)}") from None
 
     def render(self, messages: Sequence[Message]) -> str:
         """The turns and the beginning of the model's own. Raises UserError where the template refuses them."""
         try:
-            return self.template.render(messages=list(messages), add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise UserError(f"{self.where}: the chat template refuses this: {error}") from None
+            text = self.template.render(messages=list(messages), add_generation_prompt=True)
+        except Exception as error:  # somebody else's program: it may divide by zero, or recurse for ever
+            raise UserError(f"{self.where}: the chat template refuses this: {_reason(error)}") from None
+        if not text.strip():
+            raise UserError(f"{self.where}: the chat template writes nothing")
+        return text
 
     def next_turn(self, messages: Sequence[Message], text: str) -> str:
         """What follows the last reply: the end of its turn, the user's `text`, the beginning of the next reply.
@@ -95,8 +98,10 @@ def load_chat_template(folder: Path) -> ChatTemplate:
     if file.is_file():
         try:
             source = file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: {error}") from None
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
     elif isinstance(source, list):  # several, by name
         source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
     if not isinstance(source, str):
@@ -106,6 +111,12 @@ def load_chat_template(folder: Path) -> ChatTemplate:
         )
     names = {name: token_name(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     return ChatTemplate(source, {k: v for k, v in names.items() if v}, folder)
+
+
+def _reason(error: Exception) -> str:
+    """In one line. Jinja's own errors are sentences; others say little without their type."""
+    message = " ".join(str(error).split())
+    return message if isinstance(error, jinja2.TemplateError) and message else f"{type(error).__name__}: {message}"
 
 
 def _refuse(message: Any) -> NoReturn:
