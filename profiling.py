@@ -21,12 +21,19 @@ TRACED_STEPS = 8
 TABLE_ROWS = 40
 
 
+def require_name(name: str) -> None:
+    """Raises UserError unless `name` can only be a folder's inside another, and can be printed."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise UserError(f"--profile {name!r}: a name for a folder in outputs/, not a path")
+    if not name.isprintable():  # control characters, and the bytes that are no UTF-8
+        raise UserError(f"--profile {name!r}: not printable text")
+
+
 class Profiler:
     """Given to an engine as its `hook`; `write` then puts the report beside the traces."""
 
     def __init__(self, name: str, device: torch.device, outputs: Path = Path("outputs")) -> None:
-        if not name or Path(name).name != name:
-            raise UserError(f"--profile {name}: a name for a folder in outputs/, not a path")
+        require_name(name)
         self.folder = outputs / name
         require_writable(self.folder / "report.json", "--profile")
         self.device = device

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import generate
+from profiling import Profiler
+from tokenizer import UserError
 
 
 def run(tiny: Path, *extra: str) -> None:
@@ -47,3 +50,14 @@ def test_a_short_run_leaves_whole_files(tiny: Path, tmp_path: Path, monkeypatch:
         for trace in (tmp_path / "outputs" / f"short{n}").glob("*_trace.json"):
             assert json.loads(trace.read_text())["traceEvents"]
     assert (tmp_path / "outputs" / "short4" / "decode_trace.json").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "/x", "x/", "a\\b", "caf\udce9", "a\nb", "a\0b"])
+def test_a_name_that_is_no_folders_is_refused_before_anything_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--profile ..` wrote into the working directory."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^--profile '.*': (a name for a folder in outputs/|not printable)") as caught:
+        Profiler(name, torch.device("cpu"))
+    assert str(caught.value).isprintable() and not list(tmp_path.iterdir())
