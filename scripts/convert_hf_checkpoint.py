@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from checkpoint import Checkpoint, open_checkpoint
 from checkpoint.layout import slot_names
+from options import Parser
 from tokenizer import UserError
 
 COMPANIONS = (
@@ -65,13 +66,18 @@ def gpt_fast_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def convert(source: Path, out: Path, model: str | None = None) -> Path:
     """Write model.pth and what belongs to it into `out`, and return its path. Raises UserError."""
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder")
     checkpoint = open_checkpoint(source, model)
-    state = gpt_fast_state(checkpoint)
+    if not source.is_dir():
+        raise UserError(f"{source}: not a folder")
     file, part = out / "model.pth", out / "model.pth.part"
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{out}: not a folder") from None
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}") from None
+    state = gpt_fast_state(checkpoint)
+    try:
         for name in COMPANIONS:
             if (source / name).is_file() and not (out / name).exists():
                 shutil.copyfile(source / name, out / name)
@@ -89,11 +95,12 @@ def convert(source: Path, out: Path, model: str | None = None) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("convert_hf_checkpoint.py", description=__doc__, formatter_class=form)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the Hugging Face folder")
     parser.add_argument("--out", type=Path, help="the folder to write to (default: the same)")
     parser.add_argument("--model_name", metavar="NAME", help="the shape, where there is no config.json")
-    args = parser.parse_args(argv)
+    args = parser.parse(sys.argv[1:] if argv is None else argv)
     try:
         file = convert(args.checkpoint_dir, args.out or args.checkpoint_dir, args.model_name)
     except UserError as error:

@@ -21,6 +21,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, from any folder
 
 from checkpoint import open_checkpoint
+from options import Parser
 from tokenizer import UserError
 
 # Patterns stand for whole paths: no second copy of the weights from original/ or consolidated*
@@ -61,11 +62,11 @@ def download(repo_id: str, out: Path, token: str | None = None) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("download.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME")
     parser.add_argument("--out", type=Path, help="the folder to write to (default: checkpoints/NAME)")
     parser.add_argument("--hf_token", default=os.environ.get("HF_TOKEN"), help="(default: HF_TOKEN)")
-    args = parser.parse_args(argv)
+    args = parser.parse(sys.argv[1:] if argv is None else argv)
     out = args.out or Path("checkpoints") / args.repo_id.split("/")[-1]
     try:
         download(args.repo_id, out, args.hf_token)

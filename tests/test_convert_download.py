@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import convert_hf_checkpoint
 import download
@@ -35,7 +35,7 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (tmp_path / "tokenizer.model").read_bytes() == b"tiktoken"
     with pytest.raises(SystemExit) as caught:
         convert_hf_checkpoint.main(["--checkpoint_dir", str(tmp_path / "gone")])
-    assert caught.value.code == 2 and "no such folder" in capsys.readouterr().err
+    assert caught.value.code == 2 and "no such file or folder" in capsys.readouterr().err
 
 
 def test_convert_of_what_is_interleaved_already(tmp_path: Path) -> None:
@@ -60,6 +60,36 @@ def test_convert_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match=r"failed writing file$"):
         convert_hf_checkpoint.convert(tmp_path / "hf", tmp_path / "out")
     assert not list((tmp_path / "out").glob("model.pth*"))
+
+
+@pytest.mark.parametrize("out", ["file", "file/inside", "n" * 300, "n" * 5000])
+def test_convert_into_what_is_no_folder(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--out README.md` ended in a traceback, from tidying up."""
+    families.make("llama2", tmp_path / "hf")
+    (tmp_path / "file").write_text("mine")
+    capsys.readouterr()  # transformers' progress
+    with pytest.raises(SystemExit) as caught:
+        convert_hf_checkpoint.main(["--checkpoint_dir", str(tmp_path / "hf"), "--out", str(tmp_path / out)])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1
+    assert re.search("not a folder|Not a directory|File name too long", err, re.IGNORECASE)
+    assert {f.name for f in tmp_path.iterdir()} == {"hf", "file"} and (tmp_path / "file").read_text() == "mine"
+
+
+def test_convert_of_a_file(tmp_path: Path) -> None:
+    families.make("llama2", tmp_path)
+    with pytest.raises(UserError, match=r"model.safetensors: not a folder$"):
+        convert_hf_checkpoint.convert(tmp_path / "model.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize("script", [convert_hf_checkpoint, download])
+@pytest.mark.parametrize("argv", [[], ["--ou", "x"], ["--out"], ["--out", ""], ["--nothing"]])
+def test_argument_errors_are_one_line(script: ModuleType, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        script.main(argv)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"{script.__name__}.py: error: ")
 
 
 def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
