@@ -190,8 +190,7 @@ def load_plugin(argv: Sequence[str]) -> None:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"--plugin {path}: not a Python file")
-    taken = {other: cls for other, cls in caches().items() if cls.__module__ != name}
-    before = _cache_classes()
+    taken, before = caches(), _cache_classes()
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there
     try:
@@ -217,10 +216,12 @@ def _check_plugin(classes: Sequence[type[KVCache]], taken: dict[str, type[KVCach
     for cls in named:
         if not isinstance(cls.name, str) or not re.fullmatch(r"\w[\w.-]*", cls.name):
             raise UserError(f"class {cls.__name__}: the name {cls.name!r} is not one word")
-        if cls.name in taken:
-            owner = taken[cls.name].__name__
-            raise UserError(f"class {cls.__name__}: the name {cls.name!r} is {owner}'s already: give it one of its own")
-        taken = taken | {cls.name: cls}
+        owner = taken.setdefault(cls.name, cls)
+        # The same class twice is a file that is read again, or what dataclass(slots=True) was made from
+        if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise UserError(
+                f"class {cls.__name__}: the name {cls.name!r} is {owner.__name__}'s already: give it one of its own"
+            )
         if cls.update is KVCache.update and cls.attend is KVCache.attend:
             raise UserError(f"class {cls.__name__}: it defines no update")
         if any(isinstance(value, dataclasses.Field) for value in vars(cls).values()):

@@ -141,6 +141,13 @@ def test_a_plugin_takes_no_modules_name_and_may_be_read_again(tmp_path: Path) ->
         (tmp_path / "torch.py").unlink()
 
 
+def test_a_plugin_with_slots(tmp_path: Path) -> None:
+    """dataclass(slots=True) makes a second class of the same name."""
+    text = f"{HEAD}@dataclass(slots=True)\nclass Mine(FullCache):\n    name: ClassVar[str] = 'mine'\n    n: int = 3\n"
+    load_plugin(["--plugin", str(written(tmp_path, text))])
+    assert make_policy("mine", {"n": "4"}).n == 4  # type: ignore[attr-defined]
+
+
 def test_a_plugins_own_mistake_while_running_keeps_its_traceback(
     tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
