@@ -61,10 +61,16 @@ FIELDS: dict[str, dict[str, str]] = {  # and every record
                         "tokens_read": "a number", "tokens_written": "a number", "cache_bytes": "sizes by region",
                         "weight_bytes": "a number", "peak_memory_bytes": "a number"},
 }  # fmt: skip
-OPTIONAL = {"model": "a text", "dtype": "a text", "sha256": "a text", "tokens": "a number", "windows": "a number",
-            "documents": "a number", "trials": "a number above zero", "trials_per_cell": "a number above zero",
-            "low": "a number", "high": "a number", "peak_memory_bytes": "a number or null",
-            "cache_bytes": "a number or null", "full_cache_bytes": "a number"}  # fmt: skip
+_RUN = {"sha256": "a text", "tokens": "a number", "windows": "a number"}
+OPTIONAL: dict[str, dict[str, str]] = {  # read where a row or a record has them: older files lack some
+    "record": {"model": "a text", "dtype": "a text", "full_cache_bytes": "a number"},
+    "perplexity": _RUN,
+    "divergence": _RUN,
+    "passkey": dict.fromkeys(("trials", "trials_per_cell"), "a number above zero")
+    | dict.fromkeys(("low", "high"), "a number"),
+    "rouge": {"sha256": "a text", "documents": "a number"},
+    "benchmark": dict.fromkeys(("cache_bytes", "peak_memory_bytes"), "a number or null"),
+}
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ def _record(path: Path, value: Any) -> Record | None:
     if kind is None:
         say(f"{path}: no picture shows this kind of record, left out")
         return None
-    _check(str(path), value, FIELDS.get(kind, {}))
+    _check(str(path), value, FIELDS.get(kind, {}), OPTIONAL["record"])
     if kind == "report":
         return Record(path, kind, value | {"setting": _setting(path, value["cache"])})
     _check(str(path), value, {"rows": "a list"})
@@ -151,11 +157,11 @@ def _kind(path: Path, value: Row) -> str | None:
     raise UserError(f"{path}: no kind, no rows and no decode_tokens_per_s: not what a tool of this project writes")
 
 
-def _check(where: str, owner: Row, needed: Mapping[str, str]) -> None:
+def _check(where: str, owner: Row, needed: Mapping[str, str], optional: dict[str, str] | None = None) -> None:
     for name in needed:
         if name not in owner:
             raise UserError(f"{where}: no {name}")
-    for name, what in (OPTIONAL | dict(needed)).items():
+    for name, what in ((optional or {}) | dict(needed)).items():
         if name in owner and not CHECKS[what](owner[name]):
             raise UserError(f"{where}: {name} is not {what}: {owner[name]!r:.40}")
 
@@ -163,7 +169,7 @@ def _check(where: str, owner: Row, needed: Mapping[str, str]) -> None:
 def _check_row(where: str, row: Any, kind: str) -> None:
     if not isinstance(row, dict):
         raise UserError(f"{where}: not an object: {row!r:.40}")
-    _check(where, row, ROWS[kind])
+    _check(where, row, ROWS[kind], OPTIONAL[kind])
     if kind == "rouge":
         for name in ("rouge_l", "rouge_l_to_full"):
             _check(f"{where}, {name}", row[name], {"mean": "a number"})

@@ -238,13 +238,21 @@ def test_each_map_of_passkeys_has_its_own_lengths() -> None:
     assert [t.get_text() for t in second.texts] == ["25%", "100%"] * 3
     assert second.images[0].get_array().tolist() == [[0.25, 1.0]] * 3
     assert list(second.get_yticks(minor=True)) == [0.5, 1.5] and list(second.get_xticks(minor=True)) == [0.5]
-    assert any(line.get_visible() for line in second.yaxis.get_minorticklines() + second.get_ygridlines())
+    borders = [*second.xaxis.get_minor_ticks(), *second.yaxis.get_minor_ticks()]
+    assert len(borders) == 3 and all(tick.gridline.get_visible() for tick in borders)  # cells of 100% were one field
 
 
 def test_maps_say_how_many_passkeys_and_the_interval() -> None:
     rows = [keys("full", 1.0, trials_per_cell=4), keys(QUANTISED, 0.5, trials=12, low=0.25, high=0.75), keys("mine", 0)]
     titles = [axis.get_title() for axis in pictures.draw_passkeys([passkeys(*rows)]).axes[:3]]
     assert titles == ["full\n100% of 16 keys", "mine\n0%", "quantize_kv 16/32\n50% of 12 keys [25%, 75%]"]
+
+
+def test_fields_that_newer_files_have_do_no_harm(tmp_path: Path) -> None:
+    row = keys("full", 0.5, text="t", sha256=None, tokens=[1], trials=8, trials_per_cell=2, low=0.25, high=0.75)
+    (tmp_path / "p.json").write_text(json.dumps({"kind": "passkey", "model": "m", "settings": {}, "rows": [row]}))
+    (axis,) = pictures.draw_passkeys(read([tmp_path / "p.json"])).axes
+    assert axis.get_title() == "full\n50% of 8 keys [25%, 75%]"
 
 
 def test_a_cache_in_two_grids_is_two_maps_and_in_one_the_larger_file_is_taken(
