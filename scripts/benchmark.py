@@ -81,7 +81,7 @@ def largest_batch(config: Config, policy: KVCache, shape: Shape, available: int)
     """The most sequences of `shape` whose plan fits; 0 if not one does."""
 
     def fits(n: int) -> bool:
-        return make_plan(config, policy, replace(shape, batch=n, device=torch.device("meta")), 1).total <= available
+        return make_plan(config, policy, replace(shape, batch=n), 1).total <= available
 
     low, high = 0, 1
     while fits(high):

@@ -288,6 +288,7 @@ def test_auto_dtype_is_the_checkpoints_own(tmp_path: Path) -> None:
 
 
 def test_parse_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert parse_device("cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

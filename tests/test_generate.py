@@ -424,11 +424,11 @@ def test_bits_for_both_and_bits_by_budget(capsys: pytest.CaptureFixture[str]) ->
     apart = planned(capsys, "--k_bits", "4", "--v_bits", "4", "--memory_budget", "100GiB")[0]
     assert both == apart
     sizes = {}
-    for budget in ("100GiB", "21.0GiB", "19.5GiB"):
+    for budget in ("100GiB", "22.5GiB", "20.5GiB"):
         out, err = planned(capsys, "--bits", "auto", "--memory_budget", budget)
         sizes[budget] = float(out.split("cache")[1].split()[0])
         assert f"and {float(budget[:-3]):.2f} GiB are there" in err
-    assert sizes["100GiB"] > sizes["21.0GiB"] > sizes["19.5GiB"]
+    assert sizes["100GiB"] > sizes["22.5GiB"] > sizes["20.5GiB"]
     with pytest.raises(SystemExit) as exit_:
         planned(capsys, "--bits", "auto", "--memory_budget", "16GiB")
     assert exit_.value.code == 2 and "4-bit keys and 4-bit values need" in capsys.readouterr().err
