@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import io
 import lzma
+import queue
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import passkey
 import sentencepiece
+import torch
+from torch import Tensor
 
 END = "<|endoftext|>"  # a line of its own between texts; it becomes the end token, never text
 ANSWER_WEIGHT = 8.0  # of the loss on a key's digits: they are few among thousands of other tokens
+FAR_SHARE = 0.10  # of the sequences need the far past
 Array = np.ndarray
 
 
@@ -136,3 +142,50 @@ class FarSequences:
     def __iter__(self) -> Iterator[tuple[Array, Array]]:
         while True:
             yield self.copies() if self.rng.random() < 0.2 else self.passkeys()
+
+
+class Batches:
+    """Batches [rows, length + 1] of ids and weights, made in a thread: text in a new order every pass."""
+
+    def __init__(self, tokens: Array, processor: Any, rows: int, length: int, seed: int) -> None:
+        self.tokens, self.rows, self.length = tokens, rows, length
+        self.rng = np.random.default_rng(seed)
+        self.far = iter(FarSequences(tokens, processor, length + 1, seed))
+        self.queue: queue.Queue[tuple[Array, Array]] = queue.Queue(8)
+        self.stopped = False
+        self.thread = threading.Thread(target=self._fill, daemon=True)
+        self.thread.start()
+
+    def _starts(self) -> Iterator[int]:
+        while True:
+            shift = int(self.rng.integers(self.length))
+            starts = np.arange(shift, len(self.tokens) - self.length - 1, self.length)
+            yield from (int(s) for s in self.rng.permutation(starts))
+
+    def _fill(self) -> None:
+        starts = self._starts()
+        while not self.stopped:
+            pairs = [
+                next(self.far)
+                if self.rng.random() < FAR_SHARE
+                else (self.tokens[(s := next(starts)) : s + self.length + 1], np.ones(self.length + 1))
+                for _ in range(self.rows)
+            ]
+            ids, weights = (np.stack(x) for x in zip(*pairs, strict=True))
+            while not self.stopped:
+                try:
+                    self.queue.put((ids.astype(np.int64), weights.astype(np.float32)), timeout=0.2)
+                    break
+                except queue.Full:
+                    pass
+
+    def next(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if not self.thread.is_alive() and self.queue.empty():
+            raise RuntimeError("the thread that makes batches has died")
+        ids, weights = (torch.from_numpy(x) for x in self.queue.get())
+        if device.type == "cuda":
+            ids, weights = ids.pin_memory(), weights.pin_memory()
+        return ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
+
+    def stop(self) -> None:
+        self.stopped = True

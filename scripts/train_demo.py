@@ -14,12 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import queue
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,93 +23,24 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import demo_data
+from demo_data import Batches
+from demo_model import TrainingCache, export, new_model
 from demo_scores import card, score_passkeys, score_text
 
 from checkpoint import load_model, open_checkpoint
 from console import require_writable
-from model import Attention, Config, FeedForward, LayerCache, Rope, Step, Transformer
+from model import Attention, Config, FeedForward, Transformer
 from options import Parser, positive
 from tokenizer import UserError
 
 SHORT = 2048  # tokens of a sequence in the first part of the training
-FAR_SHARE = 0.10  # of the sequences need the far past
 PEAK_SHARE = 0.35  # of the time at the full learning rate; then it falls, linearly, to nothing
-
-
-@dataclass
-class Positions:
-    positions: Tensor
-
-
-class TrainingCache:
-    """No memory at all: a sequence is one chunk. The same seam as any cache."""
-
-    def __init__(self, n_layer: int, device: torch.device) -> None:
-        self.layers: list[LayerCache] = [self] * n_layer
-        self.device = device
-
-    def begin(self, n_token: int) -> Positions:
-        return Positions(torch.arange(n_token, device=self.device)[None])
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step, rope: Rope) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    def advance(self, step: Step) -> None:
-        pass
-
-
-class Batches:
-    """Batches [rows, length + 1] of ids and weights, made in a thread: text in a new order every pass."""
-
-    def __init__(self, tokens: np.ndarray, processor: Any, rows: int, length: int, seed: int) -> None:
-        self.tokens, self.rows, self.length = tokens, rows, length
-        self.rng = np.random.default_rng(seed)
-        self.far = iter(demo_data.FarSequences(tokens, processor, length + 1, seed))
-        self.queue: queue.Queue[tuple[np.ndarray, np.ndarray]] = queue.Queue(8)
-        self.stopped = False
-        self.thread = threading.Thread(target=self._fill, daemon=True)
-        self.thread.start()
-
-    def _starts(self) -> Iterator[int]:
-        while True:
-            shift = int(self.rng.integers(self.length))
-            starts = np.arange(shift, len(self.tokens) - self.length - 1, self.length)
-            yield from (int(s) for s in self.rng.permutation(starts))
-
-    def _fill(self) -> None:
-        starts = self._starts()
-        while not self.stopped:
-            pairs = [
-                next(self.far)
-                if self.rng.random() < FAR_SHARE
-                else (self.tokens[(s := next(starts)) : s + self.length + 1], np.ones(self.length + 1))
-                for _ in range(self.rows)
-            ]
-            ids, weights = (np.stack(x) for x in zip(*pairs, strict=True))
-            while not self.stopped:
-                try:
-                    self.queue.put((ids.astype(np.int64), weights.astype(np.float32)), timeout=0.2)
-                    break
-                except queue.Full:
-                    pass
-
-    def next(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if not self.thread.is_alive() and self.queue.empty():
-            raise RuntimeError("the thread that makes batches has died")
-        ids, weights = (torch.from_numpy(x) for x in self.queue.get())
-        if device.type == "cuda":
-            ids, weights = ids.pin_memory(), weights.pin_memory()
-        return ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
-
-    def stop(self) -> None:
-        self.stopped = True
 
 
 class Trainer:
@@ -215,54 +142,6 @@ def train(trainer: Trainer, tokens: np.ndarray, processor: Any, args: argparse.N
                 return
         batches.stop()
     bar.close()
-
-
-def export(model: Transformer, processor_bytes: bytes, folder: Path) -> None:
-    """A Hugging Face folder: config.json, bfloat16 model.safetensors, tokenizer.model."""
-    c = model.config
-    processor = sentencepiece.SentencePieceProcessor(model_proto=processor_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": c.dim,
-        "intermediate_size": c.ffn_dim, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "vocab_size": c.vocab_size,
-        "max_position_embeddings": c.context, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
-        "tie_word_embeddings": True, "hidden_act": "silu", "bos_token_id": processor.bos_id(),
-        "eos_token_id": processor.eos_id(), "torch_dtype": "bfloat16",
-    }  # fmt: skip
-    tensors = {"model.embed_tokens.weight": model.tok_embeddings.weight, "model.norm.weight": model.norm.weight}
-    for i, block in enumerate(model.layers):
-        at = f"model.layers.{i}."
-        heads = [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim]
-        q, k, v = block.attention.wqkv.weight.split(heads)  # type: ignore[union-attr, operator]
-        gate, up = block.feed_forward.w13.weight.chunk(2)  # type: ignore[union-attr, operator]
-        tensors |= {
-            at + "input_layernorm.weight": block.attention_norm.weight,  # type: ignore[union-attr, dict-item]
-            at + "post_attention_layernorm.weight": block.ffn_norm.weight,  # type: ignore[union-attr, dict-item]
-            at + "self_attn.q_proj.weight": q,
-            at + "self_attn.k_proj.weight": k,
-            at + "self_attn.v_proj.weight": v,
-            at + "self_attn.o_proj.weight": block.attention.wo.weight,  # type: ignore[union-attr, dict-item]
-            at + "mlp.gate_proj.weight": gate,
-            at + "mlp.up_proj.weight": up,
-            at + "mlp.down_proj.weight": block.feed_forward.w2.weight,  # type: ignore[union-attr, dict-item]
-        }
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (folder / "tokenizer.model").write_bytes(processor_bytes)
-    half = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()}
-    save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def new_model(config: Config, device: torch.device, seed: int) -> Transformer:
-    torch.manual_seed(seed)
-    model = Transformer(config)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            spread = 0.02 if "embed" in name else config.dim**-0.5
-            if name.endswith(("wo.weight", "w2.weight")):  # each block starts as a small change
-                spread /= math.sqrt(2 * config.n_layer)
-            torch.nn.init.normal_(parameter, std=spread)
-    return model.to(device)
 
 
 def make_parser() -> Parser:
