@@ -8,9 +8,11 @@ with a name each, and some repeat a passage thousands of tokens on.
 from __future__ import annotations
 
 import io
+import itertools
 import lzma
 import queue
 import random
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,16 +24,33 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from tokenizer import SentencePieceTokenizer, UserError
+
 END = "<|endoftext|>"  # a line of its own between texts; it becomes the end token, never text
 ANSWER_WEIGHT = 8.0  # of the loss on a key's digits: they are few among thousands of other tokens
 FAR_SHARE = 0.10  # of the sequences need the far past
+SHORTEST_COPY = 48  # tokens of a passage that comes back; it takes a quarter of a sequence at most
+LEAST_CONTEXT = 4 * (SHORTEST_COPY + 1)
+MOST_PIECES = 1 << 16  # ids are kept as uint16
 Array = np.ndarray
 
 
 def read_text(path: Path) -> str:
-    """A text file, plain or .xz."""
-    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as lines:
-        return lines.read()
+    """A text file, plain or .xz. Raises UserError."""
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".xz":
+            data = lzma.decompress(data)
+        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # any line's end becomes "\n"
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except lzma.LZMAError as error:
+        raise UserError(f"{path}: damaged, or not made by xz ({error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    if not text.replace(END, "").strip():
+        raise UserError(f"{path}: an empty text")
+    return text
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, seed: int) -> bytes:
@@ -39,8 +58,24 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, seed: int) -> bytes:
     lines = [line for text in texts for line in text.splitlines() if line and line != END]
     sample = random.Random(seed).sample(lines, min(len(lines), 200_000))
     model = io.BytesIO()
+    try:
+        _train(sample, model, vocab_size)
+    except RuntimeError as error:  # sentencepiece's own message begins with its source's file and line
+        raise UserError(f"--vocab_size {vocab_size}: {_reason(str(error))}") from None
+    return model.getvalue()
+
+
+def _reason(message: str) -> str:
+    if match := re.search(r"too high .*<= (\d+)", message):
+        return f"the text gives {match[1]} pieces at most"
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"the text's characters alone are {match[1]} pieces"
+    return " ".join(message.rpartition("] ")[2].split()) or "no tokenizer comes of this text"
+
+
+def _train(lines: Sequence[str], model: io.BytesIO, vocab_size: int) -> None:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sample),
+        sentence_iterator=iter(lines),
         model_writer=model,
         vocab_size=vocab_size,
         model_type="bpe",
@@ -56,7 +91,33 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, seed: int) -> bytes:
         max_sentence_length=20_000,
         minloglevel=2,
     )
-    return model.getvalue()
+
+
+def read_tokenizer(path: Path) -> bytes:
+    """A SentencePiece model's bytes. Raises UserError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    SentencePieceTokenizer(data, str(path))  # raises UserError where they are none
+    return data
+
+
+def open_tokenizer(data: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    """Raises UserError, which begins with `name`, where texts and passkeys cannot be told with these pieces."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+    if processor.vocab_size() > MOST_PIECES:
+        raise UserError(f"{name}: {processor.vocab_size()} pieces, and an id has 16 bits")
+    if min(processor.bos_id(), processor.eos_id()) < 0:
+        raise UserError(f"{name}: no token that begins or none that ends a text")
+    if processor.piece_to_id("\n") == processor.unk_id():
+        raise UserError(f"{name}: no piece for a line's end; train_demo.py makes one that has it")
+    try:
+        for color, thing in itertools.product(passkey.COLORS, passkey.THINGS):
+            passkey.answer(processor.encode, f"{color} {thing}", "12345")
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+    return processor
 
 
 def encode_texts(processor: sentencepiece.SentencePieceProcessor, text: str) -> Array:
@@ -133,7 +194,7 @@ class FarSequences:
     def copies(self) -> tuple[Array, Array]:
         """A passage that comes back, anywhere later."""
         ids = self.filler(self.length).copy()
-        n = self.rng.randrange(48, min(256, self.length // 4))
+        n = self.rng.randrange(SHORTEST_COPY, min(256, self.length // 4))
         source = self.rng.randrange(0, self.length - 2 * n)
         target = self.rng.randrange(source + n, self.length - n)
         ids[target : target + n] = ids[source : source + n]
@@ -145,7 +206,10 @@ class FarSequences:
 
 
 class Batches:
-    """Batches [rows, length + 1] of ids and weights, made in a thread: text in a new order every pass."""
+    """Batches [rows, length + 1] of ids and weights, made in a thread: text in a new order every pass.
+
+    A context: leaving it ends the thread. What fails in the thread is raised here, by `next` or at the end.
+    """
 
     def __init__(self, tokens: Array, processor: Any, rows: int, length: int, seed: int) -> None:
         self.tokens, self.rows, self.length = tokens, rows, length
@@ -153,8 +217,22 @@ class Batches:
         self.far = iter(FarSequences(tokens, processor, length + 1, seed))
         self.queue: queue.Queue[tuple[Array, Array]] = queue.Queue(8)
         self.stopped = False
+        self.failure: Exception | None = None
         self.thread = threading.Thread(target=self._fill, daemon=True)
+
+    def __enter__(self) -> Batches:
         self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.stopped = True
+        self.thread.join()
+        if kind is None:  # otherwise that error is on its way already
+            self._check()
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise RuntimeError("no batches can be made") from self.failure
 
     def _starts(self) -> Iterator[int]:
         while True:
@@ -163,29 +241,41 @@ class Batches:
             yield from (int(s) for s in self.rng.permutation(starts))
 
     def _fill(self) -> None:
-        starts = self._starts()
-        while not self.stopped:
-            pairs = [
-                next(self.far)
-                if self.rng.random() < FAR_SHARE
-                else (self.tokens[(s := next(starts)) : s + self.length + 1], np.ones(self.length + 1))
-                for _ in range(self.rows)
-            ]
-            ids, weights = (np.stack(x) for x in zip(*pairs, strict=True))
+        try:
+            starts = self._starts()
             while not self.stopped:
-                try:
-                    self.queue.put((ids.astype(np.int64), weights.astype(np.float32)), timeout=0.2)
-                    break
-                except queue.Full:
-                    pass
+                self._put(*self._batch(starts))
+        except Exception as error:  # of whatever kind: nobody waits for a thread, so the run's own thread tells it
+            self.failure = error
+
+    def _batch(self, starts: Iterator[int]) -> tuple[Array, Array]:
+        pairs = [
+            next(self.far)
+            if self.rng.random() < FAR_SHARE
+            else (self.tokens[(s := next(starts)) : s + self.length + 1], np.ones(self.length + 1))
+            for _ in range(self.rows)
+        ]
+        ids, weights = (np.stack(x) for x in zip(*pairs, strict=True))
+        return ids.astype(np.int64), weights.astype(np.float32)
+
+    def _put(self, ids: Array, weights: Array) -> None:
+        while not self.stopped:
+            try:
+                self.queue.put((ids, weights), timeout=0.2)
+                return
+            except queue.Full:
+                pass
 
     def next(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if not self.thread.is_alive() and self.queue.empty():
-            raise RuntimeError("the thread that makes batches has died")
-        ids, weights = (torch.from_numpy(x) for x in self.queue.get())
+        ids, weights = (torch.from_numpy(x) for x in self._get())
         if device.type == "cuda":
             ids, weights = ids.pin_memory(), weights.pin_memory()
         return ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
 
-    def stop(self) -> None:
-        self.stopped = True
+    def _get(self) -> tuple[Array, Array]:
+        while True:
+            self._check()
+            try:
+                return self.queue.get(timeout=0.2)
+            except queue.Empty:
+                pass

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from console import part_of, write_whole
 from model import Config, LayerCache, Rope, Step, Transformer
+from tokenizer import UserError
 
 
 @dataclass
@@ -50,8 +54,18 @@ def new_model(config: Config, device: torch.device, seed: int) -> Transformer:
     return model.to(device)
 
 
+def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """As console.write_whole, for what is no text: `write` fills the file that then takes the place of `path`."""
+    part = part_of(path)
+    try:
+        write(part)
+        part.replace(path.resolve())
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def export(model: Transformer, processor_bytes: bytes, folder: Path) -> None:
-    """A Hugging Face folder: config.json, bfloat16 model.safetensors, tokenizer.model."""
+    """A Hugging Face folder: config.json, bfloat16 model.safetensors, tokenizer.model. Raises UserError."""
     c = model.config
     processor = sentencepiece.SentencePieceProcessor(model_proto=processor_bytes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +94,10 @@ def export(model: Transformer, processor_bytes: bytes, folder: Path) -> None:
             at + "mlp.up_proj.weight": up,
             at + "mlp.down_proj.weight": block.feed_forward.w2.weight,  # type: ignore[union-attr, dict-item]
         }
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (folder / "tokenizer.model").write_bytes(processor_bytes)
     half = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()}
-    save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        write_whole(folder / "config.json", json.dumps(config, indent=1) + "\n")
+        replace_whole(folder / "tokenizer.model", lambda part: part.write_bytes(processor_bytes))
+        replace_whole(folder / "model.safetensors", lambda part: save_file(half, part, metadata={"format": "pt"}))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--export {folder}: {error}") from None

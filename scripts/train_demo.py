@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import pickle
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,16 +30,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import demo_data
 from demo_data import Batches
-from demo_model import TrainingCache, export, new_model
+from demo_model import TrainingCache, export, new_model, replace_whole
+from demo_options import SHORT, check, make_parser, shape_of
 from demo_scores import card, score_passkeys, score_text
 
-from checkpoint import load_model, open_checkpoint
-from console import require_writable
-from model import Attention, Config, FeedForward, Transformer
-from options import Parser, positive
+from checkpoint import load_model, open_checkpoint, parse_device
+from checkpoint.stored import UNPICKLING_ERRORS
+from console import require_writable, say, write_whole
+from model import Attention, FeedForward, Transformer
 from tokenizer import UserError
 
-SHORT = 2048  # tokens of a sequence in the first part of the training
 PEAK_SHARE = 0.35  # of the time at the full learning rate; then it falls, linearly, to nothing
 
 
@@ -97,16 +97,25 @@ class Trainer:
             "optimizers": [o.state_dict() for o in self.optimizers],
             "done": self.done, "n_step": self.n_step, "n_token": self.n_token, "curve": self.curve,
         }  # fmt: skip
-        torch.save(state, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        try:
+            replace_whole(path, lambda part: torch.save(state, part))
+        except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
+            raise UserError(f"--state {path}: {error}") from None
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.done, self.n_step, self.n_token = state["done"], state["n_step"], state["n_token"]
-        self.curve = state["curve"]
+        """Raises UserError where `path` is no state, or that of a model of another shape."""
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except (pickle.UnpicklingError, *UNPICKLING_ERRORS):
+            raise UserError(f"--state {path}: damaged, or not the state of a run") from None
+        try:
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.done, self.curve = float(state["done"]), list(state["curve"])
+            self.n_step, self.n_token = int(state["n_step"]), int(state["n_token"])
+        except UNPICKLING_ERRORS:
+            raise UserError(f"--state {path}: not the state of a run with these options and this text") from None
 
 
 def train(trainer: Trainer, tokens: np.ndarray, processor: Any, args: argparse.Namespace, state: Path) -> None:
@@ -119,99 +128,74 @@ def train(trainer: Trainer, tokens: np.ndarray, processor: Any, args: argparse.N
         if trainer.done >= until:
             continue
         rows = max(1, args.part_tokens // length)
-        batches = Batches(tokens, processor, rows, length, args.seed + trainer.n_step)
-        while trainer.done < until:
-            loss = trainer.step(batches)
-            if trainer.n_step % 20 == 0:
-                value = loss.item()  # also keeps the host from running ahead of the clock
-                if not math.isfinite(value):
-                    raise UserError(f"the loss is not finite at step {trainer.n_step}")
-                spent = time.perf_counter() - began
-                trainer.curve.append({"step": trainer.n_step, "seconds": round(spent, 1), "loss": round(value, 4)})
-                bar.set_postfix(loss=f"{value:.3f}", length=length, refresh=False)
-                if trainer.n_step % 200 == 0:
-                    print(f"step {trainer.n_step} length {length} tokens {trainer.n_token / 1e6:.0f}M "
-                          f"loss {value:.4f} {spent:.0f} s", flush=True)  # fmt: skip
-                trainer.done = min(1.0, spent / seconds)
-                bar.update(round(trainer.done * 100 - bar.n, 1))
-                if time.perf_counter() - saved > 60:
-                    trainer.save(state)
-                    saved = time.perf_counter()
-            if args.max_steps and trainer.n_step >= args.max_steps:
-                batches.stop()
-                return
-        batches.stop()
+        with Batches(tokens, processor, rows, length, args.seed + trainer.n_step) as batches:
+            while trainer.done < until:
+                loss = trainer.step(batches)
+                if trainer.n_step % 20 == 0:
+                    value = loss.item()  # also keeps the host from running ahead of the clock
+                    if not math.isfinite(value):
+                        raise UserError(f"the loss is not finite at step {trainer.n_step}")
+                    spent = time.perf_counter() - began
+                    trainer.curve.append({"step": trainer.n_step, "seconds": round(spent, 1), "loss": round(value, 4)})
+                    bar.set_postfix(loss=f"{value:.3f}", length=length, refresh=False)
+                    if trainer.n_step % 200 == 0:
+                        print(f"step {trainer.n_step} length {length} tokens {trainer.n_token / 1e6:.0f}M "
+                              f"loss {value:.4f} {spent:.0f} s", flush=True)  # fmt: skip
+                    trainer.done = min(1.0, spent / seconds)
+                    bar.update(round(trainer.done * 100 - bar.n, 1))
+                    if time.perf_counter() - saved > 60:
+                        trainer.save(state)
+                        saved = time.perf_counter()
+                if args.max_steps and trainer.n_step >= args.max_steps:
+                    return
     bar.close()
 
 
-def make_parser() -> Parser:
-    p = Parser("train_demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--text", type=Path, nargs="+", required=True, help="training text, plain or .xz")
-    p.add_argument("--extra", type=Path, nargs="*", default=[], help="more text, read --extra_passes times a pass")
-    p.add_argument("--extra_passes", type=positive, default=1)
-    p.add_argument("--val", type=Path, required=True, help="held-out text")
-    p.add_argument("--export", type=Path, required=True, help="the folder that the checkpoint is written to")
-    p.add_argument("--state", type=Path, default=Path("outputs/train_demo.pt"), help="where a run is kept")
-    p.add_argument("--resume", action="store_true", help="go on from --state")
-    p.add_argument("--init", type=Path, metavar="FOLDER", help="start from an exported checkpoint")
-    p.add_argument("--tokenizer", type=Path, help="a SentencePiece model, instead of training one")
-    p.add_argument("--minutes", type=float, default=9.0, help="of training (default: 9)")
-    p.add_argument("--max_steps", type=int, default=0, help="stop after so many steps, as if interrupted")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--lr", type=float, default=4e-3)
-    p.add_argument(
-        "--weight_decay", type=float, default=0.6,
-        help="of matrices; many passes over little text want much: what is learnt is forgotten in "
-        "1 / (lr * weight_decay) steps, and the text's details before its rules (default: 0.6)",
-    )  # fmt: skip
-    p.add_argument("--embedding_decay", type=float, default=0.1, help="the same, of the embeddings (default: 0.1)")
-    p.add_argument("--dropout", type=float, default=0.1, help="while training; for many passes too (default: 0.1)")
-    p.add_argument("--short_share", type=float, default=0.6, help=f"of the time, on {SHORT} tokens (default: 0.6)")
-    p.add_argument("--batch_tokens", type=positive, default=262_144, help="of one step")
-    p.add_argument("--part_tokens", type=positive, default=65_536, help="of one forward and backward pass")
-    p.add_argument("--vocab_size", type=positive, default=4096)
-    p.add_argument("--dim", type=positive, default=256)
-    p.add_argument("--n_layer", type=positive, default=10)
-    p.add_argument("--n_head", type=positive, default=4)
-    p.add_argument("--n_kv_head", type=positive, default=2)
-    p.add_argument("--ffn_dim", type=positive, default=672)
-    p.add_argument("--context", type=positive, default=8192)
-    p.add_argument("--rope_theta", type=float, default=500_000.0)
-    p.add_argument("--trials", type=positive, default=50, help="passkeys a cell in the final scores")
-    return p
+def start_from(folder: Path, model: Transformer, device: torch.device) -> None:
+    """Copy an exported checkpoint's weights. Raises UserError where its shape is another."""
+    checkpoint = open_checkpoint(folder, None)
+    for name in ("vocab_size", "dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "head_dim"):
+        theirs, ours = getattr(checkpoint.config, name), getattr(model.config, name)
+        if theirs != ours:
+            raise UserError(f"--init {folder}: its {name} is {theirs}, and {ours} is asked for")
+    try:
+        model.load_state_dict(load_model(checkpoint, device, torch.float32).state_dict())
+    except RuntimeError:  # biases or norms that the bundled model has not
+        raise UserError(f"--init {folder}: not a checkpoint of the bundled model's kind") from None
+
+
+def read_tokens(args: argparse.Namespace) -> tuple[Any, bytes, np.ndarray, np.ndarray]:
+    """The tokenizer, its bytes, and the ids of the training and of the held-out text. Raises UserError."""
+    given = args.init / "tokenizer.model" if args.init else args.tokenizer
+    data = demo_data.read_tokenizer(given) if given else b""
+    texts, extra = ([demo_data.read_text(path) for path in paths] for paths in (args.text, args.extra))
+    held_out = demo_data.read_text(args.val)
+    data = data or demo_data.train_tokenizer(texts + extra, args.vocab_size, args.seed)
+    processor = demo_data.open_tokenizer(data, str(given or "--vocab_size"))
+    tokens = np.concatenate([demo_data.encode_texts(processor, text) for text in texts + extra * args.extra_passes])
+    val = demo_data.encode_texts(processor, held_out)
+    for flag, ids in (("--text", tokens), ("--val", val)):
+        if len(ids) < 2 * args.context:
+            raise UserError(
+                f"{flag}: {len(ids)} tokens are too short a text, and twice --context {args.context} is needed"
+            )
+    return processor, data, tokens, val
 
 
 def run(args: argparse.Namespace) -> None:
-    device = torch.device(args.device)
+    device = parse_device(args.device)
     torch.set_float32_matmul_precision("high")
-    for path in [*args.text, *args.extra, args.val]:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-    texts = [demo_data.read_text(path) for path in args.text]
-    extra = [demo_data.read_text(path) for path in args.extra]
-    given = args.init / "tokenizer.model" if args.init else args.tokenizer
-    model_bytes = given.read_bytes() if given else demo_data.train_tokenizer(texts + extra, args.vocab_size, args.seed)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-    parts = [demo_data.encode_texts(processor, text) for text in texts + extra * args.extra_passes]
-    tokens = np.concatenate(parts)
-    val = demo_data.encode_texts(processor, demo_data.read_text(args.val))
-    if min(len(tokens), len(val)) < 2 * args.context:
-        raise UserError(f"the text is too short: a context of {args.context} needs twice as many tokens")
-    config = Config(
-        processor.vocab_size(), args.dim, args.n_layer, args.n_head, args.n_kv_head, args.ffn_dim, args.context,
-        rope_theta=args.rope_theta, tied_embeddings=True,
-    )  # fmt: skip
-    model = new_model(config, device, args.seed)
+    check(args)
+    processor, model_bytes, tokens, val = read_tokens(args)
+    model = new_model(shape_of(args, processor.vocab_size()), device, args.seed)
     if args.init:
-        model.load_state_dict(load_model(open_checkpoint(args.init, None), device, torch.float32).state_dict())
+        start_from(args.init, model, device)
     model.rope(torch.zeros(1, 1, dtype=torch.int64, device=device))  # moves its frequencies, before compiling
     trainer = Trainer(model, args, device)
-    require_writable(args.state, "--state")
-    require_writable(args.export / "model.safetensors", "--export")
     if args.resume:
         trainer.load(args.state)
+    require_writable(args.state, "--state")
+    require_writable(args.export / "model.safetensors", "--export")
     n = sum(p.numel() for p in model.parameters())
     print(f"{n / 1e6:.2f} M parameters, {len(tokens) / 1e6:.1f} M tokens of text", flush=True)
     train(trainer, tokens, processor, args, args.state)
@@ -224,19 +208,25 @@ def run(args: argparse.Namespace) -> None:
         "training_text": score_text(model, trainer.cache, tokens[: min(len(val), len(tokens))], sizes),
         "passkeys": score_passkeys(model, trainer.cache, val, processor, args.trials, args.seed),
     }
-    (args.export / "README.md").write_text(card(model, vars(trainer), scores, args))
+    write_whole(args.export / "README.md", card(model, vars(trainer), scores, args))
     print(json.dumps(scores))
+
+
+def fail(message: str) -> NoReturn:
+    say(f"train_demo.py: error: {message}")
+    sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = make_parser().parse(argv)
+        args = make_parser(__doc__).parse(argv)
         args.shown = [Path(word).name if "/" in word else word for word in argv]  # no one's folders in the card
         run(args)
-    except UserError as error:
-        print(f"train_demo.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except torch.OutOfMemoryError:
+        fail("the device's memory is too small for this model, or for --part_tokens at a time")
+    except (UserError, OSError) as error:
+        fail(str(error))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import lzma
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import demo_data
@@ -14,12 +17,12 @@ import pytest
 import sentencepiece
 import torch
 import train_demo
-from conftest import ROOT, SENTENCES
+from conftest import ROOT, SENTENCES, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import load_model, open_checkpoint
-from tokenizer import load_tokenizer
+from tokenizer import UserError, load_tokenizer
 
 DEMO = ROOT / "assets" / "demo"
 SMALL = "--vocab_size 400 --dim 32 --n_layer 2 --n_head 2 --n_kv_head 1 --ffn_dim 48 --context 256 --seed 3"
@@ -130,11 +133,115 @@ def test_documents_become_tokens_and_back(trained: dict[str, Any]) -> None:
     assert sizes[ids].sum() == len((text.strip("\n") + "five").encode())
 
 
-def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def refusal(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """The one line that the script says to these words on its way out."""
     with pytest.raises(SystemExit) as exit_:
-        train_demo.main(["--text", str(tmp_path / "no.txt"), "--val", "x", "--export", str(tmp_path / "out")])
-    assert exit_.value.code == 2 and "no.txt: no such file" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+        train_demo.main(words)
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and said.count("\n") == 1 and said.startswith("train_demo.py: error: "), said
+    return said
+
+
+def write_inputs(folder: Path) -> None:
+    """One of every kind of input that is no good, beside a good text."""
+    write_text(folder / "text.txt", 0)
+    (folder / "folder").mkdir()
+    (folder / "empty.txt").write_text("")
+    (folder / "ends.txt").write_text(f"{demo_data.END}\n" * 9)
+    (folder / "short.txt").write_text("One line.\n")
+    (folder / "latin.txt").write_bytes(b"abc \xff")
+    (folder / "cut.xz").write_bytes(lzma.compress(b"text\n" * 99)[:-20])
+    (folder / "junk").write_bytes(bytes(range(256)))
+    torch.save({"model": 1}, folder / "other.pt")
+
+
+BAD_INPUTS = {
+    "--text no.txt": "no.txt: no such file",
+    "--text empty.txt": "an empty text",
+    "--text ends.txt": "an empty text",
+    "--text folder": "Is a directory",
+    "--text latin.txt": "not UTF-8 at byte 4",
+    "--text cut.xz": "damaged, or not made by xz",
+    "--text short.txt": "--vocab_size 400: the text gives 2",
+    "--val short.txt": "too short a text",
+    "--vocab_size 30000": "--vocab_size 30000: the text gives ",
+    "--vocab_size 99": "the text's characters alone are ",
+    "--vocab_size 70000": "65536 at most",
+    "--resume": "state.pt to go on from",
+    "--resume --state junk": "junk: damaged, or not the state of a run",
+    "--resume --state other.pt": "not the state of a run with these options",
+    "--state folder": "folder: not a file",
+    "--export text.txt": "text.txt is not a folder",
+    "--tokenizer no.model": "no.model: No such file",
+    "--tokenizer junk": "damaged one",
+    "--init no": "No such file",
+    "--init assets": "its dim is 256, and 32 is asked for",
+    "--init assets --tokenizer junk": "no --tokenizer",
+    "--n_head 3": "--dim 32 is not a multiple of --n_head 3",
+    "--n_head 32": "head_dim 1 is not even",
+    "--n_kv_head 3": "not a multiple of n_kv_head 3",
+    "--minutes 0": "'0' is not a number above zero",
+    "--minutes -1": "'-1' is not a number above zero",
+    "--minutes inf": "'inf' is not a number above zero",
+    "--seed -1": "'-1' is not a whole number",
+    "--dropout 1": "'1' is not a share",
+    "--max_steps -1": "'-1' is not a whole number above zero",
+    "--context 16": "--context 16: passkeys and copies take 196 tokens",
+    "--device bogus": "--device bogus: give cpu, cuda",
+    "--device cuda:99": "--device cuda:99: ",
+}
+
+
+@pytest.mark.parametrize("words", BAD_INPUTS)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once tracebacks, one of them in a thread whose end the run outlived with exit code 0; --minutes -1 had no end."""
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    if "assets" in words:
+        (tmp_path / "assets").symlink_to(DEMO)
+    before = sorted(tmp_path.rglob("*"))
+    good = "--text text.txt --val text.txt --export out --state state.pt --max_steps 1"
+    said = refusal(capsys, [*good.split(), *SMALL.split(), *SHORT.split(), *words.split()])
+    assert BAD_INPUTS[words] in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_state_of_another_shape_is_refused(trained: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained["folder"]
+    files = ["--text", f"{folder}/text.txt", "--val", f"{folder}/val.txt", "--export", f"{folder}/no", "--state"]
+    words = [*files, f"{folder}/once.pt", *SMALL.split(), *SHORT.split(), "--resume"]
+    for other in (["--ffn_dim", "64"], ["--n_layer", "3"]):
+        assert "once.pt: not the state of a run with these options" in refusal(capsys, [*words, *other])
+    assert not (folder / "no").exists()
+
+
+def test_a_tokenizer_that_texts_cannot_be_told_with_is_refused(tmp_path: Path) -> None:
+    """Every line's end became the unknown token without a word."""
+    with pytest.raises(UserError, match="no piece for a line's end"):
+        demo_data.open_tokenizer(train_tokenizer(), "given")
+
+
+@pytest.mark.parametrize("n_good", [0, 3])
+def test_what_fails_in_the_thread_ends_the_run(n_good: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short run took its few batches, and never learnt that the thread had died."""
+
+    def a_few(self: demo_data.FarSequences) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        yield from [(np.zeros(self.length, np.uint16), np.ones(self.length))] * n_good
+        raise OverflowError("no more")
+
+    monkeypatch.setattr(demo_data.FarSequences, "__iter__", a_few)
+    monkeypatch.setattr(demo_data, "FAR_SHARE", 1.0)
+    with (
+        pytest.raises(RuntimeError, match="no batches can be made") as raised,
+        demo_data.Batches(np.zeros(1000, np.uint16), SimpleNamespace(encode=None), 1, 200, 0) as batches,
+    ):
+        if n_good == 0:
+            batches.next(torch.device("cpu"))
+        else:  # the end of the block finds it out
+            batches.thread.join()
+    assert isinstance(raised.value.__cause__, OverflowError)
 
 
 @pytest.mark.skipif(not DEMO.exists(), reason="the bundled checkpoint is not here")
