@@ -16,6 +16,8 @@ from options import Parser, positive
 from tokenizer import UserError
 
 SHORT = 2048  # tokens of a sequence in the first part of the training
+BATCH_TOKENS = 262_144
+CPU_BATCH_TOKENS = 2048  # seconds a step, where the other takes minutes
 
 
 def number(what: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
@@ -59,7 +61,7 @@ def make_parser(description: str | None) -> Parser:
     p.add_argument("--minutes", type=above_zero, default=9.0, help="of training (default: 9)")
     p.add_argument("--max_steps", type=positive, help="stop after so many steps, as if interrupted")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: on a GPU)")
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--lr", type=above_zero, default=4e-3)
     p.add_argument(
@@ -72,8 +74,14 @@ def make_parser(description: str | None) -> Parser:
     )
     p.add_argument("--dropout", type=below_one, default=0.1, help="while training; for many passes too (default: 0.1)")
     p.add_argument("--short_share", type=share, default=0.6, help=f"of the time, on {SHORT} tokens (default: 0.6)")
-    p.add_argument("--batch_tokens", type=positive, default=262_144, help="of one step")
-    p.add_argument("--part_tokens", type=positive, default=65_536, help="of one forward and backward pass")
+    p.add_argument(
+        "--batch_tokens", type=positive,
+        help=f"of one step, and one sequence at least (default: {BATCH_TOKENS:,}; on a CPU {CPU_BATCH_TOKENS:,})",
+    )  # fmt: skip
+    p.add_argument(
+        "--part_tokens", type=positive, default=65_536,
+        help="of one forward and backward pass; never more than --batch_tokens (default: 65,536)",
+    )  # fmt: skip
     p.add_argument("--vocab_size", type=positive, default=4096)
     p.add_argument("--dim", type=positive, default=256)
     p.add_argument("--n_layer", type=positive, default=10)
@@ -84,6 +92,16 @@ def make_parser(description: str | None) -> Parser:
     p.add_argument("--rope_theta", type=above_zero, default=500_000.0)
     p.add_argument("--trials", type=positive, default=50, help="passkeys a cell in the final scores")
     return p
+
+
+def settle(args: argparse.Namespace, device: torch.device) -> None:
+    """Set the options whose default hangs on the device."""
+    on_cpu = device.type == "cpu"
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+    if args.batch_tokens is None:
+        args.batch_tokens = CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS
+    args.part_tokens = min(args.part_tokens, args.batch_tokens)
 
 
 def shape_of(args: argparse.Namespace, vocab_size: int) -> Config:

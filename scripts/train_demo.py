@@ -5,18 +5,27 @@
 Any text file will do. Matrices learn with Muon, the rest with AdamW; the first part of the time goes to
 short sequences (attention over 8k tokens costs three times the rest), the second to whole ones. A tenth
 of the sequences need the far past (demo_data.py). The schedule follows the clock, so a run ends when it
-was told to, on any hardware; `--resume` goes on after an interruption. At its end it scores itself on
+was told to, on any hardware; Ctrl-C keeps its state, and `--resume` goes on from there. At its end it scores itself on
 held-out text and on passkeys, and writes weights, config, tokenizer and a model card with its figures.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # importing torch takes seconds, in which a Ctrl-C has nothing to keep
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import json
 import math
 import pickle
+import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,16 +40,30 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import demo_data
 from demo_data import Batches
 from demo_model import TrainingCache, export, new_model, replace_whole
-from demo_options import SHORT, check, make_parser, shape_of
+from demo_options import SHORT, check, make_parser, settle, shape_of
 from demo_scores import card, score_passkeys, score_text
 
 from checkpoint import load_model, open_checkpoint, parse_device
 from checkpoint.stored import UNPICKLING_ERRORS
-from console import require_writable, say, write_whole
+from console import require_writable, say, uninterrupted, write_whole
 from model import Attention, FeedForward, Transformer
 from tokenizer import UserError
 
+SAVE_SECONDS = 60  # between two saves of the state
 PEAK_SHARE = 0.35  # of the time at the full learning rate; then it falls, linearly, to nothing
+
+
+@contextmanager
+def undivided() -> Iterator[None]:
+    """A Ctrl-C waits for the end of the block: half an update is no state to go on from."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
 
 
 class Trainer:
@@ -62,6 +85,7 @@ class Trainer:
         self.done = 0.0  # share of the time
         self.n_step = self.n_token = 0
         self.curve: list[dict[str, float]] = []
+        self.unread: Tensor | None = None  # the last step's loss, until `Watch` reads it
         # Compiled for each of the two lengths.
         self.loss = torch.compile(self._loss, dynamic=False) if args.compile else self._loss
 
@@ -72,13 +96,20 @@ class Trainer:
         weight = weights[:, 1:].flatten()
         return (each * weight).sum() / weight.sum()
 
-    def step(self, batches: Batches) -> Tensor:
+    def step(self, batches: Batches) -> None:
         total = torch.zeros((), device=self.device)
         n_part = max(1, self.args.batch_tokens // (batches.rows * batches.length))
         for _ in range(n_part):
             loss = self.loss(*batches.next(self.device)) / n_part
             loss.backward()
             total += loss.detach()
+        with undivided():
+            self._update()
+            self.n_step += 1
+            self.n_token += n_part * batches.rows * batches.length
+            self.unread = total
+
+    def _update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         warm = min(1.0, (self.n_step + 1) / 100)
         scale = warm * min(1.0, (1 - self.done) / (1 - PEAK_SHARE))
@@ -87,9 +118,6 @@ class Trainer:
                 group["lr"] = self.args.lr * max(scale, 1e-4)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.n_step += 1
-        self.n_token += n_part * batches.rows * batches.length
-        return total
 
     def save(self, path: Path) -> None:
         state = {
@@ -118,37 +146,77 @@ class Trainer:
             raise UserError(f"--state {path}: not the state of a run with these options and this text") from None
 
 
-def train(trainer: Trainer, tokens: np.ndarray, processor: Any, args: argparse.Namespace, state: Path) -> None:
-    """Until the time is spent; a part of it already spent before an interruption counts."""
-    seconds = args.minutes * 60
-    began = time.perf_counter() - trainer.done * seconds
-    saved = time.perf_counter()
-    bar = tqdm(total=100, unit="%", disable=not sys.stderr.isatty())
-    for length, until in ((min(SHORT, args.context), args.short_share), (args.context, 1.0)):
-        if trainer.done >= until:
-            continue
-        rows = max(1, args.part_tokens // length)
-        with Batches(tokens, processor, rows, length, args.seed + trainer.n_step) as batches:
-            while trainer.done < until:
-                loss = trainer.step(batches)
-                if trainer.n_step % 20 == 0:
-                    value = loss.item()  # also keeps the host from running ahead of the clock
-                    if not math.isfinite(value):
-                        raise UserError(f"the loss is not finite at step {trainer.n_step}")
-                    spent = time.perf_counter() - began
-                    trainer.curve.append({"step": trainer.n_step, "seconds": round(spent, 1), "loss": round(value, 4)})
-                    bar.set_postfix(loss=f"{value:.3f}", length=length, refresh=False)
-                    if trainer.n_step % 200 == 0:
-                        print(f"step {trainer.n_step} length {length} tokens {trainer.n_token / 1e6:.0f}M "
-                              f"loss {value:.4f} {spent:.0f} s", flush=True)  # fmt: skip
-                    trainer.done = min(1.0, spent / seconds)
-                    bar.update(round(trainer.done * 100 - bar.n, 1))
-                    if time.perf_counter() - saved > 60:
-                        trainer.save(state)
-                        saved = time.perf_counter()
-                if args.max_steps and trainer.n_step >= args.max_steps:
-                    return
-    bar.close()
+class Watch:
+    """The clock, looked at after every step, and the loss, for which the host waits for the device.
+
+    On a GPU that wait would cost time, so a loss is read every 20 steps, and when a reading is overdue; it
+    also keeps the host from running ahead of the clock. `Trainer.done`, which the learning rate follows,
+    is of the last reading. On a CPU nothing runs ahead, and every step is read and shown.
+    """
+
+    def __init__(self, trainer: Trainer, args: argparse.Namespace) -> None:
+        self.trainer, self.state, self.seconds = trainer, args.state, args.minutes * 60
+        self.every = 1 if trainer.device.type == "cpu" else 20
+        self.read_at = self.saved_at = time.monotonic()
+        self.began = self.read_at - trainer.done * self.seconds  # what was spent before an interruption counts
+        self.told_at = -math.inf
+        self.bar = tqdm(total=100, unit="%", disable=not sys.stderr.isatty())
+
+    def after_step(self, length: int, until: float) -> None:
+        now = time.monotonic()
+        overdue = now - self.began >= until * self.seconds or now - self.read_at > SAVE_SECONDS
+        if overdue or self.trainer.n_step % self.every == 0:
+            self.read(length)
+        if now - self.saved_at > SAVE_SECONDS and self.trainer.unread is None:
+            self.trainer.save(self.state)
+            self.saved_at = time.monotonic()
+
+    def read(self, length: int) -> None:
+        """Read the last step's loss, if that was not done yet. Raises UserError where it is not finite."""
+        if self.trainer.unread is None:
+            return
+        value, step = self.trainer.unread.item(), self.trainer.n_step
+        self.trainer.unread = None
+        if not math.isfinite(value):
+            raise UserError(f"the loss is not finite at step {step}")
+        self.read_at = time.monotonic()
+        spent = self.read_at - self.began
+        self.trainer.curve.append({"step": step, "seconds": round(spent, 1), "loss": round(value, 4)})
+        self.trainer.done = min(1.0, spent / self.seconds)
+        self._show(value, length, spent)
+
+    def _show(self, loss: float, length: int, spent: float) -> None:
+        self.bar.set_postfix(loss=f"{loss:.3f}", length=length, step=self.trainer.n_step, refresh=False)
+        self.bar.n = round(self.trainer.done * 100, 1)
+        self.bar.refresh()
+        quiet = self.bar.disable and self.every == 1 and self.read_at - self.told_at > 10
+        if quiet or self.trainer.n_step % 200 == 0:
+            self.bar.clear()
+            print(f"step {self.trainer.n_step} length {length} tokens {self.trainer.n_token / 1e6:.3g}M "
+                  f"loss {loss:.4f} {spent:.0f} s", flush=True)  # fmt: skip
+            self.told_at = self.read_at
+
+
+def train(trainer: Trainer, tokens: np.ndarray, processor: Any, args: argparse.Namespace) -> None:
+    """Until the time is spent, or --max_steps are made."""
+    watch = Watch(trainer, args)
+    most = args.max_steps or math.inf
+    length = args.context
+    try:
+        for length, until in ((min(SHORT, args.context), args.short_share), (args.context, 1.0)):
+            if trainer.done >= until or trainer.n_step >= most:
+                continue
+            rows = max(1, args.part_tokens // length)
+            with Batches(tokens, processor, rows, length, args.seed + trainer.n_step) as batches:
+                while trainer.done < until and trainer.n_step < most:
+                    trainer.step(batches)
+                    watch.after_step(length, until)
+        watch.read(length)
+    except KeyboardInterrupt:
+        watch.read(length)  # what is kept is known to be finite, and where it stands
+        raise
+    finally:
+        watch.bar.close()
 
 
 def start_from(folder: Path, model: Transformer, device: torch.device) -> None:
@@ -184,6 +252,7 @@ def read_tokens(args: argparse.Namespace) -> tuple[Any, bytes, np.ndarray, np.nd
 
 def run(args: argparse.Namespace) -> None:
     device = parse_device(args.device)
+    settle(args, device)
     torch.set_float32_matmul_precision("high")
     check(args)
     processor, model_bytes, tokens, val = read_tokens(args)
@@ -198,8 +267,35 @@ def run(args: argparse.Namespace) -> None:
     require_writable(args.export / "model.safetensors", "--export")
     n = sum(p.numel() for p in model.parameters())
     print(f"{n / 1e6:.2f} M parameters, {len(tokens) / 1e6:.1f} M tokens of text", flush=True)
-    train(trainer, tokens, processor, args, args.state)
-    trainer.save(args.state)
+    began_at = trainer.n_step
+    if args.state.exists() and not args.resume:
+        say(f"{args.state} holds an earlier run, and this one takes its place (--resume would have gone on)")
+    try:
+        train(trainer, tokens, processor, args)
+        trainer.save(args.state)
+        finish(trainer, processor, model_bytes, tokens, val, args)
+    except KeyboardInterrupt:
+        with uninterrupted():
+            kept = "nothing is kept"
+            if trainer.n_step > began_at:  # or else a run without a step would take an earlier one's place
+                trainer.save(args.state)
+            if trainer.n_step > began_at or args.resume:
+                kept = f"go on with: {resuming(args.argv)}"
+            say(f"train_demo.py: interrupted after {trainer.n_step} steps, {trainer.done:.0%} of the time; {kept}")
+        sys.exit(130)
+
+
+def resuming(argv: list[str]) -> str:
+    """The command that goes on from where this one was interrupted."""
+    words = argv if "--resume" in argv else [*argv, "--resume"]
+    return shlex.join(["python", "scripts/train_demo.py", *words])
+
+
+def finish(
+    trainer: Trainer, processor: Any, model_bytes: bytes, tokens: np.ndarray, val: np.ndarray, args: argparse.Namespace
+) -> None:
+    """Export the model, score it, and write its card."""
+    model = trainer.model
     export(model, model_bytes, args.export)
     model.eval()
     sizes = demo_data.token_bytes(processor)
@@ -221,13 +317,18 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = make_parser(__doc__).parse(argv)
+        args.argv = argv
         args.shown = [Path(word).name if "/" in word else word for word in argv]  # no one's folders in the card
         run(args)
     except torch.OutOfMemoryError:
         fail("the device's memory is too small for this model, or for --part_tokens at a time")
     except (UserError, OSError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        say("train_demo.py: interrupted before the training began")
+        sys.exit(130)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import lzma
 import random
+import shlex
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +63,87 @@ def test_an_interrupted_run_goes_on(trained: dict[str, Any]) -> None:
     assert trained["once"]["n_token"] == trained["twice"]["n_token"] == 10 * 512
     momentum = [s["optimizers"][0]["state"][0]["momentum_buffer"].norm() for s in (trained["once"], trained["twice"])]
     assert momentum[1] / momentum[0] == pytest.approx(1, abs=0.5)  # kept, not begun anew
+
+
+@pytest.mark.parametrize("where", ["_update", "_loss"])
+def test_ctrl_c_keeps_the_state_and_says_how_to_go_on(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the third step. Once all was lost that was not a multiple of 20 steps and a minute old; and half an
+    update is not kept: what was interrupted in it is finished, what was interrupted before it is not counted.
+    """
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("text.txt"), 0)
+    words = f"--text text.txt --val text.txt --export out --state state.pt {SMALL} {SHORT}".split()
+    method, calls = getattr(train_demo.Trainer, where), itertools.count(1)
+
+    def interrupted(self: train_demo.Trainer, *tensors: torch.Tensor) -> Any:
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return method(self, *tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_demo.Trainer, where, interrupted)
+        with pytest.raises(SystemExit) as exit_:
+            train_demo.main(words)
+    said = capsys.readouterr().err
+    assert exit_.value.code == 130 and said.count("\n") == 1 and not Path("out").joinpath("config.json").exists()
+    n_step = 3 if where == "_update" else 2
+    assert f"interrupted after {n_step} steps" in said
+    state = torch.load("state.pt", weights_only=True)
+    assert state["n_step"] == n_step == state["curve"][-1]["step"] and 0 < state["done"] < 1
+    command = shlex.split(said.partition("go on with: ")[2])
+    assert command[:2] == ["python", "scripts/train_demo.py"] and command[-1] == "--resume"
+    train_demo.main([*command[2:], "--max_steps", "5"])
+    assert torch.load("state.pt", weights_only=True)["n_step"] == 5
+
+
+def test_a_run_without_a_step_leaves_an_earlier_ones_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("text.txt"), 0)
+    Path("state.pt").write_bytes(b"hours")
+    monkeypatch.setattr(train_demo.Trainer, "_loss", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as exit_:
+        train_demo.main(f"--text text.txt --val text.txt --export out --state state.pt {SMALL} {SHORT}".split())
+    assert exit_.value.code == 130 and "nothing is kept" in capsys.readouterr().err
+    assert Path("state.pt").read_bytes() == b"hours"
+
+
+def test_a_run_on_a_cpu_keeps_to_its_minutes_and_shows_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The clock was looked at every 20 steps, and a step had 262,144 tokens: a minute's run took hours."""
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("text.txt"), 0)
+    words = "--text text.txt --val text.txt --export out --state state.pt --trials 1 --device cpu --minutes 0.0001"
+    train_demo.main([*words.split(), *SMALL.split()])
+    state = torch.load("state.pt", weights_only=True)
+    assert state["n_step"] == len(state["curve"]) < 5 and state["done"] == 1
+    assert state["n_token"] == 2048 * state["n_step"]
+    assert "step 1 length 256" in capsys.readouterr().out
+
+
+def test_a_gpus_batches_are_as_they_were() -> None:
+    args = train_demo.make_parser(None).parse(["--text", "a", "--val", "b", "--export", "c"])
+    train_demo.settle(args, torch.device("cuda", 0))
+    assert (args.batch_tokens, args.part_tokens, args.compile) == (262_144, 65_536, True)
+
+
+def test_a_gpus_loss_is_read_every_20_steps_or_at_the_end_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reading makes the host wait. And the learning rate's clock is of the last reading."""
+    now = 100.0
+    monkeypatch.setattr(train_demo, "time", SimpleNamespace(monotonic=lambda: now))
+    trainer = SimpleNamespace(device=torch.device("cuda"), done=0.25, n_step=0, n_token=0, curve=[])
+    watch = train_demo.Watch(trainer, SimpleNamespace(state=None, minutes=1))
+    for _ in range(43):
+        now += 0.5
+        trainer.n_step += 1
+        trainer.unread = torch.tensor(2.0)
+        watch.after_step(2048, 0.6)
+    assert [point["step"] for point in trainer.curve] == [20, 40, 42, 43]  # 15 s were spent before, and 36 is the end
+    assert [point["seconds"] for point in trainer.curve] == [25, 35, 36, 36.5]
 
 
 def test_what_is_exported_is_what_was_trained(trained: dict[str, Any]) -> None:
