@@ -7,6 +7,8 @@ with a name each, and some repeat a passage thousands of tokens on.
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import io
 import itertools
 import lzma
@@ -15,6 +17,7 @@ import random
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +38,58 @@ MOST_PIECES = 1 << 16  # ids are kept as uint16
 Array = np.ndarray
 
 
-def read_text(path: Path) -> str:
-    """A text file, plain or .xz. Raises UserError."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made of: the tokenizer, ids of both texts, and a line for the card on every file given."""
+
+    processor: sentencepiece.SentencePieceProcessor
+    tokenizer: bytes
+    tokens: Array
+    held_out: Array
+    files: list[str]
+
+
+def read_inputs(args: argparse.Namespace) -> Inputs:
+    """Raises UserError."""
+    files: list[str] = []
+    tokenizer, given = b"", args.init / "tokenizer.model" if args.init else args.tokenizer
+    if given:
+        tokenizer = read_file(given, "tokenizer", files)
+        SentencePieceTokenizer(tokenizer, str(given))  # raises UserError where it is none
+    if args.init:
+        read_file(args.init / "model.safetensors", "weights it began with", files)
+    passes = f", {args.extra_passes} times a pass" if args.extra_passes > 1 else ""
+    texts = [decode_text(path, read_file(path, "training text", files)) for path in args.text]
+    extra = [decode_text(path, read_file(path, f"training text{passes}", files)) for path in args.extra]
+    held_out = decode_text(args.val, read_file(args.val, "held-out text", files))
+    tokenizer = tokenizer or train_tokenizer(texts + extra, args.vocab_size, args.seed)
+    processor = open_tokenizer(tokenizer, str(given or "--vocab_size"))
+    tokens = np.concatenate([encode_texts(processor, text) for text in texts + extra * args.extra_passes])
+    val = encode_texts(processor, held_out)
+    for flag, ids in (("--text", tokens), ("--val", val)):
+        if len(ids) < 2 * args.context:
+            raise UserError(
+                f"{flag}: {len(ids)} tokens are too short a text, and twice --context {args.context} is needed"
+            )
+    return Inputs(processor, tokenizer, tokens, val, files)
+
+
+def read_file(path: Path, role: str, files: list[str]) -> bytes:
+    """Its bytes; and `files` gains a line that tells which file this was, without its folder. Raises UserError."""
     try:
         data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    files.append(f"`{path.name}` ({role}): {len(data):,} bytes, sha256 `{hashlib.sha256(data).hexdigest()}`")
+    return data
+
+
+def decode_text(path: Path, data: bytes) -> str:
+    """The text in a file's bytes, plain or .xz. Raises UserError."""
+    try:
         if path.suffix == ".xz":
             data = lzma.decompress(data)
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # any line's end becomes "\n"
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
     except lzma.LZMAError as error:
         raise UserError(f"{path}: damaged, or not made by xz ({error})") from None
     except UnicodeDecodeError as error:
@@ -91,16 +137,6 @@ def _train(lines: Sequence[str], model: io.BytesIO, vocab_size: int) -> None:
         max_sentence_length=20_000,
         minloglevel=2,
     )
-
-
-def read_tokenizer(path: Path) -> bytes:
-    """A SentencePiece model's bytes. Raises UserError."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    SentencePieceTokenizer(data, str(path))  # raises UserError where they are none
-    return data
 
 
 def open_tokenizer(data: bytes, name: str) -> sentencepiece.SentencePieceProcessor:

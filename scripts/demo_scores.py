@@ -1,11 +1,14 @@
-"""The bundled checkpoint's scores and its card: bits per byte by position, passkeys by length and depth."""
+"""A trained checkpoint's scores and its card: bits per byte by position, passkeys by length and depth."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import random
+import shlex
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,31 +70,60 @@ def score_passkeys(
     return table
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def shown(argv: Sequence[str]) -> str:
+    """The command for the card: as it was given, but for folders, which are no one else's business."""
+    words = []
+    for word in argv:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(flag + equals + ((Path(value).name or value) if "/" in value else value))
+    return shlex.join(["python", "scripts/train_demo.py", *words])
+
+
+def made_by(run: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """The card's lines on files, commands, devices and time: what is known of every run since the first."""
+    runs, minutes = run["runs"], run["done"] * args.minutes
+    files = dict.fromkeys(line for each in runs for line in each["files"])
+    commands = [f"`{each['command']}`" for each in runs]
+    tokens = f"{run['n_token'] / 1e6:.0f} M" if run["n_token"] > 10e6 else f"{run['n_token']:,}"
+    time = f"{minutes:.3g} minutes" if minutes >= 1 else f"{minutes * 60:.2g} seconds"
+    devices = ", then one ".join(dict.fromkeys(each["device"] for each in runs))
+    return [
+        "Trained by `scripts/train_demo.py` on the files below; a tenth of the sequences hide passkeys or repeat a "
+        "passage far on.",
+        "",
+        *(f"- {line}" for line in files),
+        "",
+        *(["Each command goes on from where the one before was interrupted:", ""] if len(runs) > 1 else []),
+        *(f"- Command: {command}" for command in commands),
+        f"- {run['n_step']} steps, {tokens} tokens, seed {args.seed}, one {devices}, torch {torch.__version__}, {time}",
+    ]
+
+
 def card(model: Transformer, run: dict[str, Any], scores: dict[str, Any], args: argparse.Namespace) -> str:
-    """The model card, from the run's own figures: n_step, n_token and curve."""
+    """The model card, from the run's own figures: n_step, n_token, done, curve and runs."""
     c = model.config
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    curve = run["curve"][:: max(1, len(run["curve"]) // 12)] + run["curve"][-1:]
+    curve = run["curve"][:: max(1, len(run["curve"]) // 12)]
+    curve += [point for point in run["curve"][-1:] if point not in curve]
     text, keys = scores["text"], scores["passkeys"]
+    computed = "bfloat16" if model.norm.weight.device.type == "cuda" else "float32"
     lines = [
-        "# The bundled checkpoint",
+        f"# {args.export.resolve().name}",
         "",
         f"A Llama of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters: dim {c.dim}, {c.n_layer} "
         f"layers, {c.n_head} heads of {c.head_dim}, {c.n_kv_head} KV heads, SwiGLU {c.ffn_dim}, {c.vocab_size} pieces, "
         f"tied embeddings, RoPE theta {c.rope_theta:g}, {c.context} tokens of context; bfloat16.",
         "",
-        "Trained by `scripts/train_demo.py` on public-domain English books and a sample of TinyStories "
-        "(CDLA-Sharing-1.0); a tenth of the sequences hide passkeys or repeat a passage far on.",
-        "",
-        f"- Command: `python scripts/train_demo.py {' '.join(args.shown)}`",
-        f"- {run['n_step']} steps, {run['n_token'] / 1e6:.0f} M tokens, seed {args.seed}, one {device}, "
-        f"torch {torch.__version__}, {args.minutes:g} minutes",
+        *made_by(run, args),
         "",
         "| step | seconds | training loss (weighted, nats) |",
         "|---:|---:|---:|",
         *(f"| {p['step']} | {p['seconds']} | {p['loss']} |" for p in curve),
         "",
-        f"Held-out text ({text['windows']} windows of {text['context']} tokens, full attention, bfloat16): "
+        f"Held-out text ({text['windows']} windows of {text['context']} tokens, full attention, {computed}): "
         f"**{text['bits_per_byte']:.4f} bits per byte**; by position in the window:",
         "",
         "| " + " | ".join(text["by_position"]) + " |",

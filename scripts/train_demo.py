@@ -29,7 +29,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,7 +40,7 @@ import demo_data
 from demo_data import Batches
 from demo_model import TrainingCache, export, new_model, replace_whole
 from demo_options import SHORT, check, make_parser, settle, shape_of
-from demo_scores import card, score_passkeys, score_text
+from demo_scores import card, device_name, score_passkeys, score_text, shown
 
 from checkpoint import load_model, open_checkpoint, parse_device
 from checkpoint.stored import UNPICKLING_ERRORS
@@ -85,6 +84,7 @@ class Trainer:
         self.done = 0.0  # share of the time
         self.n_step = self.n_token = 0
         self.curve: list[dict[str, float]] = []
+        self.runs: list[dict[str, Any]] = []  # the commands that led here, with their devices and files
         self.unread: Tensor | None = None  # the last step's loss, until `Watch` reads it
         # Compiled for each of the two lengths.
         self.loss = torch.compile(self._loss, dynamic=False) if args.compile else self._loss
@@ -124,6 +124,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "done": self.done, "n_step": self.n_step, "n_token": self.n_token, "curve": self.curve,
+            "runs": self.runs,
         }  # fmt: skip
         try:
             replace_whole(path, lambda part: torch.save(state, part))
@@ -142,6 +143,7 @@ class Trainer:
                 optimizer.load_state_dict(saved)
             self.done, self.curve = float(state["done"]), list(state["curve"])
             self.n_step, self.n_token = int(state["n_step"]), int(state["n_token"])
+            self.runs = list(state.get("runs", []))
         except UNPICKLING_ERRORS:
             raise UserError(f"--state {path}: not the state of a run with these options and this text") from None
 
@@ -197,7 +199,7 @@ class Watch:
             self.told_at = self.read_at
 
 
-def train(trainer: Trainer, tokens: np.ndarray, processor: Any, args: argparse.Namespace) -> None:
+def train(trainer: Trainer, inputs: demo_data.Inputs, args: argparse.Namespace) -> None:
     """Until the time is spent, or --max_steps are made."""
     watch = Watch(trainer, args)
     most = args.max_steps or math.inf
@@ -207,7 +209,7 @@ def train(trainer: Trainer, tokens: np.ndarray, processor: Any, args: argparse.N
             if trainer.done >= until or trainer.n_step >= most:
                 continue
             rows = max(1, args.part_tokens // length)
-            with Batches(tokens, processor, rows, length, args.seed + trainer.n_step) as batches:
+            with Batches(inputs.tokens, inputs.processor, rows, length, args.seed + trainer.n_step) as batches:
                 while trainer.done < until and trainer.n_step < most:
                     trainer.step(batches)
                     watch.after_step(length, until)
@@ -232,48 +234,31 @@ def start_from(folder: Path, model: Transformer, device: torch.device) -> None:
         raise UserError(f"--init {folder}: not a checkpoint of the bundled model's kind") from None
 
 
-def read_tokens(args: argparse.Namespace) -> tuple[Any, bytes, np.ndarray, np.ndarray]:
-    """The tokenizer, its bytes, and the ids of the training and of the held-out text. Raises UserError."""
-    given = args.init / "tokenizer.model" if args.init else args.tokenizer
-    data = demo_data.read_tokenizer(given) if given else b""
-    texts, extra = ([demo_data.read_text(path) for path in paths] for paths in (args.text, args.extra))
-    held_out = demo_data.read_text(args.val)
-    data = data or demo_data.train_tokenizer(texts + extra, args.vocab_size, args.seed)
-    processor = demo_data.open_tokenizer(data, str(given or "--vocab_size"))
-    tokens = np.concatenate([demo_data.encode_texts(processor, text) for text in texts + extra * args.extra_passes])
-    val = demo_data.encode_texts(processor, held_out)
-    for flag, ids in (("--text", tokens), ("--val", val)):
-        if len(ids) < 2 * args.context:
-            raise UserError(
-                f"{flag}: {len(ids)} tokens are too short a text, and twice --context {args.context} is needed"
-            )
-    return processor, data, tokens, val
-
-
 def run(args: argparse.Namespace) -> None:
     device = parse_device(args.device)
     settle(args, device)
     torch.set_float32_matmul_precision("high")
     check(args)
-    processor, model_bytes, tokens, val = read_tokens(args)
-    model = new_model(shape_of(args, processor.vocab_size()), device, args.seed)
+    inputs = demo_data.read_inputs(args)
+    model = new_model(shape_of(args, inputs.processor.vocab_size()), device, args.seed)
     if args.init:
         start_from(args.init, model, device)
     model.rope(torch.zeros(1, 1, dtype=torch.int64, device=device))  # moves its frequencies, before compiling
     trainer = Trainer(model, args, device)
     if args.resume:
         trainer.load(args.state)
+    trainer.runs.append({"command": shown(args.argv), "device": device_name(device), "files": inputs.files})
     require_writable(args.state, "--state")
     require_writable(args.export / "model.safetensors", "--export")
     n = sum(p.numel() for p in model.parameters())
-    print(f"{n / 1e6:.2f} M parameters, {len(tokens) / 1e6:.1f} M tokens of text", flush=True)
+    print(f"{n / 1e6:.2f} M parameters, {len(inputs.tokens) / 1e6:.3g} M tokens of text", flush=True)
     began_at = trainer.n_step
     if args.state.exists() and not args.resume:
         say(f"{args.state} holds an earlier run, and this one takes its place (--resume would have gone on)")
     try:
-        train(trainer, tokens, processor, args)
+        train(trainer, inputs, args)
         trainer.save(args.state)
-        finish(trainer, processor, model_bytes, tokens, val, args)
+        finish(trainer, inputs, args)
     except KeyboardInterrupt:
         with uninterrupted():
             kept = "nothing is kept"
@@ -291,18 +276,16 @@ def resuming(argv: list[str]) -> str:
     return shlex.join(["python", "scripts/train_demo.py", *words])
 
 
-def finish(
-    trainer: Trainer, processor: Any, model_bytes: bytes, tokens: np.ndarray, val: np.ndarray, args: argparse.Namespace
-) -> None:
+def finish(trainer: Trainer, inputs: demo_data.Inputs, args: argparse.Namespace) -> None:
     """Export the model, score it, and write its card."""
-    model = trainer.model
-    export(model, model_bytes, args.export)
+    model, cache, val = trainer.model, trainer.cache, inputs.held_out
+    export(model, inputs.tokenizer, args.export)
     model.eval()
-    sizes = demo_data.token_bytes(processor)
+    sizes = demo_data.token_bytes(inputs.processor)
     scores = {
-        "text": score_text(model, trainer.cache, val, sizes),
-        "training_text": score_text(model, trainer.cache, tokens[: min(len(val), len(tokens))], sizes),
-        "passkeys": score_passkeys(model, trainer.cache, val, processor, args.trials, args.seed),
+        "text": score_text(model, cache, val, sizes),
+        "training_text": score_text(model, cache, inputs.tokens[: len(val)], sizes),
+        "passkeys": score_passkeys(model, cache, val, inputs.processor, args.trials, args.seed),
     }
     write_whole(args.export / "README.md", card(model, vars(trainer), scores, args))
     print(json.dumps(scores))
@@ -318,7 +301,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = make_parser(__doc__).parse(argv)
         args.argv = argv
-        args.shown = [Path(word).name if "/" in word else word for word in argv]  # no one's folders in the card
         run(args)
     except torch.OutOfMemoryError:
         fail("the device's memory is too small for this model, or for --part_tokens at a time")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import lzma
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import demo_data
+import demo_scores
 import numpy as np
 import passkey
 import pytest
@@ -155,9 +157,45 @@ def test_what_is_exported_is_what_was_trained(trained: dict[str, Any]) -> None:
 
 
 def test_the_card_has_the_runs_figures_and_no_ones_folders(trained: dict[str, Any]) -> None:
-    card = (trained["folder"] / "once" / "README.md").read_text()
-    assert "10 steps" in card and "bits per byte" in card and "--max_steps 10" in card
-    assert str(trained["folder"]) not in card
+    """It once said of any run's model that it was the bundled one, and what that had read."""
+    folder = trained["folder"]
+    card = (folder / "once" / "README.md").read_text()
+    assert card.startswith("# once\n") and "10 steps, 5,120 tokens" in card and "bits per byte" in card
+    assert "--max_steps 10" in card and str(folder) not in card
+    assert "books" not in card and "TinyStories" not in card and "bundled" not in card
+    for role, name in (("training", "text.txt"), ("held-out", "val.txt")):
+        data = (folder / name).read_bytes()
+        assert f"`{name}` ({role} text): {len(data):,} bytes, sha256 `{hashlib.sha256(data).hexdigest()}`" in card
+
+
+def test_the_card_has_every_command_of_a_run_that_was_interrupted(trained: dict[str, Any]) -> None:
+    card = (trained["folder"] / "twice" / "README.md").read_text()
+    commands = [line for line in card.splitlines() if line.startswith("- Command:")]
+    assert ["--resume" in line for line in commands] == [False, True]
+    assert "--max_steps 5`" in commands[0] and "--max_steps 10 --resume`" in commands[1]
+    assert card.count("sha256") == 2  # the same files both times
+
+
+def test_the_card_names_the_device_that_was_used(trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on the CPU of a machine with a GPU was said to be that GPU's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"NVIDIA {device}")
+    assert demo_scores.device_name(torch.device("cpu")) == "CPU"
+    assert demo_scores.device_name(torch.device("cuda", 1)) == "NVIDIA cuda:1"
+    assert ", one CPU, torch" in (trained["folder"] / "once" / "README.md").read_text()
+
+
+def test_the_command_can_be_given_again() -> None:
+    """--text=./small.txt became small.txt, without its flag."""
+    words = ["--text=./small.txt", "--val", "/home/me/my val.txt", "--extra=a.txt", "--export", "out/", "--minutes=9"]
+    told = demo_scores.shown(words)
+    assert shlex.split(told)[2:] == [
+        "--text=small.txt", "--val", "my val.txt", "--extra=a.txt", "--export", "out", "--minutes=9"
+    ]  # fmt: skip
+    if not DEMO.exists():
+        return
+    bundled = (DEMO / "README.md").read_text().partition("Command: `")[2].partition("`")[0]
+    assert demo_scores.shown(shlex.split(bundled)[2:]) == bundled
 
 
 @settings(max_examples=50, deadline=None)
@@ -284,6 +322,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
     if "assets" in words:
+        if not DEMO.exists():
+            pytest.skip("the bundled checkpoint is not here")
         (tmp_path / "assets").symlink_to(DEMO)
     before = sorted(tmp_path.rglob("*"))
     good = "--text text.txt --val text.txt --export out --state state.pt --max_steps 1"
