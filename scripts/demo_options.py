@@ -18,6 +18,8 @@ from tokenizer import UserError
 SHORT = 2048  # tokens of a sequence in the first part of the training
 BATCH_TOKENS = 262_144
 CPU_BATCH_TOKENS = 2048  # seconds a step, where the other takes minutes
+TRIALS = 50
+CPU_TRIALS = 2  # 88 prompts of up to 8k tokens are minutes' work too
 
 
 def number(what: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
@@ -60,7 +62,7 @@ def make_parser(description: str | None) -> Parser:
     p.add_argument("--tokenizer", type=Path, help="a SentencePiece model, instead of training one")
     p.add_argument("--minutes", type=above_zero, default=9.0, help="of training (default: 9)")
     p.add_argument("--max_steps", type=positive, help="stop after so many steps, as if interrupted")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:N or mps")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: on a GPU)")
     p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--lr", type=above_zero, default=4e-3)
@@ -90,7 +92,10 @@ def make_parser(description: str | None) -> Parser:
     p.add_argument("--ffn_dim", type=positive, default=672)
     p.add_argument("--context", type=positive, default=8192)
     p.add_argument("--rope_theta", type=above_zero, default=500_000.0)
-    p.add_argument("--trials", type=positive, default=50, help="passkeys a cell in the final scores")
+    p.add_argument(
+        "--trials", type=positive,
+        help=f"passkeys a cell in the final scores (default: {TRIALS}; on a CPU {CPU_TRIALS})",
+    )  # fmt: skip
     return p
 
 
@@ -101,6 +106,8 @@ def settle(args: argparse.Namespace, device: torch.device) -> None:
         args.compile = device.type == "cuda"
     if args.batch_tokens is None:
         args.batch_tokens = CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS
+    if args.trials is None:
+        args.trials = CPU_TRIALS if on_cpu else TRIALS
     args.part_tokens = min(args.part_tokens, args.batch_tokens)
 
 

@@ -5,8 +5,9 @@
 Any text file will do. Matrices learn with Muon, the rest with AdamW; the first part of the time goes to
 short sequences (attention over 8k tokens costs three times the rest), the second to whole ones. A tenth
 of the sequences need the far past (demo_data.py). The schedule follows the clock, so a run ends when it
-was told to, on any hardware; Ctrl-C keeps its state, and `--resume` goes on from there. At its end it scores itself on
-held-out text and on passkeys, and writes weights, config, tokenizer and a model card with its figures.
+was told to, on any hardware; Ctrl-C keeps its state, and `--resume` goes on from there. At its end it
+writes weights, config and tokenizer, scores itself on held-out text and on passkeys, and writes a model
+card with its figures.
 """
 
 from __future__ import annotations
@@ -281,6 +282,7 @@ def finish(trainer: Trainer, inputs: demo_data.Inputs, args: argparse.Namespace)
     model, cache, val = trainer.model, trainer.cache, inputs.held_out
     export(model, inputs.tokenizer, args.export)
     model.eval()
+    print(f"{args.export} is written; its scores, on {len(val):,} tokens of held-out text, follow", flush=True)
     sizes = demo_data.token_bytes(inputs.processor)
     scores = {
         "text": score_text(model, cache, val, sizes),

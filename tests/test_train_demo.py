@@ -130,7 +130,7 @@ def test_a_run_on_a_cpu_keeps_to_its_minutes_and_shows_every_step(
 def test_a_gpus_batches_are_as_they_were() -> None:
     args = train_demo.make_parser(None).parse(["--text", "a", "--val", "b", "--export", "c"])
     train_demo.settle(args, torch.device("cuda", 0))
-    assert (args.batch_tokens, args.part_tokens, args.compile) == (262_144, 65_536, True)
+    assert (args.batch_tokens, args.part_tokens, args.trials, args.compile) == (262_144, 65_536, 50, True)
 
 
 def test_a_gpus_loss_is_read_every_20_steps_or_at_the_end_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
