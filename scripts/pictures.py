@@ -330,7 +330,7 @@ def add_passkeys(records: Iterable[Record], cells: Cells) -> str | None:
         return None
     grid, rows = choose("table, passkeys", grids, lambda g: (len(grids[g]), sum(map(float, g[1]))))
     for setting, r in rows.items():
-        cells.setdefault(setting, {})["passkeys"] = recalled_of(r).replace(" keys", "")
+        cells.setdefault(setting, {})["passkeys"] = f"{r['mean']:.1%}"
     return f"passkeys: in {', '.join(grid[1])} tokens"
 
 
