@@ -352,7 +352,7 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
     require_fit(*plan, budget)
     if args.dry_run:
         return
-    profiler = Profiler(args.profile, job.shape.device) if args.profile else None
+    profiler = None if args.profile is None else Profiler(args.profile, job.shape.device)
     engine, loading = build(args, job, profiler)
     printer = Printer(job.tokenizer, job.prompts, job.echo)
     timing, turns, interrupted, age = Timing(), [], False, process_age()

@@ -6,7 +6,7 @@ it gets the attention output back and never learns what the cache keeps, how, or
 
 Layout rules: activations are [batch, token, ...] outside attention and [batch, head, token,
 head_dim] inside it, as `scaled_dot_product_attention` wants. RoPE pairs dimension i with
-i + head_dim/2 (the layout of Hugging Face checkpoints; `checkpoint.py` permutes others on loading).
+i + head_dim/2 (the layout of Hugging Face checkpoints; `checkpoint` permutes others on loading).
 """
 
 from __future__ import annotations
