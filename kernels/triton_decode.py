@@ -15,9 +15,6 @@ and a softmax does not mind a ring's order. `triton_tiles.py` tells what happens
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.regions import Regions
+from kernels.triton_plan import Plan, fitting, plan, processor
 from kernels.triton_tiles import (
     NEGATIVE,
     UNSEEN,
@@ -293,90 +291,6 @@ def combine_kernel(
     at = (batch * tl.num_programs(0) + head) * HEAD_DIM
     total = tl.where(total == 0, 1.0, total)  # a sequence without a token: zeros, not 0 / 0
     tl.store(out + at + d, (y / total).to(out.dtype.element_ty), d < HEAD_DIM)
-
-
-class Plan(NamedTuple):
-    """How a cache's shape maps to programs; nothing here depends on how many tokens there are."""
-
-    heads: int  # query heads per program
-    warps: int
-    float_slice: int  # tokens per warp and block
-    int_slice: int
-    float_stages: int  # blocks in flight, and one
-    int_stages: int
-    per_processor: int  # programs on a streaming multiprocessor at once
-
-
-def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int, four: bool = False) -> Plan:
-    """n_row: sequences times KV heads; four: K or V has 4 bits. What measured best on an H200 at head_dim 128
-    (LOG.md, 2026-11-23 and 24).
-
-    At 8 bits it must not depend on what the cache keeps: two caches that hold the same slots must agree to the bit.
-    """
-    heads = min(max(4, triton.next_power_of_2(group)), 16 if head_dim <= 128 else 8)
-    if four and 4 * n_row <= n_processor:
-        p = Plan(heads, 2, 32, 64, 3, 4, 2)
-    elif four and 2 * n_row <= 3 * n_processor:
-        p = Plan(heads, 1, 32, 64, 3, 4, 4)
-    elif four:
-        p = Plan(heads, 4, 16, 64, 3, 3, 6)
-    elif 4 * n_row <= n_processor:
-        p = Plan(heads, 2, 32, 32, 3, 4, 2)  # programs of two warps: fewer partial results to merge
-    elif 2 * n_row <= 3 * n_processor:
-        p = Plan(heads, 1, 32, 64, 3, 3, 3)  # many programs, none of which waits for a second warp
-    else:
-        p = Plan(heads, 2, 16, 64, 4, 4, 2)  # a program per row: it must have enough on its way by itself
-    if head_dim <= 64:
-        p = p._replace(warps=2 * p.warps)  # half the bytes per token: twice the tokens
-    if heads > 8 or heads * head_dim * itemsize > 2048:  # or registers run out
-        p = p._replace(float_slice=16, int_slice=32)
-    return p
-
-
-class Processor(NamedTuple):
-    """What a GPU offers to a launch."""
-
-    count: int  # streaming multiprocessors
-    overlap: bool  # whether a launch can start before the last one ends (Hopper)
-    shared: int  # bytes of shared memory that a program may have
-
-
-@lru_cache
-def processor(device: torch.device) -> Processor:
-    if device.type != "cuda":
-        return Processor(8, False, 1 << 30)  # the interpreter
-    properties = torch.cuda.get_device_properties(device)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    shared: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    return Processor(properties.multi_processor_count, properties.major >= 9, shared)
-
-
-SHARED_SLACK = 8 << 10  # what a program needs beside its blocks: scales, exchanges between warps
-
-
-def fitting(p: Plan, shared: int, head_dim: int, itemsize: int, bits: int) -> Plan:
-    """The plan, with fewer blocks in flight and then smaller ones where a program's shared memory is too little.
-
-    A loop of n stages keeps n - 1 blocks there. Slots are looked at apart from rows: what a cache does with its
-    slots must not depend on what it keeps beside them. bits: of an element of K and its value in V, together.
-    """
-    room = shared - SHARED_SLACK
-    dim = max(32, triton.next_power_of_2(head_dim))
-    while (p.float_stages - 1) * p.warps * p.float_slice * dim * 2 * itemsize > room:
-        if p.float_stages > 2:
-            p = p._replace(float_stages=p.float_stages - 1)
-        elif p.float_slice > 16:
-            p = p._replace(float_slice=p.float_slice // 2)
-        else:
-            break
-    while (p.int_stages - 1) * p.warps * p.int_slice * (dim * bits // 8 + 16) > room:
-        if p.int_stages > 2:
-            p = p._replace(int_stages=p.int_stages - 1)
-        elif p.int_slice > 32:
-            p = p._replace(int_slice=p.int_slice // 2)
-        else:
-            break
-    return p
 
 
 def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None) -> Tensor:

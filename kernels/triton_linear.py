@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton_decode import processor
+from kernels.triton_plan import processor
 
 
 @triton.jit

@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.regions import Regions
-from kernels.triton_decode import INTERPRET, as_words, processor
+from kernels.triton_decode import INTERPRET, as_words
+from kernels.triton_plan import processor
 
 ROUND = tl.constexpr(12582912.0)  # adding and subtracting it rounds a small float32 to nearest even
 

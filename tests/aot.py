@@ -12,9 +12,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.triton_decode import combine_kernel, fitting, plan, split_kernel
+from kernels.triton_decode import combine_kernel, split_kernel
 from kernels.triton_history import dequantize_kernel, history_kernel
 from kernels.triton_linear import norm_kernel, rotate_kernel, swiglu_kernel, vector_kernel
+from kernels.triton_plan import fitting, plan
 from kernels.triton_store import append_kernel, quantize_kernel, slots_kernel
 
 TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "positions": "*i64", "frequencies": "*fp64", "partial": "*fp32",

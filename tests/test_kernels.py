@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kernels import triton_kernels as kernels  # after kernel_reference, which chooses the interpreter
 from kernels.regions import Regions
-from kernels.triton_decode import fitting, plan
+from kernels.triton_plan import fitting, plan
 from quantize import Format, quantize
 
 
