@@ -304,7 +304,7 @@ def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_freque
     n_row, group = q.shape[0] * regions.k.shape[1], q.shape[1] // regions.k.shape[1]
     bits = regions.k_format.bits + regions.v_format.bits
     here, itemsize = processor(q.device), regions.k.element_size()
-    p = plan(n_row, group, q.shape[2], itemsize, here.count, regions.k_int is not None and bits < 16)
+    p = plan(n_row, group, q.shape[2], itemsize, here.multiprocessors, regions.k_int is not None and bits < 16)
     p = fitting(p, here.shared, q.shape[2], itemsize, bits)
     return run(q, regions, positions, sink_frequencies, p)
 
@@ -324,7 +324,7 @@ def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor
     n_column = n_kv_head * tiles
     here = processor(q.device)
     overlap = here.overlap
-    n_split = min(max(2, here.count * p.per_processor // (batch * n_column)), 128)
+    n_split = min(max(2, here.multiprocessors * p.per_processor // (batch * n_column)), 128)
     float_block, int_block = p.warps * p.float_slice, p.warps * p.int_slice
 
     k_int, v_int, k_scale, v_scale = regions.k_int, regions.v_int, regions.k_scale, regions.v_scale

@@ -50,7 +50,7 @@ def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int,
 class Processor(NamedTuple):
     """What a GPU offers to a launch."""
 
-    count: int  # streaming multiprocessors
+    multiprocessors: int  # streaming multiprocessors
     overlap: bool  # whether a launch can start before the last one ends (Hopper)
     shared: int  # bytes of shared memory that a program may have
 
