@@ -28,7 +28,7 @@ from tokenizer import UserError
 LAG = 2  # steps that the host may be ahead of the tokens it has seen: enough to never let the GPU wait
 PREFILL_CHUNK = 8192  # tokens of a prompt read at once; bounds the activations of a long one
 LEAST_TEMPERATURE = 1e-4  # above 0: logits over less would overflow
-BAD = -1  # what a step returns in place of a token when its logits hold a NaN or an infinity
+BAD = -1  # what a step returns in place of a token when its logits hold a NaN or an infinity; `greedy` says so too
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,19 @@ class Sampling:
         Sampling divides the probabilities by exponential noise and takes the largest, which draws from
         them without waiting for the device (as gpt-fast does).
         """
-        logits = logits.float()
         if self.temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            scaled = logits / self.temperature
-            if 0 < self.top_k < scaled.shape[-1]:
-                least = scaled.topk(self.top_k).values[:, -1:]
-                scaled = scaled.masked_fill(scaled < least, float("-inf"))
-            probs = scaled.softmax(-1)
-            if self.top_p < 1:
-                ordered, index = probs.sort(-1, descending=True)
-                surplus = ordered.cumsum(-1) - ordered > self.top_p  # the mass before it is enough
-                probs = probs.masked_fill(surplus.gather(-1, index.argsort(-1)), 0.0)
-            noise = torch.empty_like(probs).exponential_(1, generator=generator)
-            token = (probs / noise).argmax(-1)
+            return kernels.for_device(logits.device).greedy(logits)
+        scaled = logits.float() / self.temperature
+        if 0 < self.top_k < scaled.shape[-1]:
+            least = scaled.topk(self.top_k).values[:, -1:]
+            scaled = scaled.masked_fill(scaled < least, float("-inf"))
+        probs = scaled.softmax(-1)
+        if self.top_p < 1:
+            ordered, index = probs.sort(-1, descending=True)
+            surplus = ordered.cumsum(-1) - ordered > self.top_p  # the mass before it is enough
+            probs = probs.masked_fill(surplus.gather(-1, index.argsort(-1)), 0.0)
+        noise = torch.empty_like(probs).exponential_(1, generator=generator)
+        token = (probs / noise).argmax(-1)
         return torch.where(logits.isfinite().all(-1), token, BAD)
 
 

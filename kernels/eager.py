@@ -92,6 +92,14 @@ def rotate_qk(
     qkv[:, :n_qk] = turned.to(qkv.dtype)
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """The index of each row's largest element; -1 where a row holds a NaN or an infinity.
+
+    logits: [sequence, n], any float dtype. Returns int64 [sequence].
+    """
+    return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+
+
 def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
     """Write one token per sequence; the one that it pushes out of the window is quantised, or dropped.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kernels.triton_decode import decode_attention
 from kernels.triton_history import history_attention
 from kernels.triton_linear import linear, rotate_qk
+from kernels.triton_pick import greedy
 from kernels.triton_store import append, evict, store_chunk
 
 NAME = "Triton kernels"
@@ -14,6 +15,7 @@ __all__ = [
     "append",
     "decode_attention",
     "evict",
+    "greedy",
     "history_attention",
     "linear",
     "rotate_qk",

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from kernels.triton_decode import combine_kernel, split_kernel
 from kernels.triton_history import dequantize_kernel, history_kernel
 from kernels.triton_linear import norm_kernel, rotate_kernel, swiglu_kernel, vector_kernel
+from kernels.triton_pick import greedy_kernel
 from kernels.triton_plan import fitting, plan
 from kernels.triton_store import append_kernel, quantize_kernel, slots_kernel
 
@@ -101,6 +102,7 @@ def compile_the_rest() -> None:
     types = {name: "*bf16" for name in (*pointers, "chunk_k", "chunk_v")}
     types |= {name: "*fp32" for name in ("partial", "statistics", "lse", "cos", "sin")}
     types |= {"positions": "*i64", "frequencies": "*fp64", "softmax_scale": "fp32", "eps": "fp32"}
+    compile_kernel(greedy_kernel, types | {"logits": "*bf16", "out": "*i64"}, {"BLOCK": 8192})
     for overlap in (False, True):  # before Hopper, and since
         compile_kernel(combine_kernel, types, {
             "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "COST": 2, "FLOAT_BLOCK": 64, "INT_BLOCK": 64, "CHUNK": 32,

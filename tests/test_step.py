@@ -84,3 +84,20 @@ def test_the_fused_step_is_the_model(n: int, family: str, policy: KVCache, tmp_p
     # a rounding that differs in the last bit may turn an integer of the middle into its neighbour
     most = 5e-2 if device == "cuda" and isinstance(policy, SelectiveCache) else 1e-4
     assert (outs[-1] - outs[0]).abs().max() < most
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("n", [1, 97, 512, 20_001])
+def test_greedy(dtype: torch.dtype, n: int, device: str) -> None:
+    """The largest of each row and of equals the first; -1 where a row is not finite, wherever that stands."""
+    logits = torch.randn(8, n + 3).to(dtype)[:, :n]  # rows further apart than they are long
+    logits[1, n // 3 :] = 9.0
+    logits[2] = -100.0  # all alike, and below what is beyond the end
+    for row, bad in ((3, "nan"), (4, "inf"), (5, "-inf")):
+        logits[row, n - 1] = float(bad)
+    logits[6, 0] = float("nan")
+    poison(device)
+    got = triton_kernels.greedy(logits.to(device)).cpu()
+    want = torch.where(logits.isfinite().all(-1), (logits == logits.amax(-1, keepdim=True)).int().argmax(-1), -1)
+    assert got.tolist() == want.tolist() and want[1] == n // 3
+    assert eager.greedy(logits).tolist() == want.tolist()
