@@ -148,20 +148,24 @@ class Cache(Protocol):
     def advance(self, step: Step) -> None: ...
 
 
+def both_ways(frequencies: Tensor) -> Tensor:
+    """[head_dim], the first half turning back: with these an angle's sine has the sign that `Rope` wants."""
+    return torch.cat((-frequencies, frequencies))
+
+
 class Rope:
     """Rotary position embedding at the given positions (Su et al. 2021, arXiv:2104.09864).
 
     Angles are made in float64 from the positions themselves, so there is no table to outgrow and no
     rounding to notice at a position of a million. (MPS has no float64; float32 serves there.)
-    frequencies: [head_dim / 2]; positions: [batch, token].
+    frequencies: [head_dim / 2]; positions: [batch, token]; signed: `both_ways(frequencies)`, where it is at hand.
     """
 
-    def __init__(self, frequencies: Tensor, positions: Tensor) -> None:
+    def __init__(self, frequencies: Tensor, positions: Tensor, signed: Tensor | None = None) -> None:
         self.frequencies = frequencies
-        angle = positions[:, None, :, None] * frequencies  # [batch, 1, token, head_dim / 2]
-        cos, sin = angle.cos().float(), angle.sin().float()
-        self.cos = torch.cat((cos, cos), -1)  # [batch, 1, token, head_dim]
-        self.sin = torch.cat((-sin, sin), -1)  # signed, so that a half turn of x completes the rotation
+        angle = positions[:, None, :, None] * (both_ways(frequencies) if signed is None else signed)
+        self.cos = angle.cos().float()  # [batch, 1, token, head_dim]: cos is even
+        self.sin = angle.sin().float()  # odd: signed, so that a half turn of x completes the rotation
 
     def rotate(self, x: Tensor) -> Tensor:
         """x: [batch, head, token, head_dim], any float dtype; the products are float32."""
@@ -227,6 +231,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.frequencies = config.rope_frequencies
+        self.signed_frequencies = both_ways(self.frequencies)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -249,7 +254,8 @@ class Transformer(nn.Module):
         if self.frequencies.device != positions.device:  # moved once, at the first token
             dtype = torch.float32 if positions.device.type == "mps" else torch.float64
             self.frequencies = self.frequencies.to(positions.device, dtype)
-        return Rope(self.frequencies, positions)
+            self.signed_frequencies = both_ways(self.frequencies)
+        return Rope(self.frequencies, positions, self.signed_frequencies)
 
     def read(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Read a chunk of tokens, int64 [batch, token], that follow what `cache` has seen so far.
