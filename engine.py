@@ -98,9 +98,9 @@ class Timing:
 
 class FusedStep:
     """A decode step of the whole model in seven launches a layer: `model.py`'s maths, its small operations fused
-    into the matrix products by `kernels.linear` and `kernels.rotate_qk`.
+    into the matrix products by `kernels.qkv` and `kernels.linear`.
 
-        qkv = linear(x, norm before it)      rotate_qk(qkv)      attend: append, split, combine
+        qkv(x, norm before it, RoPE after it)      attend: append, split, combine
         x = linear(y) + x      h = linear(x, norm before it, SwiGLU after it)      x = linear(h) + x
 
     The cache sees what it always sees. `model.py` stays the definition, and reads the prompts.
@@ -115,13 +115,15 @@ class FusedStep:
         step = cache.begin(1)
         rope = model.rope(step.positions)
         turn = rope.cos[:, 0, 0], rope.sin[:, 0, 0]
+        n_head, n_kv_head = model.config.n_head, model.config.n_kv_head
         x = model.tok_embeddings(tokens[:, 0])
         for block, layer_cache in zip(model.layers, cache.layers, strict=True):
             assert isinstance(block, Block)
             attention, feed_forward = block.attention, block.feed_forward
-            qkv = self._qkv(x, block)
-            n_head, n_kv_head = model.config.n_head, model.config.n_kv_head
-            self.kernels.rotate_qk(qkv, n_head, n_head + n_kv_head, *turn, self._norms(attention))
+            wqkv, norm = attention.wqkv, block.attention_norm
+            qkv = self.kernels.qkv(
+                x, wqkv.weight, wqkv.bias, norm.weight, norm.eps, *turn, n_head, attention.n_qk, self._norms(attention)
+            )
             q, k, v = qkv[:, :, None].split([n_head, n_kv_head, n_kv_head], 1)
             y = layer_cache.attend(q, k, v, step, rope).reshape(len(x), -1)
             x = linear(y, attention.wo.weight, residual=x)
@@ -130,12 +132,6 @@ class FusedStep:
             x = linear(h, feed_forward.w2.weight, residual=x)
         cache.advance(step)
         return linear(x, model.output.weight, norm=model.norm.weight, eps=model.norm.eps)
-
-    def _qkv(self, x: Tensor, block: Block) -> Tensor:
-        """[batch, head, head_dim] of q's, k's and v's heads."""
-        wqkv, norm = block.attention.wqkv, block.attention_norm
-        qkv = self.kernels.linear(x, wqkv.weight, bias=wqkv.bias, norm=norm.weight, eps=norm.eps)
-        return qkv.view(len(x), -1, self.model.config.head_dim)
 
     def _norms(self, attention: Attention) -> tuple[Tensor, Tensor, float] | None:
         if not self.model.config.qk_norm:

@@ -76,6 +76,19 @@ def linear(
     return y if residual is None else residual + y
 
 
+def qkv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor, eps: float, cos: Tensor, sin: Tensor,
+    n_head: int, n_qk: int, norms: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:  # fmt: skip
+    """A layer's queries, keys and values, a norm before the product and RoPE after it: `linear`, then `rotate_qk`.
+
+    Returns [n_token, head, head_dim], the heads of q, k and v in order.
+    """
+    y = linear(x, weight, bias, norm, eps).view(len(x), -1, cos.shape[1])
+    rotate_qk(y, n_head, n_qk, cos, sin, norms)
+    return y
+
+
 def rotate_qk(
     qkv: Tensor, n_head: int, n_qk: int, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor, float] | None
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kernels.triton_decode import decode_attention
 from kernels.triton_history import history_attention
-from kernels.triton_linear import linear, rotate_qk
+from kernels.triton_linear import linear, qkv, rotate_qk
 from kernels.triton_pick import greedy
 from kernels.triton_store import append, evict, store_chunk
 
@@ -18,6 +18,7 @@ __all__ = [
     "greedy",
     "history_attention",
     "linear",
+    "qkv",
     "rotate_qk",
     "store_chunk",
 ]

@@ -3,11 +3,11 @@
 A step of a few tokens reads every weight once and computes next to nothing, so it should take as long as
 the reading. What gets in the way is everything else: an RMSNorm, a residual, SwiGLU or RoPE is a launch of
 its own, three microseconds of an idle memory. Here the norm is part of the product that follows it (every
-program sums the squares itself: W (g * x) / rms(x)), the residual and SwiGLU are part of the product
+program sums the squares itself: W (g * x) / rms(x)), the residual, SwiGLU and RoPE are part of the product
 before them, and programs load their first weights while the previous launch is still at work
 (programmatic dependent launch): weights depend on nobody.
 
-That is for one token: a program multiplies and adds ROWS rows in registers. For several tokens a library's
+That is for one token: a program multiplies and adds a few rows in registers. For several tokens a library's
 products are as fast as ours were (LOG.md), and only the small operations between them are here.
 """
 
@@ -22,81 +22,79 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.triton_around import Around, Turn, finish, rows_of, what_follows
 from kernels.triton_plan import processor
 
 
-@triton.jit
-def finish(y, up, scale, bias, residual, row, there, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr):
-    """What follows the product y, float32, of the rows `row`."""
-    y *= scale
-    if BIAS:
-        y += tl.load(bias + row, there, 0.0).to(tl.float32)
-    if SWIGLU:
-        y = y / (1.0 + tl.exp(-y)) * (up * scale)
-    if ADD:
-        y += tl.load(residual + row, there, 0.0).to(tl.float32)
-    return y
-
-
-@triton.jit(do_not_specialize=["n_out"])
+@triton.jit(do_not_specialize=["n_out", "n_turned"])
 def vector_kernel(
-    x, weight, bias, norm, residual, out, n_out, eps,
-    K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr,
-    BIAS: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
+    x, weight, bias, norm, residual, cos, sin, out, n_out, n_turned, eps,
+    K: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr,
+    SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program: ROWS elements of the output, for one token. x: [K]; weight: [n_out, K], with SWIGLU [2 * n_out, K]."""
+    """Program: UNITS units of the output, for one token. x: [K]; weight: [n_out, K], with SWIGLU [2 * n_out, K]."""
     if OVERLAP:
         gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    PAIRED: tl.constexpr = SWIGLU or HEAD_DIM > 0
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    row, apart = rows_of(unit, n_out, HEAD_DIM, SWIGLU)
+    there = row < n_out
     k = tl.arange(0, BLOCK)
-    at = weight + tl.minimum(row, n_out - 1)[:, None] * K + k[None, :]
-    up_at = at + n_out.to(tl.int64) * K
-    there = (k < K)[None, :]
-    tile = tl.load(at, there, 0.0)
-    up_tile = tile
-    if SWIGLU:
-        up_tile = tl.load(up_at, there, 0.0)
+    at = weight + tl.where(there, row, 0).to(tl.int64)[:, None] * K + k[None, :]
+    other_at = at + apart.to(tl.int64) * K
+    inside = (k < K)[None, :]
+    tile = tl.load(at, inside, 0.0)
+    other_tile = tile
+    if PAIRED:
+        other_tile = tl.load(other_at, inside, 0.0)
     if OVERLAP:
         gdc_wait()
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    up_total = tl.zeros((ROWS, BLOCK), tl.float32)
+    follows = what_follows(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
+    total = tl.zeros((UNITS, BLOCK), tl.float32)
+    other_total = tl.zeros((UNITS, BLOCK), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
-        there = (start + BLOCK + k < K)[None, :]
-        after = tl.load(at + start + BLOCK, there, 0.0)  # the next weights, while these are at work
-        up_after = after
-        if SWIGLU:
-            up_after = tl.load(up_at + start + BLOCK, there, 0.0)
+        inside = (start + BLOCK + k < K)[None, :]
+        after = tl.load(at + start + BLOCK, inside, 0.0)  # the next weights, while these are at work
+        other_after = after
+        if PAIRED:
+            other_after = tl.load(other_at + start + BLOCK, inside, 0.0)
         value = tl.load(x + start + k, start + k < K, 0.0).to(tl.float32)
         if NORM:
             squares += value * value
             value *= tl.load(norm + start + k, start + k < K, 0.0).to(tl.float32)
         total += tile.to(tl.float32) * value[None, :]
-        if SWIGLU:
-            up_total += up_tile.to(tl.float32) * value[None, :]
-        tile, up_tile = after, up_after
+        if PAIRED:
+            other_total += other_tile.to(tl.float32) * value[None, :]
+        tile, other_tile = after, other_after
     scale = 1.0
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    up = tl.sum(up_total, 1) if SWIGLU else 0.0
-    y = finish(tl.sum(total, 1), up, scale, bias, residual, row, row < n_out, SWIGLU, BIAS, ADD)
-    tl.store(out + row, y.to(out.dtype.element_ty), row < n_out)
+    other = tl.sum(other_total, 1) if PAIRED else 0.0
+    finish(tl.sum(total, 1), other, scale, follows, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
 
 
 @triton.jit
-def norm_kernel(x, weight, out, eps, K: tl.constexpr):
+def norm_kernel(x, weight, out, eps, K: tl.constexpr, OVERLAP: tl.constexpr):
     """Program: the RMSNorm of one token. x, out: [n_token, K]."""
+    if OVERLAP:
+        gdc_launch_dependents()
     k = tl.arange(0, triton.next_power_of_2(K))
     at = tl.program_id(0).to(tl.int64) * K + k
+    g = tl.load(weight + k, k < K, 0.0).to(tl.float32)
+    if OVERLAP:
+        gdc_wait()
     value = tl.load(x + at, k < K, 0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / K + eps)
-    y = value * scale * tl.load(weight + k, k < K, 0.0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), k < K)
+    tl.store(out + at, (value * scale * g).to(out.dtype.element_ty), k < K)
 
 
 @triton.jit(do_not_specialize=["n"])
-def swiglu_kernel(x, out, n, BLOCK: tl.constexpr):
+def swiglu_kernel(x, out, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """Program (block, token): silu(x[:n]) * x[n:]. x: [n_token, 2 * n]; out: [n_token, n]."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1).to(tl.int64)
     gate = tl.load(x + token * 2 * n + i, i < n, 0.0).to(tl.float32)
@@ -107,18 +105,19 @@ def swiglu_kernel(x, out, n, BLOCK: tl.constexpr):
 class Plan(NamedTuple):
     """What a program of `vector_kernel` takes on."""
 
-    rows: int
+    units: int
     block: int  # elements of a row at a time
     warps: int
 
 
-def plan(n_out: int, k: int, swiglu: bool, itemsize: int) -> Plan:
+def plan(n_unit: int, k: int, paired: bool, itemsize: int) -> Plan:
     """What measured best on an H200 in bfloat16 for Llama 8B's shapes (LOG.md, 2026-11-24)."""
+    n_row = 2 * n_unit if paired else n_unit
     if k * itemsize > 16384:
         return Plan(1, 16384 // itemsize, 16)
     widest = min(triton.next_power_of_2(k), 8192 // itemsize)
-    if n_out * k * itemsize < 40 << 20 and not swiglu:  # few programs: smaller ones
-        return Plan(2, max(16, min(widest, 4096 // itemsize)), 8)
+    if n_row * k * itemsize < 60 << 20:  # few programs: smaller ones
+        return Plan(1 if paired else 2, max(16, min(widest, 4096 // itemsize)), 8)
     return Plan(2, widest, 8)
 
 
@@ -135,39 +134,58 @@ def linear(
 
     The residual's memory may become the output's.
     """
-    assert bias is None or not swiglu
-    n_token, k = x.shape
-    if n_token == 1:
-        n_out = weight.shape[0] // (2 if swiglu else 1)
-        return run(x, weight, bias, norm, eps, swiglu, residual, plan(n_out, k, swiglu, x.element_size()))
+    around = Around(bias, norm, eps, swiglu, residual)
+    if len(x) == 1:
+        return product(x, weight, around)
+    overlap = processor(x.device).overlap
     if norm is not None:
         normed = torch.empty_like(x)
-        norm_kernel[(n_token,)](x, norm, normed, eps, K=k, num_warps=8)
+        norm_kernel[(len(x),)](
+            x, norm, normed, eps, K=x.shape[1], OVERLAP=overlap, launch_pdl=overlap, num_warps=8
+        )  # fmt: skip
         x = normed
     if residual is not None and not swiglu and bias is None:
         return residual.addmm_(x, weight.t())
     y = F.linear(x, weight, bias)
     if swiglu:
         n = weight.shape[0] // 2
-        wide, y = y, torch.empty(n_token, n, dtype=x.dtype, device=x.device)
-        swiglu_kernel[(triton.cdiv(n, 1024), n_token)](wide, y, n, BLOCK=1024, num_warps=4)
+        wide, y = y, torch.empty(len(x), n, dtype=x.dtype, device=x.device)
+        swiglu_kernel[(triton.cdiv(n, 1024), len(x))](
+            wide, y, n, BLOCK=1024, OVERLAP=overlap, launch_pdl=overlap, num_warps=4
+        )
     return y if residual is None else residual + y
 
 
-def run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, swiglu: bool,
-    residual: Tensor | None, p: Plan,
+def qkv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor, eps: float, cos: Tensor, sin: Tensor,
+    n_head: int, n_qk: int, norms: tuple[Tensor, Tensor, float] | None,
 ) -> Tensor:  # fmt: skip
-    """`linear` of one token by a given plan."""
-    k = x.shape[1]
-    assert len(x) == 1 and x.stride(1) == 1 and weight.is_contiguous()
-    n_out = weight.shape[0] // (2 if swiglu else 1)
+    """A layer's queries, keys and values, turned; the twin says exactly what. [n_token, head, head_dim]."""
+    head_dim = cos.shape[1]
+    if norms is None and len(x) == 1:
+        y = product(x, weight, Around(bias, norm, eps, turn=Turn(cos, sin, n_qk)))
+        return y.view(len(x), -1, head_dim)
+    y = linear(x, weight, bias, norm, eps).view(len(x), -1, head_dim)
+    rotate_qk(y, n_head, n_qk, cos, sin, norms)
+    return y
+
+
+def product(x: Tensor, weight: Tensor, around: Around) -> Tensor:
+    """weight @ x with all that stands around it, in one launch, for one token."""
+    return run(x, weight, around, plan(around.n_unit(weight), x.shape[1], around.paired, x.element_size()))
+
+
+def run(x: Tensor, weight: Tensor, around: Around, p: Plan) -> Tensor:
+    """The product of one token by a given plan."""
+    assert len(x) == 1
+    around.check(x, weight)
     overlap = processor(x.device).overlap
+    n_out = around.n_out(weight)
     out = torch.empty(1, n_out, dtype=x.dtype, device=x.device)
-    vector_kernel[(triton.cdiv(n_out, p.rows),)](
-        x, weight, *(x if t is None else t for t in (bias, norm, residual)), out, n_out, eps,
-        K=k, ROWS=p.rows, BLOCK=p.block, NORM=norm is not None, SWIGLU=swiglu, BIAS=bias is not None,
-        ADD=residual is not None, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
+    vector_kernel[(triton.cdiv(around.n_unit(weight), p.units),)](
+        x, weight, *around.pointers(x), out, n_out, around.n_turned, around.eps,
+        K=x.shape[1], UNITS=p.units, BLOCK=p.block, **around.constants, OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=p.warps,
     )  # fmt: skip
     return out
 

@@ -116,11 +116,10 @@ class Compared(ModuleType):
         self.error = max(self.error, distance(got, want))
         return got
 
-    def rotate_qk(self, qkv: Tensor, *how: Any) -> None:
-        want = qkv.clone()
-        kernels.eager.rotate_qk(want, *how)
-        self.functions.rotate_qk(qkv, *how)
-        self.error = max(self.error, distance(qkv, want))
+    def qkv(self, *how: Any) -> Tensor:
+        got: Tensor = self.functions.qkv(*how)
+        self.error = max(self.error, distance(got, kernels.eager.qkv(*how)))
+        return got
 
 
 def distance(got: Tensor, want: Tensor) -> float:

@@ -1,0 +1,129 @@
+"""What stands around a matrix product in its launch: a bias, SwiGLU, a residual or RoPE after it, a norm before it.
+
+A product's outputs come in units: with SwiGLU the gate's row and its up projection's, with RoPE the two rows of
+a head that turn together, otherwise one row. A program that has all rows of its units can finish them alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Turn(NamedTuple):
+    """RoPE of the first n_head heads of an output. cos, sin: float32 [n_token, head_dim], as `model.Rope` has them."""
+
+    cos: Tensor
+    sin: Tensor
+    n_head: int
+
+
+class Around(NamedTuple):
+    """What a product takes with it; the twins of `linear` and `qkv` say exactly what."""
+
+    bias: Tensor | None = None  # [n_row]
+    norm: Tensor | None = None  # [k]
+    eps: float = 0.0
+    swiglu: bool = False
+    residual: Tensor | None = None  # [n_token, n_out]
+    turn: Turn | None = None
+
+    @property
+    def paired(self) -> bool:
+        """Whether a unit of the output has two rows."""
+        return self.swiglu or self.turn is not None
+
+    def n_out(self, weight: Tensor) -> int:
+        """Elements of a token's output."""
+        return weight.shape[0] // 2 if self.swiglu else weight.shape[0]
+
+    def n_unit(self, weight: Tensor) -> int:
+        return weight.shape[0] // 2 if self.paired else weight.shape[0]
+
+    def pointers(self, x: Tensor) -> tuple[Tensor, ...]:
+        """bias, norm, residual, cos and sin; x, which nobody will look at there, in place of what is not given."""
+        cos, sin = (x, x) if self.turn is None else self.turn[:2]
+        bias, norm, residual = (x if t is None else t for t in (self.bias, self.norm, self.residual))
+        return bias, norm, residual, cos, sin
+
+    @property
+    def n_turned(self) -> int:
+        """Rows that RoPE turns."""
+        return 0 if self.turn is None else self.turn.n_head * self.turn.cos.shape[1]
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """The kernels' arguments that say what is there. HEAD_DIM 0: no RoPE."""
+        return {
+            "HEAD_DIM": 0 if self.turn is None else self.turn.cos.shape[1], "NORM": self.norm is not None,
+            "SWIGLU": self.swiglu, "BIAS": self.bias is not None, "ADD": self.residual is not None,
+        }  # fmt: skip
+
+    def check(self, x: Tensor, weight: Tensor) -> None:
+        assert x.stride(1) == 1 and x.stride(0) == x.shape[1] and weight.is_contiguous()
+        assert self.residual is None or self.residual.is_contiguous()
+        assert self.bias is None or not self.swiglu
+        assert self.turn is None or not (self.swiglu or self.residual is not None)
+        assert self.turn is None or (self.turn.cos.is_contiguous() and self.turn.sin.is_contiguous())
+
+
+@triton.jit
+def rows_of(unit, n_out, HEAD_DIM: tl.constexpr, SWIGLU: tl.constexpr):
+    """The first row of a unit, and how far on its second one is (0: it has none)."""
+    row, apart = unit, n_out * 0
+    if SWIGLU:
+        apart = n_out
+    if HEAD_DIM > 0:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        row, apart = unit // HALF * HEAD_DIM + unit % HALF, apart + HALF
+    return row, apart
+
+
+@triton.jit
+def what_follows(
+    bias, residual, cos, sin, row, apart, at, token, n_turned, there,
+    HEAD_DIM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """What `finish` needs, loaded before the weights: it is a while on its way. at: of the outputs, in `residual`."""
+    first, second, added = 0.0, 0.0, 0.0
+    turn = (1.0, 0.0, 1.0, 0.0)
+    if BIAS:
+        first = tl.load(bias + row, there, 0.0).to(tl.float32)
+        if HEAD_DIM > 0:
+            second = tl.load(bias + row + apart, there, 0.0).to(tl.float32)
+    if ADD:
+        added = tl.load(residual + at, there, 0.0).to(tl.float32)
+    if HEAD_DIM > 0:
+        turns = there & (row < n_turned)
+        turn_at = token * HEAD_DIM + row % HEAD_DIM
+        turn = (
+            tl.load(cos + turn_at, turns, 1.0), tl.load(sin + turn_at, turns, 0.0),
+            tl.load(cos + turn_at + HEAD_DIM // 2, turns, 1.0), tl.load(sin + turn_at + HEAD_DIM // 2, turns, 0.0),
+        )  # fmt: skip
+    return first, second, added, turn
+
+
+@triton.jit
+def finish(
+    y, other, scale, follows, out, at, apart, there,
+    HEAD_DIM: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Store what becomes of the products of units' rows, y and other, float32."""
+    first, second, added, turn = follows
+    y *= scale
+    other *= scale
+    if BIAS:
+        y += first
+    if SWIGLU:
+        y = y / (1.0 + tl.exp(-y)) * other
+    if HEAD_DIM > 0:
+        if BIAS:
+            other += second
+        tl.store(out + at + apart, (other * turn[2] + y * turn[3]).to(out.dtype.element_ty), there)
+        y = y * turn[0] + other * turn[1]
+    if ADD:
+        y += added
+    tl.store(out + at, y.to(out.dtype.element_ty), there)
