@@ -7,8 +7,8 @@ program sums the squares itself: W (g * x) / rms(x)), the residual, SwiGLU and R
 before them, and programs load their first weights while the previous launch is still at work
 (programmatic dependent launch): weights depend on nobody.
 
-That is for one token: a program multiplies and adds a few rows in registers. For several tokens a library's
-products are as fast as ours were (LOG.md), and only the small operations between them are here.
+That is for one token: a program multiplies and adds a few rows in registers. Up to 16 tokens are in
+`triton_tokens.py`; for more, a library has the products, and only the small operations between them are ours.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.triton_around import Around, Turn, finish, rows_of, what_follows
 from kernels.triton_plan import processor
+from kernels.triton_tokens import plan_tokens, run_tokens, tokens_fit
 
 
 @triton.jit(do_not_specialize=["n_out", "n_turned"])
@@ -135,7 +136,7 @@ def linear(
     The residual's memory may become the output's.
     """
     around = Around(bias, norm, eps, swiglu, residual)
-    if len(x) == 1:
+    if len(x) == 1 or tokens_fit(x):
         return product(x, weight, around)
     overlap = processor(x.device).overlap
     if norm is not None:
@@ -162,7 +163,7 @@ def qkv(
 ) -> Tensor:  # fmt: skip
     """A layer's queries, keys and values, turned; the twin says exactly what. [n_token, head, head_dim]."""
     head_dim = cos.shape[1]
-    if norms is None and len(x) == 1:
+    if norms is None and (len(x) == 1 or tokens_fit(x)):
         y = product(x, weight, Around(bias, norm, eps, turn=Turn(cos, sin, n_qk)))
         return y.view(len(x), -1, head_dim)
     y = linear(x, weight, bias, norm, eps).view(len(x), -1, head_dim)
@@ -171,8 +172,11 @@ def qkv(
 
 
 def product(x: Tensor, weight: Tensor, around: Around) -> Tensor:
-    """weight @ x with all that stands around it, in one launch, for one token."""
-    return run(x, weight, around, plan(around.n_unit(weight), x.shape[1], around.paired, x.element_size()))
+    """weight @ x with all that stands around it, in one launch."""
+    if len(x) == 1:
+        return run(x, weight, around, plan(around.n_unit(weight), x.shape[1], around.paired, x.element_size()))
+    here = processor(x.device)
+    return run_tokens(x, weight, around, plan_tokens(len(weight), len(x), here.multiprocessors, here.shared))
 
 
 def run(x: Tensor, weight: Tensor, around: Around, p: Plan) -> Tensor:
