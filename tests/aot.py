@@ -1,4 +1,4 @@
-"""Compile the decode kernel for Hopper, with no GPU at hand, and count what matters in its machine code."""
+"""Compile the kernels of a decode step for Hopper, with no GPU at hand, and count what matters in machine code."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kernels.triton_linear import norm_kernel, rotate_kernel, swiglu_kernel, vec
 from kernels.triton_pick import greedy_kernel
 from kernels.triton_plan import fitting, plan
 from kernels.triton_store import append_kernel, quantize_kernel, slots_kernel
+from kernels.triton_tokens import padded, plan_tokens, tokens_kernel
 
 TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "positions": "*i64", "frequencies": "*fp64", "partial": "*fp32",
          "statistics": "*fp32", "k_int": "*i8", "v_pair": "*i16", "rotation": "*bf16",
@@ -54,6 +55,27 @@ def compile_split_kernel(
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": p.warps})
+    return counted(compiled)
+
+
+def compile_tokens_kernel(
+    n_row: int, k: int, n_token: int, head_dim: int = 0, norm: bool = False, swiglu: bool = False, bias: bool = False,
+    add: bool = False, dtype: str = "bf16",
+) -> dict[str, int] | None:  # fmt: skip
+    """Registers, spills and instruction counts of `tokens_kernel` by its plan; None if the tools are missing."""
+    p = plan_tokens(n_row, n_token, 132, HOPPER_SHARED)
+    constants = {
+        "K": k, "N": padded(n_token), "ROWS": p.rows, "SLICES": p.slices, "SLICE": p.slice, "STAGES": p.stages,
+        "EARLY": p.early, "HEAD_DIM": head_dim, "NORM": norm, "SWIGLU": swiglu, "BIAS": bias, "ADD": add,
+        "OVERLAP": True, "INTERPRET": False,
+    }  # fmt: skip
+    types = {name: f"*{dtype}" for name in ("x", "weight", "bias", "norm", "residual", "out")}
+    types |= {"cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
+    return counted(compile_kernel(tokens_kernel, types, constants, tuple(types)[:-1], p.warps))
+
+
+def counted(compiled: Any) -> dict[str, int] | None:
+    """What matters of the machine code; None if the tools are missing."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         return None
@@ -63,7 +85,7 @@ def compile_split_kernel(
         sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
         usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
     resources = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout + usage.stderr))
-    count = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HMMA", "IMMA")}
+    count = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HMMA", "IMMA", "CCTL")}
     return count | {
         "registers": int(resources["REG"]),
         "stack": int(resources["STACK"]),
@@ -88,12 +110,19 @@ def compiles(k_bits: int, v_bits: int, n_group: int, rotated: bool) -> None:
     compile_kernel(dequantize_kernel, types, shared | {"BLOCK": 32})
 
 
-def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Any:
-    """For Hopper. types: of the arguments that are no int32."""
+def compile_kernel(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...] = (), warps: int = 4
+) -> Any:
+    """For Hopper. types: of the arguments that are no int32; aligned: those that are multiples of 16."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    source = ASTSource(kernel, signature=signature, constexprs={(names.index(n),): c for n, c in constants.items()})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    source = ASTSource(
+        kernel,
+        signature=signature,
+        constexprs={(names.index(n),): c for n, c in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
 def compile_the_rest() -> None:
@@ -108,14 +137,19 @@ def compile_the_rest() -> None:
             "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "COST": 2, "FLOAT_BLOCK": 64, "INT_BLOCK": 64, "CHUNK": 32,
             "DIMS": 32, "HAS_INT": True, "OVERLAP": overlap,
         })  # fmt: skip
-        for swiglu in (False, True):
+        for swiglu, head_dim in ((False, 0), (True, 0), (False, 128), (False, 96)):
             compile_kernel(vector_kernel, types, {
-                "K": 4096, "ROWS": 2, "BLOCK": 2048, "NORM": True, "SWIGLU": swiglu, "BIAS": not swiglu, "ADD": True,
-                "OVERLAP": overlap,
+                "K": 4096, "UNITS": 2, "BLOCK": 2048, "HEAD_DIM": head_dim, "NORM": True, "SWIGLU": swiglu,
+                "BIAS": not swiglu, "ADD": head_dim == 0, "OVERLAP": overlap,
             })  # fmt: skip
         compile_kernel(rotate_kernel, types, {"HEAD_DIM": 128, "NORM": True, "OVERLAP": overlap})
-    compile_kernel(norm_kernel, types, {"K": 4096})
-    compile_kernel(swiglu_kernel, types, {"BLOCK": 1024})
+        compile_kernel(norm_kernel, types, {"K": 4096, "OVERLAP": overlap})
+        compile_kernel(swiglu_kernel, types, {"BLOCK": 1024, "OVERLAP": overlap})
+        for k in (4096, 3600, 100):  # whole blocks of K, or not; rows that are not of 16 bytes
+            compile_kernel(tokens_kernel, types, {
+                "K": k, "N": 8, "ROWS": 32, "SLICES": 4, "SLICE": 64, "STAGES": 3, "EARLY": 512, "HEAD_DIM": 0,
+                "NORM": True, "SWIGLU": True, "BIAS": False, "ADD": True, "OVERLAP": overlap, "INTERPRET": False,
+            })  # fmt: skip
     compile_kernel(slots_kernel, types, {"HEAD_DIM": 128, "BLOCK": 16})
     for turn in (False, True):
         compile_kernel(history_kernel, types, {

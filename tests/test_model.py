@@ -111,3 +111,15 @@ def test_a_config_that_makes_no_sense_is_refused() -> None:
         Config(10, 48, 1, 6, 4, 8, 64)
     with pytest.raises(ValueError, match="'yarn' is not supported"):
         _ = Config(10, 48, 1, 6, 2, 8, 64, rope_scaling=RopeScaling("yarn", 4.0)).rope_frequencies
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rope_turns_by_the_angles_of_each_half(dtype: torch.dtype) -> None:
+    """Signed frequencies give the same bits as a sine that is negated and a cosine that is repeated."""
+    frequencies = CONFIGS["llama-3.1-8b"].rope_frequencies.to(dtype)
+    positions = torch.tensor([[0, 1, 7, 8191, 131071, 1_000_003]])
+    angle = positions[:, None, :, None] * frequencies
+    rope = Rope(frequencies, positions)
+    assert torch.equal(rope.cos, angle.cos().float().repeat(1, 1, 1, 2))
+    assert torch.equal(rope.sin, torch.cat((-angle.sin(), angle.sin()), -1).float())
+    assert torch.equal(Rope(frequencies, positions, both_ways(frequencies)).sin, rope.sin)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +24,7 @@ from kernels.triton_tokens import Plan, padded, plan_tokens, run_tokens
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
 from model import CONFIGS
 
+HOPPER_SHARED = 232_448  # bytes that a program may have
 CLOSE = {FP32: 1e-5, FP16: 1.5e-3, BF16: 1.2e-2}  # relative to the whole output: a few roundings of its dtype
 
 
@@ -131,6 +136,34 @@ def test_plans_fit_what_a_program_may_have() -> None:
             p = plan_tokens(n_row, n_token, 132, kib << 10)
             assert p.shared(padded(n_token)) <= kib << 10
             assert p.stages >= 3 and p.rows >= 16 and p.slice >= 16
+
+
+SHAPES: list[dict[str, int | bool | str]] = [  # Llama 3.1 8B's, and one with a bias
+    {"n_row": 6144, "k": 4096, "head_dim": 128, "norm": True},
+    {"n_row": 4096, "k": 4096, "add": True},
+    {"n_row": 28672, "k": 4096, "norm": True, "swiglu": True},
+    {"n_row": 4096, "k": 14336, "add": True},
+    {"n_row": 128256, "k": 4096, "norm": True, "dtype": "fp16"},
+    {"n_row": 4608, "k": 3584, "head_dim": 128, "norm": True, "bias": True},
+]
+
+
+@pytest.mark.parametrize("n_token", [8, 16])
+def test_products_for_a_few_tokens_compile_without_spills(n_token: int) -> None:
+    """Their weights must be copied asynchronously, and their first ones asked for before the wait."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = "import sys, json; sys.path.insert(0, 'tests'); from aot import compile_tokens_kernel\n"
+    code += f"print(json.dumps([compile_tokens_kernel(n_token={n_token}, **shape) for shape in {SHAPES}]))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    for shape, found in zip(SHAPES, json.loads(run.stdout.splitlines()[-1]), strict=True):
+        if found is None:
+            pytest.skip("this Triton has no cuobjdump beside it")
+        assert found["spills"] == 0 and found["stack"] == 0, shape
+        assert found["copies"] > 0 and found["HMMA"] > 0 and found["CCTL"] > 0, shape
+        assert found["shared"] <= HOPPER_SHARED, shape
 
 
 @pytest.mark.parametrize("family", FAMILIES)
