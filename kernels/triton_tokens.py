@@ -36,16 +36,17 @@ def fetch(at):
     )
 
 
-@triton.jit(do_not_specialize=["n_out", "n_token", "n_turned"])
+@triton.jit(do_not_specialize=["n_out", "n_token", "n_turned", "end"])
 def tokens_kernel(
-    x, weight, bias, norm, residual, cos, sin, out, n_out, n_turned, n_token, eps,
+    x, weight, bias, norm, residual, cos, sin, out, n_out, n_turned, n_token, end, eps,
     K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr,
     STAGES: tl.constexpr, EARLY: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr,
     BIAS: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program: the units of ROWS rows, for all tokens. x: [n_token, K], n_token <= N; out: [n_token, n_out].
 
-    EARLY: elements of a row asked for before the wait.
+    EARLY: elements of a row asked for before the wait. end: K again; a compiler that knows how often the loop runs
+    unrolls all of it, thousands of instructions that each have to be read once.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -75,7 +76,7 @@ def tokens_kernel(
     given = (token < n_token)[None, None, :]
     total = tl.zeros((SLICES, ROWS, N), tl.float32)
     squares = tl.zeros((SLICES, N, N), tl.float32)
-    for start in tl.range(0, K, BLOCK, num_stages=STAGES):
+    for start in tl.range(0, end, BLOCK, num_stages=STAGES):
         if K % BLOCK == 0:
             tile = tl.load(weight_at + start)
             value = tl.load(x_at + start, given, 0.0)
@@ -102,7 +103,9 @@ def tokens_kernel(
 
 
 class Plan(NamedTuple):
-    """What a program of `tokens_kernel` takes on."""
+    """What a program of `tokens_kernel` takes on. A block with a norm should have 64 elements a warp, or the norm's
+    part of it is no asynchronous copy (those have 4 bytes a thread at least).
+    """
 
     rows: int  # of the weight: both rows of a unit count
     slices: int  # of a block of K, each with products of its own
@@ -137,10 +140,8 @@ def plan_tokens(n_row: int, n_token: int, n_processor: int, shared: int) -> Plan
         p = Plan(32, 8, 64, 4, 8)
     elif n_row <= 64 * n_processor:
         p = Plan(32, 4, 64, 5, 4)
-    elif n_row <= 256 * n_processor:
-        p = Plan(128, 4, 32, 4, 4)
     else:
-        p = Plan(64, 4, 32, 4, 4)
+        p = Plan(64, 2, 64, 4 if n_token <= 8 else 3, 2)
     while p.shared(padded(n_token)) > shared - SHARED_SLACK:
         p = p._replace(stages=p.stages - 1) if p.stages > 3 else p._replace(slice=p.slice // 2)
     return p
@@ -155,7 +156,7 @@ def run_tokens(x: Tensor, weight: Tensor, around: Around, p: Plan) -> Tensor:
     out = torch.empty(n_token, n_out, dtype=x.dtype, device=x.device)
     units = p.rows // 2 if around.paired else p.rows
     tokens_kernel[(triton.cdiv(around.n_unit(weight), units),)](
-        x, weight, *around.pointers(x), out, n_out, around.n_turned, n_token, around.eps,
+        x, weight, *around.pointers(x), out, n_out, around.n_turned, n_token, k, around.eps,
         K=k, N=padded(n_token), ROWS=p.rows, SLICES=p.slices, SLICE=p.slice, STAGES=p.stages, EARLY=p.early,
         **around.constants, OVERLAP=overlap, INTERPRET=INTERPRET, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip

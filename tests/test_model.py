@@ -12,7 +12,7 @@ from families import FAMILIES, make
 
 from checkpoint import load_model, open_checkpoint
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
-from model import CONFIGS, Config, RopeScaling, Transformer
+from model import CONFIGS, Config, Rope, RopeScaling, Transformer, both_ways
 
 CPU = torch.device("cpu")
 N_TOKEN = 80
