@@ -15,9 +15,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.regions import Regions
 from kernels.triton_decode import INTERPRET, as_words
+from kernels.triton_hadamard import butterfly_halves
 from kernels.triton_plan import processor
 
 ROUND = tl.constexpr(12582912.0)  # adding and subtracting it rounds a small float32 to nearest even
+EARLY = False  # whether the splits may take their places before an append has its token
 
 
 @triton.jit
@@ -68,7 +70,7 @@ def store_vectors(
     d = tl.arange(0, low.shape[1])
     there = d[None, :] < HALF
     mask = wanted[:, None] & there
-    if ROTATED:
+    if ROTATED and low.shape[0] > 1:
         dtype: tl.constexpr = tl.float32 if INTERPRET else rotation.dtype.element_ty
         norm: tl.constexpr = HEAD_DIM**-0.5
         at = rotation + d[:, None] * HEAD_DIM + d[None, :]  # symmetric: its quarters are those of its transpose
@@ -78,6 +80,9 @@ def store_vectors(
         low = tl.dot(b, two, tl.dot(a, one, input_precision="ieee"), input_precision="ieee") * norm
         high = tl.dot(b, four, tl.dot(a, two, input_precision="ieee"), input_precision="ieee") * norm
     low, high = low.to(tl.float32), high.to(tl.float32)
+    if ROTATED and low.shape[0] == 1:  # matrix units would rotate it sixteen times, after reading the matrix
+        low, high = butterfly_halves(low, high, HALF, 1)
+        low, high = low * (HEAD_DIM**-0.5), high * (HEAD_DIM**-0.5)
     if BITS == 8:
         absmax = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1)
         scale = tl.where(absmax == 0, 1.0, tl.div_rn(absmax, tl.full(absmax.shape, 127.0, tl.float32)))
@@ -104,67 +109,81 @@ def store_vectors(
         tl.store(ints + row[:, None] * HALF + d[None, :], packed.to(tl.uint8), mask)
 
 
-@triton.jit(do_not_specialize=["n_kv_head", "n_row", "sink_size", "window_size"])
+@triton.jit(do_not_specialize=["n_row", "sink_size", "window_size"])
 def append_kernel(
     k_new, v_new, k, v, k_int, v_int, k_scale, v_scale, rotation, positions,
     new_stride_kb, new_stride_kh, new_stride_vb, new_stride_vh, slot_stride_b, slot_stride_h,
-    n_row, n_kv_head, sink_size, window_size,
+    n_row, sink_size, window_size,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GROUPS: tl.constexpr,
     V_GROUPS: tl.constexpr, ROTATED: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence and KV head, 0 for K and 1 for V). K_BITS 0: what leaves is dropped."""
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()  # not before: the splits must find every processor as empty as the next
-    one = tl.program_id(0)
-    batch, head = (one // n_kv_head).to(tl.int64), (one % n_kv_head).to(tl.int64)
-    slot_at = batch * slot_stride_b + head * slot_stride_h
-    row_at = one.to(tl.int64) * n_row
-    pos = tl.load(positions + batch)
-    if tl.program_id(1) == 0:
-        append_one(
-            k_new + batch * new_stride_kb + head * new_stride_kh, k + slot_at,
-            k_int + row_at * (HEAD_DIM * K_BITS // 8),
-            k_scale + row_at * K_GROUPS, rotation, pos, sink_size, window_size, HEAD_DIM, K_BITS, K_GROUPS, ROTATED,
-            INTERPRET,
-        )  # fmt: skip
+    """Program (KV head, sequence, 0 for K and 1 for V). K_BITS 0: what leaves is dropped.
+
+    What leaves depends on earlier steps alone: it is quantised while the launch before this one, which makes the
+    new token, is still at work. A load and a store are left for afterwards. EARLY: the next launch's programs may
+    take their places before that.
+    """
+    if OVERLAP and EARLY:
+        gdc_launch_dependents()
+    head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row_at = (batch * tl.num_programs(0) + head) * n_row
+    pos = tl.load(positions + batch).to(tl.int32)
+    left = pos - sink_size - window_size  # the row of what leaves
+    # unsigned and of 32 bits: a division of 64 bits is ten times as long
+    turn = (pos - sink_size).to(tl.uint32) % window_size.to(tl.uint32)
+    slot = tl.where(left < 0, pos, sink_size + turn.to(tl.int32)).to(tl.int64)
+    slot_at = batch * slot_stride_b + head * slot_stride_h + slot * HEAD_DIM
+    if tl.program_id(2) == 0:
+        new, slots = k_new + batch * new_stride_kb + head * new_stride_kh, k + slot_at
+        if K_BITS > 0:
+            leave(
+                slots, k_int + row_at * (HEAD_DIM * K_BITS // 8), k_scale + row_at * K_GROUPS, left, rotation,
+                HEAD_DIM, K_BITS, K_GROUPS, ROTATED, INTERPRET,
+            )  # fmt: skip
     else:
-        append_one(
-            v_new + batch * new_stride_vb + head * new_stride_vh, v + slot_at,
-            v_int + row_at * (HEAD_DIM * V_BITS // 8),
-            v_scale + row_at * V_GROUPS, rotation, pos, sink_size, window_size, HEAD_DIM, V_BITS, V_GROUPS, False,
-            INTERPRET,
-        )  # fmt: skip
+        new, slots = v_new + batch * new_stride_vb + head * new_stride_vh, v + slot_at
+        if V_BITS > 0:
+            leave(
+                slots, v_int + row_at * (HEAD_DIM * V_BITS // 8), v_scale + row_at * V_GROUPS, left, rotation,
+                HEAD_DIM, V_BITS, V_GROUPS, False, INTERPRET,
+            )  # fmt: skip
+    d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
+    if OVERLAP:
+        settle(new)
+        settle(slots)
+        gdc_wait()
+    if OVERLAP and not EARLY:
+        gdc_launch_dependents()  # not before: the splits must find every processor as empty as the next
+    tl.store(slots + d, tl.load(new + d, d < HEAD_DIM).to(slots.dtype.element_ty), d < HEAD_DIM)
 
 
 @triton.jit
-def append_one(
-    new, slots, ints, scales, rotation, pos, sink_size, window_size,
+def settle(at):
+    """Have the address, a scalar, computed and translated by now; the compiler would put it off until it is used."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def leave(
+    slot, ints, scales, row, rotation,
     HEAD_DIM: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, ROTATED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One token of one head: quantise what its slot holds if that leaves the window, then write the slot."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    DIM: tl.constexpr = triton.next_power_of_2(HALF)
-    # Matrix units rotate 16 vectors or none: here all are the same one, and the first is stored.
-    N: tl.constexpr = 16 if ROTATED else 1
-    n = tl.arange(0, N)
-    d = tl.arange(0, DIM)
-    slot = tl.where(pos < sink_size, pos, sink_size + (pos - sink_size) % window_size)
-    at = d[None, :] + n[:, None] * 0
-    there = at < HALF
-    first, second = tl.load(new + at, there, 0.0), tl.load(new + HALF + at, there, 0.0)
-    at = slots + slot * HEAD_DIM + at
-    if BITS > 0:  # noqa: SIM102, the first is decided when compiling
-        if pos >= sink_size + window_size:
-            row = pos - window_size - sink_size + n
-            store_vectors(
-                tl.load(at, there, 0.0), tl.load(at + HALF, there, 0.0), ints, scales, row, n == 0, rotation,
-                HEAD_DIM, BITS, GROUPS, ROTATED, INTERPRET,
-            )  # fmt: skip
-            tl.debug_barrier()  # the old token has been read before the new one overwrites it
-    there &= (n == 0)[:, None]
-    tl.store(at, first.to(slots.dtype.element_ty), there)
-    tl.store(at + HALF, second.to(slots.dtype.element_ty), there)
+    """Quantise the vector [D] in `slot` into row `row` of its head; a negative row: nothing leaves yet."""
+    if row >= 0:
+        d = tl.arange(0, triton.next_power_of_2(HEAD_DIM // 2))[None, :]
+        there = d < HEAD_DIM // 2
+        # from L2: before its wait a launch has no promise that L1 holds nothing older
+        low = tl.load(slot + d, there, 0.0, cache_modifier=".cg")
+        high = tl.load(slot + HEAD_DIM // 2 + d, there, 0.0, cache_modifier=".cg")
+        one = tl.arange(0, 1)
+        store_vectors(
+            low, high, ints, scales, row.to(tl.int64) + one, one == 0, rotation,
+            HEAD_DIM, BITS, GROUPS, ROTATED, INTERPRET,
+        )  # fmt: skip
+        tl.debug_barrier()  # every thread has read its part before another's new one takes the place
 
 
 def operands(regions: Regions) -> tuple[list[Tensor], dict[str, int]]:
@@ -186,16 +205,22 @@ def operands(regions: Regions) -> tuple[list[Tensor], dict[str, int]]:
 def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
     """Write one token per sequence; the one that it pushes out of the window is quantised, or dropped.
 
-    k, v: [batch, n_kv_head, head_dim]; positions: int64 [batch], where the new tokens stand.
+    k, v: [batch, n_kv_head, head_dim]; positions: int64 [batch], below 2**31, where the new tokens stand.
+
+    On Hopper `positions` and the slots are read, and rows are written, before the launch ahead of this one has ended;
+    k and v are read after it. So an ordinary launch, one that waits for all before it, must stand between whatever
+    writes a slot or `positions` and this: a step's lengths and its sampling are such. Of two calls for one cache with
+    nothing of that kind between, the second may miss what the first writes, where that is its slot: window_size 1, or
+    positions that repeat.
     """
     batch, n_kv_head, _ = k.shape
     assert k.stride(2) == v.stride(2) == 1 and positions.is_contiguous()
     overlap = processor(k.device).overlap
     stored, flags = operands(regions)
-    append_kernel[(batch * n_kv_head, 2)](
+    append_kernel[(n_kv_head, batch, 2)](
         k, v, regions.k, regions.v, *stored, positions,
         *k.stride()[:2], *v.stride()[:2], *regions.k.stride()[:2], stored[0].shape[2],
-        n_kv_head, regions.sink_size, regions.window_size, **flags, OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
+        regions.sink_size, regions.window_size, **flags, OVERLAP=overlap, EARLY=EARLY, launch_pdl=overlap, num_warps=1,
     )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def compiles(k_bits: int, v_bits: int, n_group: int, rotated: bool) -> None:
     shared = {"HEAD_DIM": 128, "K_BITS": k_bits, "V_BITS": v_bits, "K_GROUPS": n_group if k_bits == 4 else 1,
               "V_GROUPS": n_group if v_bits == 4 else 1}  # fmt: skip
     store = shared | {"ROTATED": rotated, "INTERPRET": False}
-    compile_kernel(append_kernel, types, store | {"OVERLAP": True})
+    compile_kernel(append_kernel, types, store | {"OVERLAP": True, "EARLY": False})
     compile_kernel(quantize_kernel, types, store | {"BLOCK": 16})
     compile_kernel(dequantize_kernel, types, shared | {"BLOCK": 32})
 

@@ -1,0 +1,36 @@
+"""The Hadamard matrix of `quantize.py` times a vector, in registers: a fast Walsh-Hadamard transform.
+
+log2(n) rounds, in each of which an element meets the one whose index differs in one bit: x[i] + x[j] takes the
+place of x[i], x[i] - x[j] that of x[j]. Between threads of a warp a meeting is one shuffle, within a thread nothing
+at all, and the matrix is not read. It is the way for a vector or a few, with no time to lose; blocks of tokens go
+through the matrix units.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def butterfly(x, SIZE: tl.constexpr, AFTER: tl.constexpr):
+    """x: float32 [before, SIZE, AFTER] in any shape of that order; SIZE a power of two. Returns H x, in x's shape.
+
+    The partner comes from `xor_sum`, which has both elements of a pair meet: own ^ (own ^ partner) is the partner,
+    to the bit, and the compiler sees it (a sum would do as well, but for its rounding).
+    """
+    sign = tl.where(tl.arange(0, 2) == 0, 1.0, -1.0)[None, :, None]
+    y = x
+    for i in tl.static_range(SIZE.bit_length() - 1):
+        y = tl.reshape(y, (x.numel // (AFTER * 2 << i), 2, AFTER << i))
+        bits = y.to(tl.int32, bitcast=True)
+        partner = (tl.xor_sum(bits, 1, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
+        y = y * sign + partner
+    return tl.reshape(y, x.shape)
+
+
+@triton.jit
+def butterfly_halves(low, high, HALF: tl.constexpr, AFTER: tl.constexpr):
+    """The lower and upper half of a vector of 2 * HALF elements, as `butterfly` takes them; so returned."""
+    low, high = butterfly(low, HALF, AFTER), butterfly(high, HALF, AFTER)
+    return low + high, low - high
