@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.regions import Regions
+from kernels.triton_hadamard import butterfly_halves
 from kernels.triton_plan import Plan, fitting, plan, processor
 from kernels.triton_tiles import (
     NEGATIVE,
@@ -141,19 +142,12 @@ def int_share(
         sums = (added,)
     else:
         half = tl.arange(0, DIM // 2)
+        low = load_q(q, q_stride, head, n_head, half, half < HEAD_DIM // 2)
+        high = load_q(q, q_stride, head, n_head, half + HEAD_DIM // 2, half < HEAD_DIM // 2)
         if ROTATED:
-            d = tl.arange(0, DIM)
-            at = rotation + half[:, None] * HEAD_DIM + d[None, :]
-            low, high = tl.load(at), tl.load(at + HEAD_DIM // 2 * HEAD_DIM)
-            same = x.to(tl.float32 if INTERPRET else rotation.dtype.element_ty)  # as it was stored: exact
-            low, high = low.to(same.dtype), high.to(same.dtype)
-            norm: tl.constexpr = HEAD_DIM**-0.5
-            low = tl.dot(low, same, input_precision="ieee") * norm
-            high = tl.dot(high, same, input_precision="ieee") * norm
-        else:
-            low = load_q(q, q_stride, head, n_head, half, half < HEAD_DIM // 2)
-            high = load_q(q, q_stride, head, n_head, half + HEAD_DIM // 2, half < HEAD_DIM // 2)
-        unit = tl.maximum(tl.maximum(tl.max(tl.abs(low), 0), tl.max(tl.abs(high), 0)), 1e-20) / 127.0
+            low, high = butterfly_halves(low, high, DIM // 2, HEADS)
+            scale *= HEAD_DIM**-0.5  # the terms stand for the queries' directions, `step` for their lengths
+        unit = tl.maximum(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 0), 1e-20) / 127.0
         low_terms, low_sum = two_terms(low, unit, HEADS)
         high_terms, high_sum = two_terms(high, unit, HEADS)
         both = (
@@ -206,10 +200,8 @@ def split_kernel(
         n_token, n_slot, n_split, COST, WARPS * FLOAT_SLICE, WARPS * INT_SLICE, HAS_INT
     )
     log2_scale = softmax_scale * 1.4426950408889634  # exp2 is an instruction, exp is not
-    at = (batch * tl.num_programs(0) + column) * n_split + split
+    at = ((tl.program_id(1) * tl.num_programs(0) + column) * n_split + split).to(tl.int64)
     part = tl.arange(0, HEADS)
-    partial += at * HEADS * HEAD_DIM
-    statistics += at * (2 * HEADS) + 2 * part
     if split < n_float:
         lo = split * float_len
         if lo < n_full:
@@ -222,9 +214,10 @@ def split_kernel(
                 x, partner, k + slot_at, v + slot_at, frequencies, lo, tl.minimum(lo + float_len, n_full), sink_size,
                 n_token - n_slot, log2_scale, HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, INTERPRET,
             )  # fmt: skip
-            tl.store(partial + part[None, :] * HEAD_DIM + d[:, None], out, (d < HEAD_DIM)[:, None])
-            tl.store(statistics, best)
-            tl.store(statistics + 1, total)
+            to = partial + at * (HEADS * HEAD_DIM) + part[None, :] * HEAD_DIM + d[:, None]
+            tl.store(to, out, (d < HEAD_DIM)[:, None])
+            tl.store(statistics + at * (2 * HEADS) + 2 * part, best)
+            tl.store(statistics + at * (2 * HEADS) + 2 * part + 1, total)
     elif HAS_INT:
         first = (split - n_float) * int_len
         if first < n_int:
@@ -237,14 +230,14 @@ def split_kernel(
                 K_GROUPS, V_GROUPS, ROTATED, INTERPRET,
             )  # fmt: skip
             dim = 2 * tl.arange(0, sums.shape[0])[:, None, None] + tl.arange(0, 2)[None, None, :]
-            to = partial + part[None, :, None] * HEAD_DIM + dim
+            to = partial + at * (HEADS * HEAD_DIM) + part[None, :, None] * HEAD_DIM + dim
             if V_BITS == 8:
                 tl.store(to, sums, dim < HEAD_DIM)
             else:
                 tl.store(to, sums)
                 tl.store(to + HEAD_DIM // 2, high_sums)
-            tl.store(statistics, largest)
-            tl.store(statistics + 1, weights)
+            tl.store(statistics + at * (2 * HEADS) + 2 * part, largest)
+            tl.store(statistics + at * (2 * HEADS) + 2 * part + 1, weights)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -19,13 +19,15 @@ def butterfly(x, SIZE: tl.constexpr, AFTER: tl.constexpr):
     The partner comes from `xor_sum`, which has both elements of a pair meet: own ^ (own ^ partner) is the partner,
     to the bit, and the compiler sees it (a sum would do as well, but for its rounding).
     """
+    tl.static_assert(SIZE & (SIZE - 1) == 0 and SIZE <= 4096)
     sign = tl.where(tl.arange(0, 2) == 0, 1.0, -1.0)[None, :, None]
     y = x
-    for i in tl.static_range(SIZE.bit_length() - 1):
-        y = tl.reshape(y, (x.numel // (AFTER * 2 << i), 2, AFTER << i))
-        bits = y.to(tl.int32, bitcast=True)
-        partner = (tl.xor_sum(bits, 1, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
-        y = y * sign + partner
+    for i in tl.static_range(12):
+        if 2 << i <= SIZE:  # decided when compiling
+            y = tl.reshape(y, (x.numel // (AFTER * 2 << i), 2, AFTER << i))
+            bits = y.to(tl.int32, bitcast=True)
+            partner = (tl.xor_sum(bits, 1, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
+            y = y * sign + partner
     return tl.reshape(y, x.shape)
 
 
