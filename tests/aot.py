@@ -71,11 +71,29 @@ def compile_tokens_kernel(
     }  # fmt: skip
     types = {name: f"*{dtype}" for name in ("x", "weight", "bias", "norm", "residual", "out")}
     types |= {"cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
-    return counted(compile_kernel(tokens_kernel, types, constants, tuple(types)[:-1], p.warps))
+    return counted(compile_kernel(tokens_kernel, types, constants, p.warps, True))
 
 
 def counted(compiled: Any) -> dict[str, int] | None:
     """What matters of the machine code; None if the tools are missing."""
+    found = disassembled(compiled)
+    if found is None:
+        return None
+    sass, usage = found
+    resources = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    count = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HMMA", "IMMA", "CCTL")}
+    return count | {
+        "registers": int(resources["REG"]),
+        "stack": int(resources["STACK"]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "byte_loads": len(re.findall(r"\b(?:LDS\.[US]8|LDG\.E\.[US]8)\b", sass)),
+        "copies": len(re.findall(r"\bLDGSTS", sass)),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def disassembled(compiled: Any) -> tuple[str, str] | None:
+    """Machine code, and what it uses; None if the tools are missing."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         return None
@@ -84,14 +102,28 @@ def counted(compiled: Any) -> dict[str, int] | None:
         cubin.write_bytes(compiled.asm["cubin"])
         sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
         usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
-    resources = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout + usage.stderr))
-    count = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HMMA", "IMMA", "CCTL")}
-    return count | {
-        "registers": int(resources["REG"]),
-        "stack": int(resources["STACK"]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "byte_loads": len(re.findall(r"\b(?:LDS\.[US]8|LDG\.E\.[US]8)\b", sass)),
-        "copies": len(re.findall(r"\bLDGSTS", sass)),
+    return sass, usage.stdout + usage.stderr
+
+
+def compile_append_kernel(head_dim: int, bits: int, n_group: int = 1, early: bool = False) -> dict[str, int] | None:
+    """What counts in `append_kernel` as a launch has it: above all what follows its wait. bits 0: no rows."""
+    ints, scales = {0: ("*bf16", "*bf16"), 4: ("*u8", "*i32"), 8: ("*i8", "*fp32")}[bits]
+    types = {name: "*bf16" for name in ("k_new", "v_new", "k", "v", "rotation")} | {"positions": "*i64"}
+    types |= {"k_int": ints, "v_int": ints, "k_scale": scales, "v_scale": scales}
+    constants = {"HEAD_DIM": head_dim, "K_BITS": bits, "V_BITS": bits, "K_GROUPS": n_group, "V_GROUPS": n_group,
+                 "ROTATED": bits == 4, "INTERPRET": False, "OVERLAP": True, "EARLY": early}  # fmt: skip
+    compiled = compile_kernel(append_kernel, types, constants, 1, True)
+    found = disassembled(compiled)
+    if found is None:
+        return None
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", found[0], re.MULTILINE)
+    wait = names.index("ACQBULK")
+    return {
+        "instructions": len(names),
+        "after_wait": names.index("EXIT", wait) - wait,
+        "trigger": names.index("PREEXIT") - wait,
+        "local": len([n for n in names if n.startswith(("LDL", "STL"))]),
+        "stack": int(re.findall(r"STACK:(\d+)", found[1])[0]),
         "shared": compiled.metadata.shared,
     }
 
@@ -111,16 +143,17 @@ def compiles(k_bits: int, v_bits: int, n_group: int, rotated: bool) -> None:
 
 
 def compile_kernel(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...] = (), warps: int = 4
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4, aligned: bool = False
 ) -> Any:
-    """For Hopper. types: of the arguments that are no int32; aligned: those that are multiples of 16."""
+    """For Hopper. types: of the arguments that are no int32; aligned: pointers and strides are multiples of 16."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    even = [n for n in names if aligned and ("stride" in n or signature[n].startswith("*"))]
     source = ASTSource(
         kernel,
         signature=signature,
         constexprs={(names.index(n),): c for n, c in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in even},
     )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 

@@ -121,3 +121,8 @@ def poison(device: str) -> None:
     """Fill memory about to be reused with NaN: what a kernel does not write, or reads too early, shows."""
     for n in (1 << 12, 1 << 16, 1 << 20):
         torch.full((n,), float("nan"), device=device)
+
+
+def settle(device: str) -> None:
+    """An ordinary launch, which waits for all before it: without one between, `append` may look ahead of another."""
+    torch.ones(1, device=device)

@@ -23,6 +23,7 @@ from kernel_reference import (
     held,
     poison,
     reference,
+    settle,
     slot_of,
     tokens,
     turned,
@@ -189,6 +190,7 @@ def test_a_spoiled_token_spoils_no_neighbour(device: str) -> None:
         spoiled.v[0, 1, slot_of(52, 2, 8), 3] = bad
         new = torch.randn(2, 2, 16, device=device)
         for target in (spoiled, clean):
+            settle(device)
             kernels.append(target, new, new, torch.tensor([60, 60], device=device))
         assert spoiled.v_scale is not None and clean.v_scale is not None
         assert not spoiled.v_scale[0, 1, 50].isfinite()
@@ -218,6 +220,7 @@ def test_append(sink: int, window: int, quantised: bool, head_dim: int, dtype: t
         for b in range(2):
             qkv[b, 2:4], qkv[b, 5:7] = k[b, :, int(at[b])], v[b, :, int(at[b])]
         new = qkv.to(device)
+        settle(device)
         kernels.append(regions, new[:, 2:4], new[:, 5:7], at)
     expected = held(k, v, [n, n - lag], sink, window, n_row, "cpu")
     for b, length in enumerate((n, n - lag)):
@@ -242,9 +245,9 @@ def test_append_rounds_as_the_reference_does(device: str) -> None:
     regions = held(x[None, None], x[None, None], [1], 0, 1, n, device)
     regions.k[0, 0, 0] = regions.v[0, 0, 0] = x[0].to(device)
     for i in range(1, n):
-        kernels.append(
-            regions, x[None, i : i + 1].to(device), x[None, i : i + 1].to(device), torch.tensor([i], device=device)
-        )
+        new, at = x[None, i : i + 1].to(device), torch.tensor([i], device=device)
+        settle(device)
+        kernels.append(regions, new, new, at)
     integers, scales = quantize(x[: n - 1])
     assert regions.k_int is not None and regions.k_scale is not None
     assert torch.equal(regions.k_int[0, 0, : n - 1].cpu(), integers)
@@ -272,7 +275,9 @@ def test_append_of_four_bits(head_dim: int, dtype: torch.dtype, formats: tuple[F
     regions = held(k, v, [0, 0], sink, window, n - sink - window, device, formats)
     for step in range(n):
         new = torch.stack((k[:, :, step], v[:, :, step])).to(device)
-        kernels.append(regions, new[0], new[1], torch.full((2,), step, device=device))
+        at = torch.full((2,), step, device=device)
+        settle(device)
+        kernels.append(regions, new[0], new[1], at)
     expected = held(k, v, [n, n], sink, window, n - sink - window, "cpu", formats)
     for b in range(2):
         same_rows(regions, expected, b, n - sink - window)
