@@ -2,7 +2,7 @@
 
 The weights are read once and nothing else takes long, if enough of them is on its way at any time: a loop over
 K of `stages` blocks copies them to shared memory asynchronously. Weights' rows lie along the matrix units' long
-side and tokens along the short one. A block of K is cut into one slice per warp (`dot` over a batch of SLICES
+side and tokens along the short one. A block of K is cut into one slice per warp (`dot` over a batch of WARPS
 slices): no warp loads what another one has loaded, and warps meet once, after their last block.
 
 What stands around the product is in the same launch. A norm: g * x is the operand, and 1 / rms(x) a factor
@@ -39,7 +39,7 @@ def fetch(at):
 @triton.jit(do_not_specialize=["n_out", "n_token", "n_turned", "end"])
 def tokens_kernel(
     x, weight, bias, norm, residual, cos, sin, out, n_out, n_turned, n_token, end, eps,
-    K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr,
     STAGES: tl.constexpr, EARLY: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr,
     BIAS: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def tokens_kernel(
     if OVERLAP:
         gdc_launch_dependents()
     PAIRED: tl.constexpr = SWIGLU or HEAD_DIM > 0
-    BLOCK: tl.constexpr = SLICES * SLICE
+    BLOCK: tl.constexpr = WARPS * SLICE
     UNITS: tl.constexpr = ROWS // 2 if PAIRED else ROWS
     r = tl.arange(0, ROWS)  # the first rows of all units, then the second ones
     row, apart = rows_of(tl.program_id(0) * UNITS + r % UNITS, n_out, HEAD_DIM, SWIGLU)
@@ -70,12 +70,12 @@ def tokens_kernel(
     follows = what_follows(
         bias, residual, cos, sin, unit, apart, at, token[None, :], n_turned, there, HEAD_DIM, BIAS, ADD
     )
-    k = (tl.arange(0, SLICES) * SLICE)[:, None] + tl.arange(0, SLICE)[None, :]
+    k = (tl.arange(0, WARPS) * SLICE)[:, None] + tl.arange(0, SLICE)[None, :]
     weight_at = weight + start_of_row[None, :, None] + k[:, None, :]
     x_at = x + token[None, None, :] * K + k[:, :, None]
     given = (token < n_token)[None, None, :]
-    total = tl.zeros((SLICES, ROWS, N), tl.float32)
-    squares = tl.zeros((SLICES, N, N), tl.float32)
+    total = tl.zeros((WARPS, ROWS, N), tl.float32)
+    squares = tl.zeros((WARPS, N, N), tl.float32)
     for start in tl.range(0, end, BLOCK, num_stages=STAGES):
         if K % BLOCK == 0:
             tile = tl.load(weight_at + start)
@@ -103,20 +103,17 @@ def tokens_kernel(
 
 
 class Plan(NamedTuple):
-    """What a program of `tokens_kernel` takes on. A block with a norm should have 64 elements a warp, or the norm's
-    part of it is no asynchronous copy (those have 4 bytes a thread at least).
-    """
+    """What a program of `tokens_kernel` takes on."""
 
     rows: int  # of the weight: both rows of a unit count
-    slices: int  # of a block of K, each with products of its own
-    slice: int  # elements
+    warps: int  # each with a slice of a block of K: more warps than slices would repeat one another's products
+    slice: int  # elements; below 64 a norm's part of a block is no asynchronous copy (those have 4 bytes a thread)
     stages: int  # blocks in flight, and one
-    warps: int
     early: int = 512  # elements of a row asked for before the wait; 0: none
 
     def shared(self, n: int) -> int:
         """Bytes of shared memory for n tokens, with a norm."""
-        return (self.stages - 1) * self.slices * self.slice * (self.rows + n + 1) * 2
+        return (self.stages - 1) * self.warps * self.slice * (self.rows + n + 1) * 2
 
 
 def tokens_fit(x: Tensor) -> bool:
@@ -135,13 +132,13 @@ def plan_tokens(n_row: int, n_token: int, n_processor: int, shared: int) -> Plan
     few of them, because each reads all tokens.
     """
     if n_row <= 16 * n_processor:
-        p = Plan(16, 8, 64, 4, 8)
+        p = Plan(16, 8, 64, 4)
     elif n_row <= 32 * n_processor:
-        p = Plan(32, 8, 64, 4, 8)
+        p = Plan(32, 8, 64, 4)
     elif n_row <= 64 * n_processor:
-        p = Plan(32, 4, 64, 5, 4)
+        p = Plan(32, 4, 64, 5)
     else:
-        p = Plan(64, 2, 64, 4 if n_token <= 8 else 3, 2)
+        p = Plan(64, 2, 64, 4 if n_token <= 8 else 3)
     while p.shared(padded(n_token)) > shared - SHARED_SLACK:
         p = p._replace(stages=p.stages - 1) if p.stages > 3 else p._replace(slice=p.slice // 2)
     return p
@@ -157,7 +154,7 @@ def run_tokens(x: Tensor, weight: Tensor, around: Around, p: Plan) -> Tensor:
     units = p.rows // 2 if around.paired else p.rows
     tokens_kernel[(triton.cdiv(around.n_unit(weight), units),)](
         x, weight, *around.pointers(x), out, n_out, around.n_turned, n_token, k, around.eps,
-        K=k, N=padded(n_token), ROWS=p.rows, SLICES=p.slices, SLICE=p.slice, STAGES=p.stages, EARLY=p.early,
+        K=k, N=padded(n_token), ROWS=p.rows, WARPS=p.warps, SLICE=p.slice, STAGES=p.stages, EARLY=p.early,
         **around.constants, OVERLAP=overlap, INTERPRET=INTERPRET, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip
     return out

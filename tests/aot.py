@@ -65,7 +65,7 @@ def compile_tokens_kernel(
     """Registers, spills and instruction counts of `tokens_kernel` by its plan; None if the tools are missing."""
     p = plan_tokens(n_row, n_token, 132, HOPPER_SHARED)
     constants = {
-        "K": k, "N": padded(n_token), "ROWS": p.rows, "SLICES": p.slices, "SLICE": p.slice, "STAGES": p.stages,
+        "K": k, "N": padded(n_token), "ROWS": p.rows, "WARPS": p.warps, "SLICE": p.slice, "STAGES": p.stages,
         "EARLY": p.early, "HEAD_DIM": head_dim, "NORM": norm, "SWIGLU": swiglu, "BIAS": bias, "ADD": add,
         "OVERLAP": True, "INTERPRET": False,
     }  # fmt: skip
@@ -180,7 +180,7 @@ def compile_the_rest() -> None:
         compile_kernel(swiglu_kernel, types, {"BLOCK": 1024, "OVERLAP": overlap})
         for k in (4096, 3600, 100):  # whole blocks of K, or not; rows that are not of 16 bytes
             compile_kernel(tokens_kernel, types, {
-                "K": k, "N": 8, "ROWS": 32, "SLICES": 4, "SLICE": 64, "STAGES": 3, "EARLY": 512, "HEAD_DIM": 0,
+                "K": k, "N": 8, "ROWS": 32, "WARPS": 4, "SLICE": 64, "STAGES": 3, "EARLY": 512, "HEAD_DIM": 0,
                 "NORM": True, "SWIGLU": True, "BIAS": False, "ADD": True, "OVERLAP": overlap, "INTERPRET": False,
             })  # fmt: skip
     compile_kernel(slots_kernel, types, {"HEAD_DIM": 128, "BLOCK": 16})
