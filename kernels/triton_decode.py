@@ -5,9 +5,9 @@ head, each writes a partial softmax, and a second small launch merges them. Leng
 device and the grid depends on the cache's capacity alone, so one CUDA graph serves every length; programs with
 nothing to do return at once, and the second launch reads only what was written.
 
-The first programs take full-precision slots and the others int8 rows, in proportion to their bytes. The
-shares depend on how many tokens there are, never on capacity: as long as nothing has left the window, the
-result is the full cache's, bit for bit.
+Full-precision slots and then quantised rows are one range of work, measured in bytes and cut evenly: the program at
+the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing
+has left the window, the result is the full cache's, bit for bit.
 
 Layout rule: slots [0, min(n, sink + window)) and rows [0, n - sink - window) hold tokens; both are contiguous,
 and a softmax does not mind a ring's order. `triton_tiles.py` tells what happens to a block of them.
@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.regions import Regions
 from kernels.triton_hadamard import butterfly_halves
-from kernels.triton_plan import Plan, fitting, plan, processor
+from kernels.triton_plan import Plan, cuts, fitting, plan, processor
 from kernels.triton_tiles import (
     NEGATIVE,
     UNSEEN,
@@ -47,36 +47,37 @@ COUNTS = (
 
 
 @triton.jit
-def blocks_each(n_block, n_program):
-    """ceil(n_block / n_program), by a float32 division: integer ones are long. Exact below 2**20 blocks."""
-    return ((n_block + n_program - 0.5) / n_program).to(tl.int32)
-
-
-@triton.jit
 def partition(
     n_token, n_slot, n_split,
-    COST: tl.constexpr, FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, HAS_INT: tl.constexpr,
+    FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr,
+    HAS_INT: tl.constexpr,
 ):  # fmt: skip
-    """Share out a sequence of n_token tokens: the first n_float of n_split programs take slots, the others rows.
+    """What n_split programs share of a sequence of n_token tokens: one range of work, slots before rows.
 
-    A slot costs COST times a row. Returns n_float, the number of slots, slots per program, the number of
-    rows and rows per program; a program whose first token is beyond the last is idle. As long as there
-    are no rows the answer does not depend on n_slot: it is the full cache's.
+    A block of slots is FLOAT_COST long there and one of rows INT_COST; program s takes the blocks that begin in
+    [s * each, (s + 1) * each), see `first_blocks`. Returns each, the number of slots and of their blocks, the number
+    of rows and of their blocks. Exact while the whole range is below 2**31. As long as there are no rows, `each` is
+    a number of blocks and depends on neither n_slot nor the costs: the shares are the full cache's.
     """
     n_full = tl.minimum(n_token, n_slot).to(tl.int32)
     float_blocks = tl.cdiv(n_full, FLOAT_BLOCK)
+    n_int, int_blocks = n_full * 0, n_full * 0
+    work, unit = float_blocks, FLOAT_COST
     if HAS_INT:
         n_int = tl.maximum(n_token - n_slot, 0).to(tl.int32)
         int_blocks = tl.cdiv(n_int, INT_BLOCK)
-        cost = n_full.to(tl.float32) * COST
-        share = (n_split * (cost / (cost + n_int.to(tl.float32))) + 0.5).to(tl.int32)
-        share = tl.minimum(tl.minimum(tl.maximum(share, 1), n_split - 1), float_blocks)
-        n_float = tl.where(n_int > 0, share, n_split)
-        int_len = blocks_each(int_blocks, n_split - share) * INT_BLOCK
-    else:
-        n_int, int_len = n_full * 0, n_full * 0
-        n_float = n_split
-    return n_float, n_full, blocks_each(float_blocks, n_float) * FLOAT_BLOCK, n_int, int_len
+        work = tl.where(n_int > 0, float_blocks * FLOAT_COST + int_blocks * INT_COST, work)
+        unit = tl.where(n_int > 0, 1, FLOAT_COST)
+    each = ((work + n_split - 1).to(tl.uint32) // n_split.to(tl.uint32)).to(tl.int32)  # unsigned: half as long
+    return each * unit, n_full, float_blocks, n_int, int_blocks
+
+
+@triton.jit
+def first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr):
+    """Where the shares of `split` and of all programs after it begin: a block of slots and a block of rows."""
+    at = split * each
+    row_at = tl.maximum(at - float_blocks * FLOAT_COST, 0)
+    return tl.minimum(tl.cdiv(at, FLOAT_COST), float_blocks), tl.minimum(tl.cdiv(row_at, INT_COST), int_blocks)
 
 
 @triton.jit
@@ -168,6 +169,16 @@ def int_share(
     return first, second, best * tl.sum(step, 0), sum_of_weights
 
 
+@triton.jit
+def fetch(start, end, LINES: tl.constexpr):
+    """Have up to LINES lines of 128 bytes brought to the L2. start, end: pointers; nothing from `end` on is touched."""
+    first, last = start.to(tl.int64), end.to(tl.int64) - 1
+    line = tl.minimum(first + tl.arange(0, triton.next_power_of_2(LINES)) * 128, last)
+    tl.inline_asm_elementwise(  # an assembly has a result, whether or not anyone asks for it
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
     q, k, v, k_int, v_pair, k_scale, v_scale, rotation, positions, frequencies, partial, statistics,
@@ -175,89 +186,112 @@ def split_kernel(
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
-    ROTATED: tl.constexpr, COST: tl.constexpr, TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    ROTATED: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, AHEAD: tl.constexpr,
+    TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (column, sequence, split): a share of the tokens of one sequence, one KV head (column //
     TILES) and HEADS of its query heads. K_BITS 0: nothing is quantised.
 
-    partial: float32 [sequence, column, n_split, HEADS, HEAD_DIM], weighted sums of values; statistics:
-    float32 [sequence, column, n_split, HEADS, 2], the largest score in log2 units and the sum of weights.
+    partial: float32 [sequence, column, n_split + 1, HEADS, HEAD_DIM], weighted sums of values; statistics:
+    float32 [sequence, column, n_split + 1, HEADS, 2], the largest score in log2 units and the sum of weights. What
+    comes of a program's slots stands at `split` and what comes of its rows at split + 1: one program has both.
+    AHEAD: rows, or as many bytes of slots, that are on their way to the L2 before the last launch ends.
     """
-    if OVERLAP:
-        gdc_launch_dependents()  # the merging programs may take their places; they wait for these to end
-        gdc_wait()  # for the token's own key and value
     column, split = tl.program_id(0), tl.program_id(2)
     batch, kv_head = tl.program_id(1).to(tl.int64), (column // TILES).to(tl.int64)
+    HAS_INT: tl.constexpr = K_BITS > 0
+    FLOAT_BLOCK: tl.constexpr = WARPS * FLOAT_SLICE
+    INT_BLOCK: tl.constexpr = WARPS * INT_SLICE
+    K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8  # bytes
+    V_ROW: tl.constexpr = HEAD_DIM * V_BITS // 8
+    if OVERLAP:
+        gdc_launch_dependents()  # the merging programs may take their places; they wait for these to end
+    # Positions are older than the step's first launch, so that who takes what is known before the wait.
+    n_token = tl.load(positions + batch) + 1
+    each, n_full, float_blocks, n_int, int_blocks = partition(
+        n_token, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, FLOAT_COST, INT_COST, HAS_INT
+    )
+    lo, row_lo = first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    hi, row_hi = first_blocks(split + 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    lo, hi = lo * FLOAT_BLOCK, tl.minimum(hi * FLOAT_BLOCK, n_full)
+    row_lo, row_hi = row_lo * INT_BLOCK, tl.minimum(row_hi * INT_BLOCK, n_int)
+    slot_at = batch * slot_stride_b + kv_head * slot_stride_h
+    k += slot_at
+    v += slot_at
+    if HAS_INT:
+        row_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_row
+        k_int += row_at * K_ROW
+        v_pair += row_at * (V_ROW // 2)
+        k_scale += row_at * K_GROUPS
+        v_scale += row_at * V_GROUPS
+    if OVERLAP:
+        if AHEAD > 0 and lo < hi:
+            SLOT_BYTES: tl.constexpr = (K_ROW + V_ROW) // 2 if HAS_INT else HEAD_DIM * k.dtype.element_ty.primitive_bitwidth // 8
+            fetch(k + lo * HEAD_DIM, k + hi * HEAD_DIM, AHEAD * SLOT_BYTES // 128)
+            fetch(v + lo * HEAD_DIM, v + hi * HEAD_DIM, AHEAD * SLOT_BYTES // 128)
+        if HAS_INT and AHEAD > 0 and row_lo < row_hi:
+            fetch(k_int + row_lo * K_ROW, k_int + row_hi * K_ROW, AHEAD * K_ROW // 128)
+            fetch(v_pair + row_lo * (V_ROW // 2), v_pair + row_hi * (V_ROW // 2), AHEAD * V_ROW // 128)
+            fetch(k_scale + row_lo * K_GROUPS, k_scale + row_hi * K_GROUPS, AHEAD * K_GROUPS // 32)
+            fetch(v_scale + row_lo * V_GROUPS, v_scale + row_hi * V_GROUPS, AHEAD * V_GROUPS // 32)
+        if (lo < hi) | (row_lo < row_hi):  # asking this, the compiler has the shares before the wait, not after it
+            gdc_wait()  # for the token's own query, key and value
     DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 32))
     d = tl.arange(0, DIM)
     head = column % TILES * HEADS + tl.arange(0, HEADS)  # within the group
     q += batch * q_stride_b + kv_head * group * q_stride_h
-    x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)  # early: it is a while on its way
-    n_token = tl.load(positions + batch) + 1
-
-    HAS_INT: tl.constexpr = K_BITS > 0
-    n_float, n_full, float_len, n_int, int_len = partition(
-        n_token, n_slot, n_split, COST, WARPS * FLOAT_SLICE, WARPS * INT_SLICE, HAS_INT
-    )
+    x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
     log2_scale = softmax_scale * 1.4426950408889634  # exp2 is an instruction, exp is not
-    at = ((tl.program_id(1) * tl.num_programs(0) + column) * n_split + split).to(tl.int64)
+    at = (batch * tl.num_programs(0) + column) * (n_split + 1) + split
     part = tl.arange(0, HEADS)
-    if split < n_float:
-        lo = split * float_len
-        if lo < n_full:
-            partner = x
-            if TURN_SINKS:
-                swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
-                partner = load_q(q, q_stride_h, head, group, swapped, d < HEAD_DIM)
-            slot_at = batch * slot_stride_b + kv_head * slot_stride_h
-            out, best, total = float_share(
-                x, partner, k + slot_at, v + slot_at, frequencies, lo, tl.minimum(lo + float_len, n_full), sink_size,
-                n_token - n_slot, log2_scale, HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, INTERPRET,
-            )  # fmt: skip
-            to = partial + at * (HEADS * HEAD_DIM) + part[None, :] * HEAD_DIM + d[:, None]
-            tl.store(to, out, (d < HEAD_DIM)[:, None])
-            tl.store(statistics + at * (2 * HEADS) + 2 * part, best)
-            tl.store(statistics + at * (2 * HEADS) + 2 * part + 1, total)
-    elif HAS_INT:
-        first = (split - n_float) * int_len
-        if first < n_int:
-            row_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_row
-            sums, high_sums, largest, weights = int_share(
-                x, q, q_stride_h, head, group, rotation,
-                k_int + row_at * (HEAD_DIM * K_BITS // 8), v_pair + row_at * (HEAD_DIM * V_BITS // 16),
-                k_scale + row_at * K_GROUPS, v_scale + row_at * V_GROUPS, first,
-                tl.minimum(first + int_len, n_int), log2_scale, HEAD_DIM, WARPS, INT_SLICE, INT_STAGES, K_BITS, V_BITS,
-                K_GROUPS, V_GROUPS, ROTATED, INTERPRET,
-            )  # fmt: skip
-            dim = 2 * tl.arange(0, sums.shape[0])[:, None, None] + tl.arange(0, 2)[None, None, :]
-            to = partial + at * (HEADS * HEAD_DIM) + part[None, :, None] * HEAD_DIM + dim
-            if V_BITS == 8:
-                tl.store(to, sums, dim < HEAD_DIM)
-            else:
-                tl.store(to, sums)
-                tl.store(to + HEAD_DIM // 2, high_sums)
-            tl.store(statistics + at * (2 * HEADS) + 2 * part, largest)
-            tl.store(statistics + at * (2 * HEADS) + 2 * part + 1, weights)
+    partial += at * HEADS * HEAD_DIM
+    statistics += at * (2 * HEADS) + 2 * part
+    if lo < hi:
+        partner = x
+        if TURN_SINKS:
+            swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
+            partner = load_q(q, q_stride_h, head, group, swapped, d < HEAD_DIM)
+        out, best, total = float_share(
+            x, partner, k, v, frequencies, lo, hi, sink_size, n_token - n_slot, log2_scale,
+            HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, INTERPRET,
+        )  # fmt: skip
+        tl.store(partial + part[None, :] * HEAD_DIM + d[:, None], out, (d < HEAD_DIM)[:, None])
+        tl.store(statistics, best)
+        tl.store(statistics + 1, total)
+    if HAS_INT and row_lo < row_hi:
+        sums, high_sums, largest, weights = int_share(
+            x, q, q_stride_h, head, group, rotation, k_int, v_pair, k_scale, v_scale, row_lo, row_hi, log2_scale,
+            HEAD_DIM, WARPS, INT_SLICE, INT_STAGES, K_BITS, V_BITS, K_GROUPS, V_GROUPS, ROTATED, INTERPRET,
+        )  # fmt: skip
+        dim = 2 * tl.arange(0, sums.shape[0])[:, None, None] + tl.arange(0, 2)[None, None, :]
+        to = partial + HEADS * HEAD_DIM + part[None, :, None] * HEAD_DIM + dim
+        if V_BITS == 8:
+            tl.store(to, sums, dim < HEAD_DIM)
+        else:
+            tl.store(to, sums)
+            tl.store(to + HEAD_DIM // 2, high_sums)
+        tl.store(statistics + 2 * HEADS, largest)
+        tl.store(statistics + 2 * HEADS + 1, weights)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
     partial, statistics, positions, out, group, n_slot, n_split,
-    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, COST: tl.constexpr,
-    FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, CHUNK: tl.constexpr, DIMS: tl.constexpr,
-    HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, FLOAT_BLOCK: tl.constexpr,
+    INT_BLOCK: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, CHUNK: tl.constexpr,
+    DIMS: tl.constexpr, HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (query head, sequence, block of DIMS dims): merge the partial softmaxes, CHUNK at a time.
 
     out: [sequence, query head, HEAD_DIM]. One warp: a barrier would cost more than it brings.
     """
     head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n_float, n_full, float_len, n_int, int_len = partition(
-        tl.load(positions + batch) + 1, n_slot, n_split, COST, FLOAT_BLOCK, INT_BLOCK, HAS_INT
+    each, _, float_blocks, _, int_blocks = partition(
+        tl.load(positions + batch) + 1, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, FLOAT_COST, INT_COST, HAS_INT
     )
     member = head % group
     column = head // group * TILES + member // HEADS
-    at = (batch * (tl.num_programs(0) // group * TILES) + column) * n_split * HEADS + member % HEADS
+    at = (batch * (tl.num_programs(0) // group * TILES) + column) * (n_split + 1) * HEADS + member % HEADS
     d = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
     partial += at * HEAD_DIM + d[None, :]
     statistics += at * 2
@@ -265,12 +299,15 @@ def combine_kernel(
     total = tl.zeros((1,), tl.float32)
     y = tl.zeros((DIMS,), tl.float32)
     if OVERLAP:
-        gdc_wait()
+        if each > 0:  # as above: `each` is known when the splits end
+            gdc_wait()
         gdc_launch_dependents()  # not before: the next launch would take room and reads from the splits
-    for start in range(0, n_split, CHUNK):
+    for start in range(0, n_split + 1, CHUNK):
         split = start + tl.arange(0, CHUNK)
-        wrote = tl.where(split < n_float, split * float_len < n_full, (split - n_float) * int_len < n_int)
-        wrote &= split < n_split
+        first, row_first = first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+        after, row_after = first_blocks(split + 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+        before, row_before = first_blocks(split - 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+        wrote = ((first < after) | (row_before < row_first)) & (split <= n_split)
         mask = wrote[:, None] & (d < HEAD_DIM)[None, :]
         values = tl.load(partial + split[:, None] * (HEADS * HEAD_DIM), mask, 0.0)
         best = tl.load(statistics + split * (2 * HEADS), wrote, UNSEEN)
@@ -317,8 +354,7 @@ def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor
     n_column = n_kv_head * tiles
     here = processor(q.device)
     overlap = here.overlap
-    n_split = min(max(2, here.multiprocessors * p.per_processor // (batch * n_column)), 128)
-    float_block, int_block = p.warps * p.float_slice, p.warps * p.int_slice
+    n_split = p.splits or min(max(2, here.multiprocessors * p.per_processor // (batch * n_column)), 127)
 
     k_int, v_int, k_scale, v_scale = regions.k_int, regions.v_int, regions.k_scale, regions.v_scale
     k_bits = v_bits = 0
@@ -331,10 +367,12 @@ def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor
         k_scale, v_scale = as_words(k_scale), as_words(v_scale)
     has_int = k_bits > 0
     n_row = k_int.shape[2]
-    cost = round(16 * regions.k.element_size() / (k_bits + v_bits)) if has_int else 1  # of a slot, in rows
-    most = triton.cdiv(n_slot, float_block) + (triton.cdiv(n_row, int_block) if has_int else 0)
-    partial = torch.empty(batch, n_column, n_split, p.heads, head_dim, dtype=torch.float32, device=q.device)
-    statistics = torch.empty(batch, n_column, n_split, p.heads, 2, dtype=torch.float32, device=q.device)
+    cut = cuts(p, regions.k.element_size(), k_bits + v_bits)
+    most = triton.cdiv(n_slot, cut["FLOAT_BLOCK"]) * cut["FLOAT_COST"]
+    if has_int:
+        most += triton.cdiv(n_row, cut["INT_BLOCK"]) * cut["INT_COST"]
+    partial = torch.empty(batch, n_column, n_split + 1, p.heads, head_dim, dtype=torch.float32, device=q.device)
+    statistics = torch.empty(batch, n_column, n_split + 1, p.heads, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, n_head, head_dim, dtype=q.dtype, device=q.device)
     split_kernel[(n_column, batch, min(n_split, most))](
         q, regions.k, regions.v, k_int, v_int, k_scale, v_scale,
@@ -344,15 +382,15 @@ def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
         V_BITS=v_bits, K_GROUPS=regions.k_format.n_group(head_dim), V_GROUPS=regions.v_format.n_group(head_dim),
-        ROTATED=regions.rotation is not None, COST=cost, TURN_SINKS=sink_frequencies is not None,
+        ROTATED=regions.rotation is not None, FLOAT_COST=cut["FLOAT_COST"], INT_COST=cut["INT_COST"],
+        AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_frequencies is not None,
         INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip
-    chunk = min(triton.next_power_of_2(n_split), 64)
+    chunk = min(triton.next_power_of_2(n_split + 1), 64)
     dims = min(triton.next_power_of_2(head_dim), 1024 // chunk)
     combine_kernel[(n_head, batch, triton.cdiv(head_dim, dims))](
         partial, statistics, positions, out, group, n_slot, n_split,
-        HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, COST=cost, FLOAT_BLOCK=float_block,
-        INT_BLOCK=int_block, CHUNK=chunk, DIMS=dims, HAS_INT=has_int, OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=1,
+        HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, **cut, CHUNK=chunk, DIMS=dims, HAS_INT=has_int,
+        OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
     )  # fmt: skip
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ class Plan(NamedTuple):
     float_stages: int  # blocks in flight, and one
     int_stages: int
     per_processor: int  # programs on a streaming multiprocessor at once
+    splits: int = 0  # programs that share a sequence and KV head; 0: by per_processor, and at least 2
+    ahead: int = 0  # rows per program, or as many bytes of slots, to be on their way before the last launch has ended
 
 
 def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int, four: bool = False) -> Plan:
@@ -45,6 +48,19 @@ def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int,
     if heads > 8 or heads * head_dim * itemsize > 2048:  # or registers run out
         p = p._replace(float_slice=16, int_slice=32)
     return p
+
+
+def cuts(p: Plan, itemsize: int, bits: int) -> dict[str, int]:
+    """Tokens per block of slots and of rows, and what a block costs: its bytes, in the largest unit that divides both.
+
+    bits: of an element of K and its value in V, together; 0: there are no rows.
+    """
+    slots, rows = p.warps * p.float_slice, p.warps * p.int_slice
+    float_bits, int_bits = slots * 16 * itemsize, rows * bits or slots * 16 * itemsize
+    unit = gcd(float_bits, int_bits)
+    return {
+        "FLOAT_BLOCK": slots, "INT_BLOCK": rows, "FLOAT_COST": float_bits // unit, "INT_COST": int_bits // unit,
+    }  # fmt: skip
 
 
 class Processor(NamedTuple):

@@ -16,7 +16,7 @@ from kernels.triton_decode import combine_kernel, split_kernel
 from kernels.triton_history import dequantize_kernel, history_kernel
 from kernels.triton_linear import norm_kernel, rotate_kernel, swiglu_kernel, vector_kernel
 from kernels.triton_pick import greedy_kernel
-from kernels.triton_plan import fitting, plan
+from kernels.triton_plan import cuts, fitting, plan
 from kernels.triton_store import append_kernel, quantize_kernel, slots_kernel
 from kernels.triton_tokens import padded, plan_tokens, tokens_kernel
 
@@ -30,17 +30,19 @@ HOPPER_SHARED = 232_448  # bytes that a program may have
 
 def compile_split_kernel(
     head_dim: int, group: int, k_bits: int = 8, v_bits: int = 8, n_group: int = 1, n_row: int = 8,
-    dtype: str = "bf16", shared: int = HOPPER_SHARED,
+    dtype: str = "bf16", shared: int = HOPPER_SHARED, ahead: int = 0,
 ) -> dict[str, int] | None:  # fmt: skip
     """Registers, spills and instruction counts of `split_kernel`; None if the tools are missing."""
     itemsize = 4 if dtype == "fp32" else 2
     p = plan(n_row, group, head_dim, itemsize, 132, 0 < k_bits + v_bits < 16)
     p = fitting(p, shared, head_dim, itemsize, k_bits + v_bits)
+    cut = cuts(p, itemsize, k_bits + v_bits)
     constants = {
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
         "K_BITS": k_bits, "V_BITS": v_bits, "K_GROUPS": n_group, "V_GROUPS": n_group, "ROTATED": k_bits == 4,
-        "COST": 2, "TURN_SINKS": False, "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
+        "FLOAT_COST": cut["FLOAT_COST"], "INT_COST": cut["INT_COST"], "AHEAD": ahead, "TURN_SINKS": False,
+        "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
     }  # fmt: skip
     names = split_kernel.arg_names
     types = {name: kind.replace("bf16", dtype) for name, kind in TYPES.items()} | {
@@ -167,8 +169,8 @@ def compile_the_rest() -> None:
     compile_kernel(greedy_kernel, types | {"logits": "*bf16", "out": "*i64"}, {"BLOCK": 8192})
     for overlap in (False, True):  # before Hopper, and since
         compile_kernel(combine_kernel, types, {
-            "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "COST": 2, "FLOAT_BLOCK": 64, "INT_BLOCK": 64, "CHUNK": 32,
-            "DIMS": 32, "HAS_INT": True, "OVERLAP": overlap,
+            "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "FLOAT_BLOCK": 64, "INT_BLOCK": 64, "FLOAT_COST": 2, "INT_COST": 1,
+            "CHUNK": 32, "DIMS": 32, "HAS_INT": True, "OVERLAP": overlap,
         })  # fmt: skip
         for swiglu, head_dim in ((False, 0), (True, 0), (False, 128), (False, 96)):
             compile_kernel(vector_kernel, types, {
