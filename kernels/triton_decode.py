@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.regions import Regions
 from kernels.triton_hadamard import butterfly_halves
 from kernels.triton_plan import Plan, cuts, fitting, plan, processor
+from kernels.triton_share import fetch, first_blocks, partition, written
 from kernels.triton_tiles import (
     NEGATIVE,
     UNSEEN,
@@ -44,40 +45,6 @@ COUNTS = (
     "n_row",
     "n_split",
 )  # any value: one binary
-
-
-@triton.jit
-def partition(
-    n_token, n_slot, n_split,
-    FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr,
-    HAS_INT: tl.constexpr,
-):  # fmt: skip
-    """What n_split programs share of a sequence of n_token tokens: one range of work, slots before rows.
-
-    A block of slots is FLOAT_COST long there and one of rows INT_COST; program s takes the blocks that begin in
-    [s * each, (s + 1) * each), see `first_blocks`. Returns each, the number of slots and of their blocks, the number
-    of rows and of their blocks. Exact while the whole range is below 2**31. As long as there are no rows, `each` is
-    a number of blocks and depends on neither n_slot nor the costs: the shares are the full cache's.
-    """
-    n_full = tl.minimum(n_token, n_slot).to(tl.int32)
-    float_blocks = tl.cdiv(n_full, FLOAT_BLOCK)
-    n_int, int_blocks = n_full * 0, n_full * 0
-    work, unit = float_blocks, FLOAT_COST
-    if HAS_INT:
-        n_int = tl.maximum(n_token - n_slot, 0).to(tl.int32)
-        int_blocks = tl.cdiv(n_int, INT_BLOCK)
-        work = tl.where(n_int > 0, float_blocks * FLOAT_COST + int_blocks * INT_COST, work)
-        unit = tl.where(n_int > 0, 1, FLOAT_COST)
-    each = ((work + n_split - 1).to(tl.uint32) // n_split.to(tl.uint32)).to(tl.int32)  # unsigned: half as long
-    return each * unit, n_full, float_blocks, n_int, int_blocks
-
-
-@triton.jit
-def first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr):
-    """Where the shares of `split` and of all programs after it begin: a block of slots and a block of rows."""
-    at = split * each
-    row_at = tl.maximum(at - float_blocks * FLOAT_COST, 0)
-    return tl.minimum(tl.cdiv(at, FLOAT_COST), float_blocks), tl.minimum(tl.cdiv(row_at, INT_COST), int_blocks)
 
 
 @triton.jit
@@ -169,16 +136,6 @@ def int_share(
     return first, second, best * tl.sum(step, 0), sum_of_weights
 
 
-@triton.jit
-def fetch(start, end, LINES: tl.constexpr):
-    """Have up to LINES lines of 128 bytes brought to the L2. start, end: pointers; nothing from `end` on is touched."""
-    first, last = start.to(tl.int64), end.to(tl.int64) - 1
-    line = tl.minimum(first + tl.arange(0, triton.next_power_of_2(LINES)) * 128, last)
-    tl.inline_asm_elementwise(  # an assembly has a result, whether or not anyone asks for it
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
     q, k, v, k_int, v_pair, k_scale, v_scale, rotation, positions, frequencies, partial, statistics,
@@ -216,62 +173,62 @@ def split_kernel(
     lo, hi = lo * FLOAT_BLOCK, tl.minimum(hi * FLOAT_BLOCK, n_full)
     row_lo, row_hi = row_lo * INT_BLOCK, tl.minimum(row_hi * INT_BLOCK, n_int)
     slot_at = batch * slot_stride_b + kv_head * slot_stride_h
-    k += slot_at
-    v += slot_at
-    if HAS_INT:
-        row_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_row
-        k_int += row_at * K_ROW
-        v_pair += row_at * (V_ROW // 2)
-        k_scale += row_at * K_GROUPS
-        v_scale += row_at * V_GROUPS
+    row_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_row
     if OVERLAP:
         if AHEAD > 0 and lo < hi:
-            SLOT_BYTES: tl.constexpr = (K_ROW + V_ROW) // 2 if HAS_INT else HEAD_DIM * k.dtype.element_ty.primitive_bitwidth // 8
-            fetch(k + lo * HEAD_DIM, k + hi * HEAD_DIM, AHEAD * SLOT_BYTES // 128)
-            fetch(v + lo * HEAD_DIM, v + hi * HEAD_DIM, AHEAD * SLOT_BYTES // 128)
+            ITEM: tl.constexpr = k.dtype.element_ty.primitive_bitwidth // 8
+            SLOT: tl.constexpr = (K_ROW + V_ROW) // 2 if HAS_INT else HEAD_DIM * ITEM
+            fetch(k + slot_at + lo * HEAD_DIM, k + slot_at + hi * HEAD_DIM, AHEAD * SLOT)
+            fetch(v + slot_at + lo * HEAD_DIM, v + slot_at + hi * HEAD_DIM, AHEAD * SLOT)
         if HAS_INT and AHEAD > 0 and row_lo < row_hi:
-            fetch(k_int + row_lo * K_ROW, k_int + row_hi * K_ROW, AHEAD * K_ROW // 128)
-            fetch(v_pair + row_lo * (V_ROW // 2), v_pair + row_hi * (V_ROW // 2), AHEAD * V_ROW // 128)
-            fetch(k_scale + row_lo * K_GROUPS, k_scale + row_hi * K_GROUPS, AHEAD * K_GROUPS // 32)
-            fetch(v_scale + row_lo * V_GROUPS, v_scale + row_hi * V_GROUPS, AHEAD * V_GROUPS // 32)
+            first, end = row_at + row_lo, row_at + row_hi
+            fetch(k_int + first * K_ROW, k_int + end * K_ROW, AHEAD * K_ROW)
+            fetch(v_pair + first * (V_ROW // 2), v_pair + end * (V_ROW // 2), AHEAD * V_ROW)
+            fetch(k_scale + first * K_GROUPS, k_scale + end * K_GROUPS, AHEAD * K_GROUPS * 4)
+            fetch(v_scale + first * V_GROUPS, v_scale + end * V_GROUPS, AHEAD * V_GROUPS * 4)
         if (lo < hi) | (row_lo < row_hi):  # asking this, the compiler has the shares before the wait, not after it
             gdc_wait()  # for the token's own query, key and value
     DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 32))
-    d = tl.arange(0, DIM)
-    head = column % TILES * HEADS + tl.arange(0, HEADS)  # within the group
     q += batch * q_stride_b + kv_head * group * q_stride_h
-    x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
     log2_scale = softmax_scale * 1.4426950408889634  # exp2 is an instruction, exp is not
-    at = (batch * tl.num_programs(0) + column) * (n_split + 1) + split
-    part = tl.arange(0, HEADS)
-    partial += at * HEADS * HEAD_DIM
-    statistics += at * (2 * HEADS) + 2 * part
-    if lo < hi:
-        partner = x
-        if TURN_SINKS:
-            swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
-            partner = load_q(q, q_stride_h, head, group, swapped, d < HEAD_DIM)
-        out, best, total = float_share(
-            x, partner, k, v, frequencies, lo, hi, sink_size, n_token - n_slot, log2_scale,
-            HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, INTERPRET,
-        )  # fmt: skip
-        tl.store(partial + part[None, :] * HEAD_DIM + d[:, None], out, (d < HEAD_DIM)[:, None])
-        tl.store(statistics, best)
-        tl.store(statistics + 1, total)
+    # Rows first, and everything a branch needs made in it anew: one loop leaves the other few registers.
     if HAS_INT and row_lo < row_hi:
+        d, part = tl.arange(0, DIM), tl.arange(0, HEADS)
+        head = column % TILES * HEADS + part  # within the group
+        x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
         sums, high_sums, largest, weights = int_share(
-            x, q, q_stride_h, head, group, rotation, k_int, v_pair, k_scale, v_scale, row_lo, row_hi, log2_scale,
+            x, q, q_stride_h, head, group, rotation, k_int + row_at * K_ROW, v_pair + row_at * (V_ROW // 2),
+            k_scale + row_at * K_GROUPS, v_scale + row_at * V_GROUPS, row_lo, row_hi, log2_scale,
             HEAD_DIM, WARPS, INT_SLICE, INT_STAGES, K_BITS, V_BITS, K_GROUPS, V_GROUPS, ROTATED, INTERPRET,
         )  # fmt: skip
         dim = 2 * tl.arange(0, sums.shape[0])[:, None, None] + tl.arange(0, 2)[None, None, :]
-        to = partial + HEADS * HEAD_DIM + part[None, :, None] * HEAD_DIM + dim
+        result = (batch * tl.num_programs(0) + column) * (n_split + 1) + split + 1
+        at = result * HEADS + part
+        to = partial + at[None, :, None] * HEAD_DIM + dim
         if V_BITS == 8:
             tl.store(to, sums, dim < HEAD_DIM)
         else:
             tl.store(to, sums)
             tl.store(to + HEAD_DIM // 2, high_sums)
-        tl.store(statistics + 2 * HEADS, largest)
-        tl.store(statistics + 2 * HEADS + 1, weights)
+        tl.store(statistics + 2 * at, largest)
+        tl.store(statistics + 2 * at + 1, weights)
+    if lo < hi:
+        d, part = tl.arange(0, DIM), tl.arange(0, HEADS)
+        head = column % TILES * HEADS + part
+        x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
+        partner = x
+        if TURN_SINKS:
+            swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
+            partner = load_q(q, q_stride_h, head, group, swapped, d < HEAD_DIM)
+        out, best, total = float_share(
+            x, partner, k + slot_at, v + slot_at, frequencies, lo, hi, sink_size, n_token - n_slot, log2_scale,
+            HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, INTERPRET,
+        )  # fmt: skip
+        result = (batch * tl.num_programs(0) + column) * (n_split + 1) + split
+        at = result * HEADS + part
+        tl.store(partial + at[None, :] * HEAD_DIM + d[:, None], out, (d < HEAD_DIM)[:, None])
+        tl.store(statistics + 2 * at, best)
+        tl.store(statistics + 2 * at + 1, total)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -304,10 +261,7 @@ def combine_kernel(
         gdc_launch_dependents()  # not before: the next launch would take room and reads from the splits
     for start in range(0, n_split + 1, CHUNK):
         split = start + tl.arange(0, CHUNK)
-        first, row_first = first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
-        after, row_after = first_blocks(split + 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
-        before, row_before = first_blocks(split - 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
-        wrote = ((first < after) | (row_before < row_first)) & (split <= n_split)
+        wrote = written(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST) & (split <= n_split)
         mask = wrote[:, None] & (d < HEAD_DIM)[None, :]
         values = tl.load(partial + split[:, None] * (HEADS * HEAD_DIM), mask, 0.0)
         best = tl.load(statistics + split * (2 * HEADS), wrote, UNSEEN)
@@ -326,7 +280,8 @@ def combine_kernel(
 def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None) -> Tensor:
     """Attention of one new token per sequence, already appended, over all that its cache holds.
 
-    q: [batch, n_head, head_dim]; positions: int64 [batch]. sink_frequencies [head_dim / 2]: when
+    q: [batch, n_head, head_dim]; positions: int64 [batch], written before the launch that comes before this
+    one: they are read while that is still at work. sink_frequencies [head_dim / 2]: when
     given, sinks are seen at their distance within the cache, as if what was dropped had never been
     (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them.
     Returns [batch, n_head, head_dim] in q's dtype. No host synchronisation.

@@ -45,6 +45,8 @@ def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int,
         p = Plan(heads, 2, 16, 64, 4, 4, 2)  # a program per row: it must have enough on its way by itself
     if head_dim <= 64:
         p = p._replace(warps=2 * p.warps)  # half the bytes per token: twice the tokens
+    if itemsize > 2:
+        p = p._replace(float_slice=16)  # or registers run out
     if heads > 8 or heads * head_dim * itemsize > 2048:  # or registers run out
         p = p._replace(float_slice=16, int_slice=32)
     return p

@@ -90,6 +90,7 @@ def counted(compiled: Any) -> dict[str, int] | None:
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "byte_loads": len(re.findall(r"\b(?:LDS\.[US]8|LDG\.E\.[US]8)\b", sass)),
         "copies": len(re.findall(r"\bLDGSTS", sass)),
+        "fetches": len(re.findall(r"\bCCTL\S*\.PF2", sass)),
         "shared": compiled.metadata.shared,
     }
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from kernels import triton_kernels as kernels  # after kernel_reference, which chooses the interpreter
 from kernels.regions import Regions
+from kernels.triton_decode import run
 from kernels.triton_plan import fitting, plan
 from quantize import Format, quantize
 
@@ -134,6 +135,22 @@ def test_nothing_left_the_window_is_the_full_cache_bit_for_bit(device: str) -> N
         regions = held(k, v, lengths, sink, window, n_row, device)
         turn = None if n_row else frequencies
         assert torch.equal(kernels.decode_attention(q, regions, positions, turn), full)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 40])
+def test_any_number_of_programs(splits: int, device: str) -> None:
+    """One has slots and rows, or two share a border, or most have nothing. What is on its way early changes nothing."""
+    lengths = [1, 60, 72, 73, 300]
+    k, v = tokens(len(lengths), 2, 300, 32, FP32)
+    q = torch.randn(len(lengths), 4, 32)
+    positions = torch.tensor(lengths, device=device) - 1
+    regions = held(k, v, lengths, 4, 68, 300, device)
+    for ahead in (0, 16):
+        p = plan(10, 2, 32, 4, 8)._replace(warps=1, float_slice=16, int_slice=32, splits=splits, ahead=ahead)
+        poison(device)
+        out = run(q.to(device), regions, positions, None, p)
+        for b, n in enumerate(lengths):
+            assert error(out[b], reference(q[b], k[b], v[b], n, 4, 68, True, None)) < TOLERANCE[FP32], f"{n} tokens"
 
 
 @pytest.mark.parametrize("four", [False, True])
@@ -335,17 +352,20 @@ print(json.dumps(compile_split_kernel(**json.loads(sys.argv[1]))))
         {"head_dim": 64, "group": 8, "k_bits": 4, "v_bits": 4, "n_row": 64},
         {"head_dim": 128, "group": 4, "dtype": "fp32", "shared": SMALL_SHARED},
         {"head_dim": 256, "group": 4, "n_row": 256, "shared": SMALL_SHARED},
+        {"head_dim": 128, "group": 4, "n_row": 64, "ahead": 64},
+        {"head_dim": 128, "group": 4, "k_bits": 4, "v_bits": 4, "n_row": 64, "ahead": 16},
+        {"head_dim": 128, "group": 4, "k_bits": 0, "n_row": 64, "ahead": 64},
     ],
 )
 def test_compiled_for_hopper(shape: dict[str, Any]) -> None:
     """No spills, no byte-wide loads, and the matrix units that were meant: Triton compiles without a GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", COMPILE, json.dumps(shape)],
         cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
     if found is None:
         pytest.skip("this Triton has no cuobjdump beside it")
     assert found["spills"] == 0 and found["stack"] == 0
@@ -354,6 +374,7 @@ def test_compiled_for_hopper(shape: dict[str, Any]) -> None:
         found["IMMA"] > 0
     ) == (shape.get("k_bits", 8) > 0)
     assert found["shared"] <= shape.get("shared", HOPPER_SHARED)
+    assert (found["fetches"] > 0) == (shape.get("ahead", 0) > 0)
     assert found["copies"] > 0, "keys and values are to be copied to shared memory asynchronously"
 
 
@@ -363,7 +384,7 @@ def test_every_kernel_compiles_for_hopper() -> None:
     code = "import sys; sys.path.insert(0, 'tests'); from aot import compile_the_rest, compiles\n"
     code += "for mix in ((8, 8, 1, False), (4, 8, 2, False), (8, 4, 2, False), (4, 4, 1, True)): compiles(*mix)\n"
     code += "compile_the_rest()"
-    run = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True
     )
-    assert run.returncode == 0, run.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
