@@ -91,7 +91,7 @@ def float_share(
 
 @triton.jit
 def int_share(
-    x, q, q_stride, head, n_head, rotation, k, v_pair, k_scale, v_scale, lo, hi, scale,
+    x, q, q_stride, head, n_head, k, v_pair, k_scale, v_scale, lo, hi, scale,
     HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr,
     V_BITS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, ROTATED: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -138,7 +138,7 @@ def int_share(
 
 @triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
-    q, k, v, k_int, v_pair, k_scale, v_scale, rotation, positions, frequencies, partial, statistics,
+    q, k, v, k_int, v_pair, k_scale, v_scale, positions, frequencies, partial, statistics,
     q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, n_row, group, sink_size, n_slot, n_split, softmax_scale,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
@@ -197,7 +197,7 @@ def split_kernel(
         head = column % TILES * HEADS + part  # within the group
         x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
         sums, high_sums, largest, weights = int_share(
-            x, q, q_stride_h, head, group, rotation, k_int + row_at * K_ROW, v_pair + row_at * (V_ROW // 2),
+            x, q, q_stride_h, head, group, k_int + row_at * K_ROW, v_pair + row_at * (V_ROW // 2),
             k_scale + row_at * K_GROUPS, v_scale + row_at * V_GROUPS, row_lo, row_hi, log2_scale,
             HEAD_DIM, WARPS, INT_SLICE, INT_STAGES, K_BITS, V_BITS, K_GROUPS, V_GROUPS, ROTATED, INTERPRET,
         )  # fmt: skip
@@ -330,8 +330,7 @@ def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor
     statistics = torch.empty(batch, n_column, n_split + 1, p.heads, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, n_head, head_dim, dtype=q.dtype, device=q.device)
     split_kernel[(n_column, batch, min(n_split, most))](
-        q, regions.k, regions.v, k_int, v_int, k_scale, v_scale,
-        regions.k if regions.rotation is None else regions.rotation, positions,
+        q, regions.k, regions.v, k_int, v_int, k_scale, v_scale, positions,
         positions if sink_frequencies is None else sink_frequencies, partial, statistics,
         *q.stride()[:2], *regions.k.stride()[:2], n_row, group, regions.sink_size, n_slot, n_split, head_dim**-0.5,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
