@@ -186,7 +186,9 @@ def split_kernel(
             fetch(v_pair + first * (V_ROW // 2), v_pair + end * (V_ROW // 2), AHEAD * V_ROW)
             fetch(k_scale + first * K_GROUPS, k_scale + end * K_GROUPS, AHEAD * K_GROUPS * 4)
             fetch(v_scale + first * V_GROUPS, v_scale + end * V_GROUPS, AHEAD * V_GROUPS * 4)
-        if (lo < hi) | (row_lo < row_hi):  # asking this, the compiler has the shares before the wait, not after it
+        # Asking for the shares, the compiler has them before the wait and not after it. One program waits whatever its
+        # share is: that this launch has ended must mean that all before it have, or memory is used again too early.
+        if (lo < hi) | (row_lo < row_hi) | (split == 0):
             gdc_wait()  # for the token's own query, key and value
     DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 32))
     q += batch * q_stride_b + kv_head * group * q_stride_h
@@ -256,7 +258,7 @@ def combine_kernel(
     total = tl.zeros((1,), tl.float32)
     y = tl.zeros((DIMS,), tl.float32)
     if OVERLAP:
-        if each > 0:  # as above: `each` is known when the splits end
+        if each >= 0:  # always: as above, `each` is known when the splits end
             gdc_wait()
         gdc_launch_dependents()  # not before: the next launch would take room and reads from the splits
     for start in range(0, n_split + 1, CHUNK):
