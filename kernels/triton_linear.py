@@ -111,15 +111,17 @@ class Plan(NamedTuple):
     warps: int
 
 
-def plan(n_unit: int, k: int, paired: bool, itemsize: int) -> Plan:
-    """What measured best on an H200 in bfloat16 for Llama 8B's shapes (LOG.md, 2026-11-24)."""
-    n_row = 2 * n_unit if paired else n_unit
+def plan(n_row: int, k: int, itemsize: int, swiglu: bool, turned: bool) -> Plan:
+    """What measured best on an H200 in bfloat16 for Llama 8B's shapes (LOG.md, 2026-11-24). With RoPE as many rows as
+    without, which are half as many units.
+    """
     if k * itemsize > 16384:
         return Plan(1, 16384 // itemsize, 16)
     widest = min(triton.next_power_of_2(k), 8192 // itemsize)
-    if n_row * k * itemsize < 60 << 20:  # few programs: smaller ones
-        return Plan(1 if paired else 2, max(16, min(widest, 4096 // itemsize)), 8)
-    return Plan(2, widest, 8)
+    units = 1 if turned else 2
+    if n_row * k * itemsize < 40 << 20 and not swiglu:  # few programs: smaller ones
+        return Plan(units, max(16, min(widest, 4096 // itemsize)), 8)
+    return Plan(units, widest, 8)
 
 
 def linear(
@@ -174,7 +176,8 @@ def qkv(
 def product(x: Tensor, weight: Tensor, around: Around) -> Tensor:
     """weight @ x with all that stands around it, in one launch."""
     if len(x) == 1:
-        return run(x, weight, around, plan(around.n_unit(weight), x.shape[1], around.paired, x.element_size()))
+        p = plan(len(weight), x.shape[1], x.element_size(), around.swiglu, around.turn is not None)
+        return run(x, weight, around, p)
     here = processor(x.device)
     return run_tokens(x, weight, around, plan_tokens(len(weight), len(x), here.multiprocessors, here.shared))
 
