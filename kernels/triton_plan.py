@@ -24,25 +24,32 @@ class Plan(NamedTuple):
     ahead: int = 0  # rows per program, or as many bytes of slots, to be on their way before the last launch has ended
 
 
+def early(n_row: int, n_processor: int, four: bool) -> bool:
+    """Whether splits take their places, and have their first tokens brought nearer, while an append still waits for
+    its token. The shared memory of such a plan has room for `per_processor` programs and no more: where others
+    are at work still, the rest must not crowd together (8 x 32k tokens took 9% longer by a plan without that).
+    """
+    return (2 * n_row <= 3 * n_processor) if four else (4 * n_row <= n_processor)
+
+
 def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int, four: bool = False) -> Plan:
-    """n_row: sequences times KV heads; four: K or V has 4 bits. What measured best on an H200 at head_dim 128
-    (LOG.md, 2026-11-23 and 24).
+    """n_row: sequences times KV heads; four: K or V has 4 bits. What measured best on an H100 and an H200 at
+    head_dim 128 (LOG.md, 2026-11-23 to 25).
 
     At 8 bits it must not depend on what the cache keeps: two caches that hold the same slots must agree to the bit.
     """
     heads = min(max(4, triton.next_power_of_2(group)), 16 if head_dim <= 128 else 8)
-    if four and 4 * n_row <= n_processor:
-        p = Plan(heads, 2, 32, 64, 3, 4, 2)
-    elif four and 2 * n_row <= 3 * n_processor:
-        p = Plan(heads, 1, 32, 64, 3, 4, 4)
+    if four and 2 * n_row <= 3 * n_processor:
+        p = Plan(heads, 1, 32, 64, 4, 4, 4)  # many programs, none of which waits for a second warp
     elif four:
-        p = Plan(heads, 4, 16, 64, 3, 3, 6)
-    elif 4 * n_row <= n_processor:
-        p = Plan(heads, 2, 32, 32, 3, 4, 2)  # programs of two warps: fewer partial results to merge
+        even = 7 * n_processor < 4 * n_row <= 8 * n_processor  # a program per row is two, nearly, on every processor
+        p = Plan(heads, 4, 16, 64, 3, 3, 6, splits=1 if even else 0)
     elif 2 * n_row <= 3 * n_processor:
-        p = Plan(heads, 1, 32, 64, 3, 3, 3)  # many programs, none of which waits for a second warp
+        p = Plan(heads, 2, 32, 32, 4, 4, 2)  # programs of two warps: fewer partial results to merge
     else:
         p = Plan(heads, 2, 16, 64, 4, 4, 2)  # a program per row: it must have enough on its way by itself
+    if early(n_row, n_processor, four):
+        p = p._replace(ahead=64)
     if head_dim <= 64:
         p = p._replace(warps=2 * p.warps)  # half the bytes per token: twice the tokens
     if itemsize > 2:

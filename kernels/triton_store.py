@@ -16,10 +16,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.regions import Regions
 from kernels.triton_decode import INTERPRET, as_words
 from kernels.triton_hadamard import butterfly_halves
-from kernels.triton_plan import processor
+from kernels.triton_plan import early, processor
 
 ROUND = tl.constexpr(12582912.0)  # adding and subtracting it rounds a small float32 to nearest even
-EARLY = False  # whether the splits may take their places before an append has its token
 
 
 @triton.jit
@@ -215,12 +214,13 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
     """
     batch, n_kv_head, _ = k.shape
     assert k.stride(2) == v.stride(2) == 1 and positions.is_contiguous()
-    overlap = processor(k.device).overlap
+    here = processor(k.device)
     stored, flags = operands(regions)
+    flags["EARLY"] = early(batch * n_kv_head, here.multiprocessors, 0 < flags["K_BITS"] + flags["V_BITS"] < 16)
     append_kernel[(n_kv_head, batch, 2)](
         k, v, regions.k, regions.v, *stored, positions,
         *k.stride()[:2], *v.stride()[:2], *regions.k.stride()[:2], stored[0].shape[2],
-        regions.sink_size, regions.window_size, **flags, OVERLAP=overlap, EARLY=EARLY, launch_pdl=overlap, num_warps=1,
+        regions.sink_size, regions.window_size, **flags, OVERLAP=here.overlap, launch_pdl=here.overlap, num_warps=1,
     )  # fmt: skip
 
 

@@ -127,18 +127,19 @@ def padded(n_token: int) -> int:
 
 
 def plan_tokens(n_row: int, n_token: int, n_processor: int, shared: int) -> Plan:
-    """For a weight of n_row rows. What ought to be best for Llama 8B's shapes on Hopper, by counting: all programs
-    at once on the GPU, so that they share its memory evenly, with 64 KB or more in flight per processor; and
-    few of them, because each reads all tokens.
+    """For a weight of n_row rows: what measured best on an H100 for Llama 8B and 8 tokens (LOG.md, 2026-11-25).
+
+    All programs are on the GPU at once but of the largest, so that they share its memory evenly, with 64 KB or more in
+    flight per processor; and they are few, because each reads all tokens.
     """
     if n_row <= 16 * n_processor:
         p = Plan(16, 8, 64, 4)
     elif n_row <= 32 * n_processor:
-        p = Plan(32, 8, 64, 4)
+        p = Plan(32, 4, 128, 4)
     elif n_row <= 64 * n_processor:
         p = Plan(32, 4, 64, 5)
     else:
-        p = Plan(64, 2, 64, 4 if n_token <= 8 else 3)
+        p = Plan(32, 4, 64, 4)
     while p.shared(padded(n_token)) > shared - SHARED_SLACK:
         p = p._replace(stages=p.stages - 1) if p.stages > 3 else p._replace(slice=p.slice // 2)
     return p

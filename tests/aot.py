@@ -30,7 +30,7 @@ HOPPER_SHARED = 232_448  # bytes that a program may have
 
 def compile_split_kernel(
     head_dim: int, group: int, k_bits: int = 8, v_bits: int = 8, n_group: int = 1, n_row: int = 8,
-    dtype: str = "bf16", shared: int = HOPPER_SHARED, ahead: int = 0,
+    dtype: str = "bf16", shared: int = HOPPER_SHARED,
 ) -> dict[str, int] | None:  # fmt: skip
     """Registers, spills and instruction counts of `split_kernel`; None if the tools are missing."""
     itemsize = 4 if dtype == "fp32" else 2
@@ -41,7 +41,7 @@ def compile_split_kernel(
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
         "K_BITS": k_bits, "V_BITS": v_bits, "K_GROUPS": n_group, "V_GROUPS": n_group, "ROTATED": k_bits == 4,
-        "FLOAT_COST": cut["FLOAT_COST"], "INT_COST": cut["INT_COST"], "AHEAD": ahead, "TURN_SINKS": False,
+        "FLOAT_COST": cut["FLOAT_COST"], "INT_COST": cut["INT_COST"], "AHEAD": p.ahead, "TURN_SINKS": False,
         "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
     }  # fmt: skip
     names = split_kernel.arg_names
@@ -57,7 +57,8 @@ def compile_split_kernel(
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": p.warps})
-    return counted(compiled)
+    found = counted(compiled)
+    return found and found | {"ahead": p.ahead}
 
 
 def compile_tokens_kernel(
