@@ -13,7 +13,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 
 import torch
@@ -125,7 +125,8 @@ class FusedStep:
                 x, wqkv.weight, wqkv.bias, norm.weight, norm.eps, *turn, n_head, attention.n_qk, self._norms(attention)
             )
             q, k, v = qkv[:, :, None].split([n_head, n_kv_head, n_kv_head], 1)
-            y = layer_cache.attend(q, k, v, step, rope).reshape(len(x), -1)
+            then = replace(step, then=attention.wo.weight)
+            y = layer_cache.attend(q, k, v, then, rope).reshape(len(x), -1)
             x = linear(y, attention.wo.weight, residual=x)
             norm = block.ffn_norm
             h = linear(x, feed_forward.w13.weight, norm=norm.weight, eps=norm.eps, swiglu=True)

@@ -57,6 +57,7 @@ class Chunk:
     positions: Tensor  # int64 [batch, token], on the device
     row: int = 0
     start: int | None = None  # positions[:, 0] where it is one number that the host knows: never in decoding
+    then: Tensor | None = None  # a weight that the model reads after attention: kernels may bring it nearer
 
 
 class RopeLike(Protocol):
@@ -219,7 +220,7 @@ class _RegionCache(KVCache):
         if q.shape[2] == 1:
             pos = chunk.positions[:, 0]
             self.kernels.append(regions, k[:, :, 0], v[:, :, 0], pos)
-            return self.kernels.decode_attention(q[:, :, 0], regions, pos, frequencies)[:, :, None]
+            return self.kernels.decode_attention(q[:, :, 0], regions, pos, frequencies, chunk.then)[:, :, None]
         assert chunk.start is not None, "a chunk of several tokens starts at one known position"
         self.kernels.evict(regions, chunk.start)
         y = kernels.chunk_attention(self.kernels, q, k, v, regions, chunk.start, frequencies)

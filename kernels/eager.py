@@ -141,13 +141,15 @@ def _quantize_one(regions: Regions, b: int, slot: int, row: int) -> None:
         part.scales[b, :, row] = scales
 
 
-def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None) -> Tensor:
+def decode_attention(
+    q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None, then: Tensor | None = None
+) -> Tensor:
     """Attention of one new token per sequence, already appended, over all that its cache holds.
 
     q: [batch, n_head, head_dim]; positions: int64 [batch]. sink_frequencies [head_dim / 2]: when
     given, sinks are seen at their distance within the cache, as if what was dropped had never been
-    (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them.
-    Returns [batch, n_head, head_dim] in q's dtype.
+    (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them. then: a weight that is
+    read next, which is nothing to do with the result. Returns [batch, n_head, head_dim] in q's dtype.
     """
     n_kv_head = regions.k.shape[1]
     out = torch.empty_like(q)

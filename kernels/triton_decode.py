@@ -15,6 +15,8 @@ and a softmax does not mind a ring's order. `triton_tiles.py` tells what happens
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -44,7 +46,11 @@ COUNTS = (
     "n_slot",
     "n_row",
     "n_split",
+    "then_bytes",
+    "then_each",
 )  # any value: one binary
+
+MOST_THEN = 32 << 20  # bytes of what is read after attention that may wait in the L2
 
 
 @triton.jit
@@ -138,8 +144,9 @@ def int_share(
 
 @triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
-    q, k, v, k_int, v_pair, k_scale, v_scale, positions, frequencies, partial, statistics,
-    q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, n_row, group, sink_size, n_slot, n_split, softmax_scale,
+    q, k, v, k_int, v_pair, k_scale, v_scale, positions, frequencies, partial, statistics, then,
+    q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, n_row, group, sink_size, n_slot, n_split, then_bytes,
+    then_each, softmax_scale,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
@@ -152,7 +159,8 @@ def split_kernel(
     partial: float32 [sequence, column, n_split + 1, HEADS, HEAD_DIM], weighted sums of values; statistics:
     float32 [sequence, column, n_split + 1, HEADS, 2], the largest score in log2 units and the sum of weights. What
     comes of a program's slots stands at `split` and what comes of its rows at split + 1: one program has both.
-    AHEAD: rows, or as many bytes of slots, that are on their way to the L2 before the last launch ends.
+    AHEAD: rows, or as many bytes of slots, that are on their way to the L2 before the last launch ends. then: a weight
+    that is read after attention; each program asks for then_each of its bytes when it has nothing else to read.
     """
     column, split = tl.program_id(0), tl.program_id(2)
     batch, kv_head = tl.program_id(1).to(tl.int64), (column // TILES).to(tl.int64)
@@ -231,6 +239,12 @@ def split_kernel(
         tl.store(partial + at[None, :] * HEAD_DIM + d[:, None], out, (d < HEAD_DIM)[:, None])
         tl.store(statistics + 2 * at, best)
         tl.store(statistics + 2 * at + 1, total)
+    if OVERLAP:
+        ROUND: tl.constexpr = WARPS * 32 * 128  # a line a thread
+        program = (tl.program_id(1) * tl.num_programs(2) + split) * tl.num_programs(0) + column
+        start = program.to(tl.int64) * then_each
+        for offset in range(start, tl.minimum(start + then_each, then_bytes), ROUND):
+            fetch(then.to(tl.int64) + offset, then.to(tl.int64) + then_bytes, ROUND)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -279,13 +293,16 @@ def combine_kernel(
     tl.store(out + at + d, (y / total).to(out.dtype.element_ty), d < HEAD_DIM)
 
 
-def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None) -> Tensor:
+def decode_attention(
+    q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None, then: Tensor | None = None
+) -> Tensor:
     """Attention of one new token per sequence, already appended, over all that its cache holds.
 
     q: [batch, n_head, head_dim]; positions: int64 [batch], written before the launch that comes before this
     one: they are read while that is still at work. sink_frequencies [head_dim / 2]: when
     given, sinks are seen at their distance within the cache, as if what was dropped had never been
-    (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them.
+    (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them. then: a weight that is read
+    next, and may be brought nearer in the meantime.
     Returns [batch, n_head, head_dim] in q's dtype. No host synchronisation.
     """
     n_row, group = q.shape[0] * regions.k.shape[1], q.shape[1] // regions.k.shape[1]
@@ -293,7 +310,7 @@ def decode_attention(q: Tensor, regions: Regions, positions: Tensor, sink_freque
     here, itemsize = processor(q.device), regions.k.element_size()
     p = plan(n_row, group, q.shape[2], itemsize, here.multiprocessors, regions.k_int is not None and bits < 16)
     p = fitting(p, here.shared, q.shape[2], itemsize, bits)
-    return run(q, regions, positions, sink_frequencies, p)
+    return run(q, regions, positions, sink_frequencies, p, then)
 
 
 def as_words(scales: Tensor) -> Tensor:
@@ -301,7 +318,9 @@ def as_words(scales: Tensor) -> Tensor:
     return scales if scales.dtype == torch.float32 else scales.view(torch.int32)
 
 
-def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None, p: Plan) -> Tensor:
+def run(
+    q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None, p: Plan, then: Tensor | None = None
+) -> Tensor:
     """`decode_attention` by a given plan."""
     batch, n_head, head_dim = q.shape
     assert q.stride(2) == 1 and positions.is_contiguous()
@@ -331,10 +350,13 @@ def run(q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor
     partial = torch.empty(batch, n_column, n_split + 1, p.heads, head_dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(batch, n_column, n_split + 1, p.heads, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, n_head, head_dim, dtype=q.dtype, device=q.device)
-    split_kernel[(n_column, batch, min(n_split, most))](
+    grid = (n_column, batch, min(n_split, most))
+    then_bytes = 0 if then is None or not overlap else min(then.nbytes, MOST_THEN)
+    split_kernel[grid](
         q, regions.k, regions.v, k_int, v_int, k_scale, v_scale, positions,
-        positions if sink_frequencies is None else sink_frequencies, partial, statistics,
-        *q.stride()[:2], *regions.k.stride()[:2], n_row, group, regions.sink_size, n_slot, n_split, head_dim**-0.5,
+        positions if sink_frequencies is None else sink_frequencies, partial, statistics, q if then is None else then,
+        *q.stride()[:2], *regions.k.stride()[:2], n_row, group, regions.sink_size, n_slot, n_split, then_bytes,
+        128 * triton.cdiv(then_bytes, 128 * math.prod(grid)), head_dim**-0.5,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
         V_BITS=v_bits, K_GROUPS=regions.k_format.n_group(head_dim), V_GROUPS=regions.v_format.n_group(head_dim),

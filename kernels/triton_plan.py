@@ -52,7 +52,7 @@ def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int,
         p = p._replace(ahead=64)
     if head_dim <= 64:
         p = p._replace(warps=2 * p.warps)  # half the bytes per token: twice the tokens
-    if itemsize > 2:
+    if itemsize > 2 or (four and heads > 4 and head_dim <= 64):
         p = p._replace(float_slice=16)  # or registers run out
     if heads > 8 or heads * head_dim * itemsize > 2048:  # or registers run out
         p = p._replace(float_slice=16, int_slice=32)

@@ -20,7 +20,8 @@ from kernels.triton_plan import cuts, fitting, plan
 from kernels.triton_store import append_kernel, quantize_kernel, slots_kernel
 from kernels.triton_tokens import padded, plan_tokens, tokens_kernel
 
-TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "positions": "*i64", "frequencies": "*fp64", "partial": "*fp32",
+TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "then": "*bf16",
+         "positions": "*i64", "frequencies": "*fp64", "partial": "*fp32",
          "statistics": "*fp32", "k_int": "*i8", "v_pair": "*i16",
          "softmax_scale": "fp32"}  # fmt: skip
 

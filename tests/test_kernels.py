@@ -372,7 +372,7 @@ def test_compiled_for_hopper(shape: dict[str, Any]) -> None:
         found["IMMA"] > 0
     ) == (shape.get("k_bits", 8) > 0)
     assert found["shared"] <= shape.get("shared", HOPPER_SHARED)
-    assert (found["fetches"] > 0) == (found["ahead"] > 0)
+    assert found["fetches"] >= (5 if found["ahead"] else 1)  # of what is read next; and of its first tokens
     assert found["copies"] > 0, "keys and values are to be copied to shared memory asynchronously"
 
 
