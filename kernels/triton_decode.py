@@ -50,7 +50,7 @@ COUNTS = (
     "then_each",
 )  # any value: one binary
 
-MOST_THEN = 32 << 20  # bytes of what is read after attention that may wait in the L2
+MOST_THEN = 4 << 20  # bytes of what is read after attention that are asked for: more crowds out what is read first
 
 
 @triton.jit
