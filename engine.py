@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import kernels
 from checkpoint import first_bad_parameter
-from kv_cache import ModelCache
+from kv_cache import KVCache, ModelCache
 from model import Attention, Block, Transformer
 from tokenizer import UserError
 
@@ -140,6 +140,13 @@ class FusedStep:
         return attention.q_norm.weight, attention.k_norm.weight, self.model.config.norm_eps
 
 
+def chunk_size(policy: KVCache, context: int, most: int) -> int:
+    """How many tokens of a prompt are read at once, where `most` are allowed."""
+    if policy.endless:  # positions within the cache must stay inside the trained context
+        return min(most, max(1, context - policy.n_exact))
+    return most
+
+
 @dataclass
 class Engine:
     """A model, its cache, and one decode step of the whole batch, captured where that is possible."""
@@ -213,9 +220,7 @@ class Engine:
     def read(self, prompts: Sequence[Sequence[int]]) -> None:
         """Prefill: append each prompt to its sequence and choose every sequence's next token."""
         self._notify("prefill")
-        chunk = self.prefill_chunk
-        if self.cache.policy.endless:  # positions within the cache must stay inside the trained context
-            chunk = min(chunk, max(1, self.model.config.context - self.cache.policy.n_exact))
+        chunk = chunk_size(self.cache.policy, self.model.config.context, self.prefill_chunk)
         last = []
         for b, prompt in enumerate(prompts):
             ids = torch.tensor([list(prompt)], dtype=torch.int64).to(self.device)

@@ -23,6 +23,7 @@ import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from console import Printer, encode_prompt, read_prompts, require_writable, say,
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, caches
 from options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
+from precompile import compiled_ahead
 from profiling import Profiler
 from report import device_memory, make_plan, make_report, process_age, report_lines, require_fit, size, startup
 from tokenizer import Tokenizer, UserError, load_tokenizer
@@ -251,9 +253,12 @@ def build(args: argparse.Namespace, job: Job, profiler: Profiler | None) -> tupl
     """Take the memory: weights, cache, and the captured step where there is one. Also: seconds of loading weights."""
     device, dtype = job.shape.device, job.shape.dtype
     began = time.perf_counter()
-    model = load_model(job.checkpoint, device, dtype, random_weights=args.random_weights, seed=args.seed)
-    loading = time.perf_counter() - began
-    cache = ModelCache(job.policy, job.checkpoint.config.n_layer, job.shape)
+    config = job.checkpoint.config
+    kernels = compiled_ahead(config, job.policy, job.shape, job.sampling, list(map(len, job.prompts)), job.chunk)
+    with nullcontext() if args.reference else kernels:
+        model = load_model(job.checkpoint, device, dtype, random_weights=args.random_weights, seed=args.seed)
+        loading = time.perf_counter() - began
+    cache = ModelCache(job.policy, config.n_layer, job.shape)
     if args.reference:
         for layer in cache.layers:
             layer.use_reference()

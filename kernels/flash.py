@@ -21,6 +21,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tenso
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
         return out, lse
+    if q.is_meta:
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     group = q.shape[1] // k.shape[1]
     if q.device.type == "cpu" and not causal:  # the group as so many tokens of one head: each key is read once
         tile = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])

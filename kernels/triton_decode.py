@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.launch import launch
 from kernels.regions import Regions
 from kernels.triton_hadamard import butterfly_halves
 from kernels.triton_plan import Plan, cuts, fitting, plan, processor
@@ -352,7 +353,7 @@ def run(
     out = torch.empty(batch, n_head, head_dim, dtype=q.dtype, device=q.device)
     grid = (n_column, batch, min(n_split, most))
     then_bytes = 0 if then is None or not overlap else min(then.nbytes, MOST_THEN)
-    split_kernel[grid](
+    launch(split_kernel, grid)(
         q, regions.k, regions.v, k_int, v_int, k_scale, v_scale, positions,
         positions if sink_frequencies is None else sink_frequencies, partial, statistics, q if then is None else then,
         *q.stride()[:2], *regions.k.stride()[:2], n_row, group, regions.sink_size, n_slot, n_split, then_bytes,
@@ -366,7 +367,7 @@ def run(
     )  # fmt: skip
     chunk = min(triton.next_power_of_2(n_split + 1), 64)
     dims = min(triton.next_power_of_2(head_dim), 1024 // chunk)
-    combine_kernel[(n_head, batch, triton.cdiv(head_dim, dims))](
+    launch(combine_kernel, (n_head, batch, triton.cdiv(head_dim, dims)))(
         partial, statistics, positions, out, group, n_slot, n_split,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, **cut, CHUNK=chunk, DIMS=dims, HAS_INT=has_int,
         OVERLAP=overlap, launch_pdl=overlap, num_warps=1,

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.flash import attend, merge
+from kernels.launch import launch
 from kernels.regions import Regions
 from kernels.triton_store import operands
 from kernels.triton_tiles import NEGATIVE, UNSEEN, scale_and_base, turn_back
@@ -164,7 +165,7 @@ def dequantize_rows(regions: Regions, first: int, end: int) -> tuple[Tensor, Ten
     k, v = (regions.k.new_empty(batch, n_kv_head, end - first, head_dim) for _ in "kv")
     (k_int, v_int, k_scale, v_scale, _), flags = operands(regions)
     flags = {name: flags[name] for name in ("HEAD_DIM", "K_BITS", "V_BITS", "K_GROUPS", "V_GROUPS")}
-    dequantize_kernel[(triton.cdiv(end - first, 32), batch * n_kv_head, 2)](
+    launch(dequantize_kernel, (triton.cdiv(end - first, 32), batch * n_kv_head, 2))(
         k_int, v_int, k_scale, v_scale, k, v, first, end, k_int.shape[2], **flags, BLOCK=32, num_warps=4
     )
     return k, v
@@ -180,7 +181,7 @@ def slot_attention(q: Tensor, regions: Regions, start: int, sink_frequencies: Te
     lse = torch.empty(batch, n_head, n_token, dtype=torch.float32, device=q.device)
     wide = head_dim > 128 or q.element_size() > 2
     queries = 64 if wide else 128
-    history_kernel[(triton.cdiv(n_token, queries), n_head, batch)](
+    launch(history_kernel, (triton.cdiv(n_token, queries), n_head, batch))(
         q, regions.k, regions.v, sink_frequencies if turn else lse, out, lse,
         *q.stride()[:3], *regions.k.stride()[:2], n_head // regions.k.shape[1], n_token,
         min(regions.sink_size, n_slot), n_slot, gap, n_left, head_dim**-0.5,

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.launch import launch
 from kernels.triton_around import Around, Turn, finish, rows_of, what_follows
 from kernels.triton_plan import processor
 from kernels.triton_tokens import plan_tokens, run_tokens, tokens_fit
@@ -143,7 +144,7 @@ def linear(
     overlap = processor(x.device).overlap
     if norm is not None:
         normed = torch.empty_like(x)
-        norm_kernel[(len(x),)](
+        launch(norm_kernel, (len(x),))(
             x, norm, normed, eps, K=x.shape[1], OVERLAP=overlap, launch_pdl=overlap, num_warps=8
         )  # fmt: skip
         x = normed
@@ -153,7 +154,7 @@ def linear(
     if swiglu:
         n = weight.shape[0] // 2
         wide, y = y, torch.empty(len(x), n, dtype=x.dtype, device=x.device)
-        swiglu_kernel[(triton.cdiv(n, 1024), len(x))](
+        launch(swiglu_kernel, (triton.cdiv(n, 1024), len(x)))(
             wide, y, n, BLOCK=1024, OVERLAP=overlap, launch_pdl=overlap, num_warps=4
         )
     return y if residual is None else residual + y
@@ -189,7 +190,7 @@ def run(x: Tensor, weight: Tensor, around: Around, p: Plan) -> Tensor:
     overlap = processor(x.device).overlap
     n_out = around.n_out(weight)
     out = torch.empty(1, n_out, dtype=x.dtype, device=x.device)
-    vector_kernel[(triton.cdiv(around.n_unit(weight), p.units),)](
+    launch(vector_kernel, (triton.cdiv(around.n_unit(weight), p.units),))(
         x, weight, *around.pointers(x), out, n_out, around.n_turned, around.eps,
         K=x.shape[1], UNITS=p.units, BLOCK=p.block, **around.constants, OVERLAP=overlap, launch_pdl=overlap,
         num_warps=p.warps,
@@ -233,7 +234,7 @@ def rotate_qk(
     batch, _, head_dim = qkv.shape
     q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
     overlap = processor(qkv.device).overlap
-    rotate_kernel[(n_qk, batch)](
+    launch(rotate_kernel, (n_qk, batch))(
         qkv, cos, sin, q_norm, k_norm, n_head, n_qk, qkv.stride(0), eps, HEAD_DIM=head_dim,
         NORM=norms is not None, OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
     )  # fmt: skip

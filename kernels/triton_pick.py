@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import launch
+
 
 @triton.jit(do_not_specialize=["n", "stride"])
 def greedy_kernel(logits, out, n, stride, BLOCK: tl.constexpr):
@@ -39,5 +41,5 @@ def greedy(logits: Tensor) -> Tensor:
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     block = min(8192, max(32, triton.next_power_of_2(logits.shape[1])))
     warps = max(1, block // 256)
-    greedy_kernel[(len(logits),)](logits, out, logits.shape[1], logits.stride(0), BLOCK=block, num_warps=warps)
+    launch(greedy_kernel, (len(logits),))(logits, out, logits.shape[1], logits.stride(0), BLOCK=block, num_warps=warps)
     return out

@@ -82,6 +82,9 @@ class Processor(NamedTuple):
 
 @lru_cache
 def processor(device: torch.device) -> Processor:
+    """The meta device stands for the GPU in use: kernels are compiled for it ahead of a run."""
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     if device.type != "cuda":
         return Processor(8, False, 1 << 30)  # the interpreter
     properties = torch.cuda.get_device_properties(device)

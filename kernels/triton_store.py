@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.launch import launch
 from kernels.regions import Regions
 from kernels.triton_decode import INTERPRET, as_words
 from kernels.triton_hadamard import butterfly_halves
@@ -217,7 +218,7 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
     here = processor(k.device)
     stored, flags = operands(regions)
     flags["EARLY"] = early(batch * n_kv_head, here.multiprocessors, 0 < flags["K_BITS"] + flags["V_BITS"] < 16)
-    append_kernel[(n_kv_head, batch, 2)](
+    launch(append_kernel, (n_kv_head, batch, 2))(
         k, v, regions.k, regions.v, *stored, positions,
         *k.stride()[:2], *v.stride()[:2], *regions.k.stride()[:2], stored[0].shape[2],
         regions.sink_size, regions.window_size, **flags, OVERLAP=here.overlap, launch_pdl=here.overlap, num_warps=1,
@@ -308,7 +309,7 @@ def quantize_span(regions: Regions, k: Tensor, v: Tensor, start: int, first: int
         return
     batch, n_kv_head, _, _ = k.shape
     stored, flags = operands(regions)
-    quantize_kernel[(triton.cdiv(end - first, BLOCK), batch * n_kv_head, 2)](
+    launch(quantize_kernel, (triton.cdiv(end - first, BLOCK), batch * n_kv_head, 2))(
         k, v, regions.k, regions.v, *stored, start, first, end,
         *k.stride()[:3], *v.stride()[:3], *regions.k.stride()[:2], stored[0].shape[2],
         n_kv_head, regions.sink_size, regions.window_size, **flags, BLOCK=BLOCK, num_warps=4,
@@ -333,7 +334,7 @@ def store_chunk(regions: Regions, k: Tensor, v: Tensor, start: int) -> None:
     quantize_span(regions, k, v, start, start - window + 1, end - window)
     n_sink = max(0, min(sink, end) - start)
     n_kept = n_sink + max(0, end - max(start, sink, end - window))
-    slots_kernel[(triton.cdiv(n_kept, BLOCK), batch * n_kv_head)](
+    launch(slots_kernel, (triton.cdiv(n_kept, BLOCK), batch * n_kv_head))(
         k, v, regions.k, regions.v, start, end, n_sink,
         *k.stride()[:3], *v.stride()[:3], *regions.k.stride()[:2], n_kv_head, sink, window,
         HEAD_DIM=head_dim, BLOCK=BLOCK, num_warps=4,

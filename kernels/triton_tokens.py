@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.launch import launch
 from kernels.triton_around import Around, finish, rows_of, what_follows
 from kernels.triton_plan import SHARED_SLACK, processor
 
@@ -153,7 +154,7 @@ def run_tokens(x: Tensor, weight: Tensor, around: Around, p: Plan) -> Tensor:
     overlap = processor(x.device).overlap
     out = torch.empty(n_token, n_out, dtype=x.dtype, device=x.device)
     units = p.rows // 2 if around.paired else p.rows
-    tokens_kernel[(triton.cdiv(around.n_unit(weight), units),)](
+    launch(tokens_kernel, (triton.cdiv(around.n_unit(weight), units),))(
         x, weight, *around.pointers(x), out, n_out, around.n_turned, n_token, k, around.eps,
         K=k, N=padded(n_token), ROWS=p.rows, WARPS=p.warps, SLICE=p.slice, STAGES=p.stages, EARLY=p.early,
         **around.constants, OVERLAP=overlap, INTERPRET=INTERPRET, launch_pdl=overlap, num_warps=p.warps,
