@@ -74,7 +74,7 @@ def prompt_parts(lengths: Sequence[int], chunk: int) -> list[Part]:
         for start in range(0, length, chunk):
             part = b, start, min(chunk, length - start)
             kind = b % 4, start, part[2] == 1
-            longest[kind] = max(part, longest.get(kind, part), key=lambda p: p[2])
+            longest[kind] = max(longest.get(kind, part), part, key=lambda p: p[2])
     return list(longest.values())
 
 

@@ -16,7 +16,8 @@ from checkpoint import load_model, open_checkpoint
 from engine import Engine, Sampling
 from generate import main as generate_main
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
-from model import Transformer
+from model import Config, Transformer
+from precompile import compiled_ahead
 
 pytestmark = [
     pytest.mark.gpu,
@@ -123,6 +124,34 @@ def test_stories260k_writes_the_golden_ids(policy: KVCache) -> None:
     rows = list(engine.generate([golden[:1], golden[:30]], len(golden) - 1))
     assert [golden[0], *(row[0] for row in rows)] == golden
     assert [*golden[:30], *(row[1] for row in rows)][: len(golden)] == golden
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("policy", [FullCache(), SelectiveCache(4, 16, 4, 4)], ids=str)
+def test_after_compiling_ahead_a_run_compiles_nothing(
+    policy: KVCache, batch: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import triton
+
+    config = Config(1000, 384 + 128 * batch, 2, 8, 2, 1024, 4096, 64)  # a width that no other test has
+    with torch.device("meta"):
+        model = Transformer(config).to(torch.bfloat16)
+    model.materialize(CUDA).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.02)
+    device = torch.device("cuda", torch.cuda.current_device())
+    shape = Shape(batch, config.n_kv_head, config.head_dim, 400, torch.bfloat16, device)
+    greedy, compiled = Sampling(temperature=0), []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **it: compiled.append(it["fn"].name))
+    with compiled_ahead(config, policy, shape, greedy, [300] * batch, 128):
+        pass
+    assert capfd.readouterr().err == ""
+    assert compiled
+    compiled.clear()
+    engine = Engine(model, ModelCache(policy, config.n_layer, shape), greedy, prefill_chunk=128)
+    assert engine.graph is not None
+    assert len(list(engine.generate([list(range(300))] * batch, 5))) == 5
+    assert compiled == []
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -1,0 +1,79 @@
+"""Print, as JSON, which binaries a real run asks Triton for and which `precompile.walk` does. Compiles none.
+
+A process of its own: it needs Triton without its interpreter, and a driver that claims a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+class Hopper:
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+driver.set_active(Hopper())  # type: ignore[arg-type]
+
+import kernels  # noqa: E402
+from kernels import triton_plan  # noqa: E402
+
+triton_plan.processor = lambda device: triton_plan.Processor(132, True, 232_448)  # type: ignore[assignment]
+
+from engine import Engine, Sampling, chunk_size  # noqa: E402
+from kernels import triton_kernels  # noqa: E402
+from kernels.launch import compiling  # noqa: E402
+from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache  # noqa: E402
+from model import Config, Transformer  # noqa: E402
+from precompile import prompt_parts, walk  # noqa: E402
+
+kernels.for_device = lambda device: triton_kernels
+CONFIG = Config(100, 512, 2, 8, 2, 1024, 4096, 64)
+POLICIES: list[KVCache] = [FullCache(), SinkWindowCache(4, 16), SelectiveCache(4, 16), SelectiveCache(4, 16, 4, 4)]
+GREEDY, CHUNK = Sampling(temperature=0), 128
+asked: list[str] = []
+
+
+def note(*, key: str, fn: Any, **_: Any) -> bool:
+    asked.append(f"{fn.name}: {key}")
+    return True  # it is there already, says this
+
+
+@torch.inference_mode()
+def compare(policy: KVCache, batch: int) -> dict[str, Any]:
+    shape = Shape(batch, CONFIG.n_kv_head, CONFIG.head_dim, 400, torch.bfloat16, torch.device("cpu"))
+    lengths = [(300, 130, 129, 1, 5)[b % 5] for b in range(batch)]  # 129: a chunk, and a token by itself
+    asked.clear()
+    with compiling():
+        walk(CONFIG, policy, shape, GREEDY, prompt_parts(lengths, chunk_size(policy, CONFIG.context, CHUNK)))
+    ahead = sorted(set(asked))
+    asked.clear()
+    model = Transformer(CONFIG).to(torch.bfloat16)
+    engine = Engine(model, ModelCache(policy, CONFIG.n_layer, shape), GREEDY, prefill_chunk=CHUNK)
+    assert engine.step_path == "fused step"
+    with compiling():  # on the CPU nothing can be launched, but all that a launch asks for can be seen
+        engine.read([[1] * n for n in lengths])
+        engine.tokens.zero_()  # nobody wrote what `read` picked
+        engine.step()
+    return {"ahead": ahead, "run": sorted(set(asked))}
+
+
+if __name__ == "__main__":
+    triton.knobs.runtime.jit_cache_hook = note
+    print(json.dumps({f"{policy} x {batch}": compare(policy, batch) for policy in POLICIES for batch in (1, 8, 32)}))
