@@ -176,6 +176,10 @@ def step_batch(
         return contestant.result(model, ceiling)
     except torch.OutOfMemoryError:
         return None
+    except torch.AcceleratorError as error:  # what PyTorch allocates past its own allocator: a stream, a graph
+        if "out of memory" not in str(error):
+            raise
+        return None
 
 
 def release(device: torch.device) -> None:

@@ -93,13 +93,14 @@ def test_the_largest_batch_fits_and_one_more_does_not(tmp_path: Path) -> None:
         assert make_plan(config, policy, replace(shape, batch=row["batch"] + 1), 1).total > 3e6
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), torch.AcceleratorError("CUDA error: out of memory")])
 def test_a_plan_that_is_wrong_is_told_and_one_sequence_less_is_tried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Tight(contest.Contestant):
         def __init__(self, model: Any, policy: KVCache, shape: Shape, context: int) -> None:
             if shape.batch > 7:
-                raise torch.OutOfMemoryError
+                raise error
             super().__init__(model, policy, shape, context)
 
     monkeypatch.setattr(benchmark, "Contestant", Tight)
