@@ -44,7 +44,17 @@ from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, cach
 from options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
 from precompile import compiled_ahead
 from profiling import Profiler
-from report import device_memory, make_plan, make_report, process_age, report_lines, require_fit, size, startup
+from report import (
+    device_memory,
+    make_plan,
+    make_report,
+    process_age,
+    ran_out,
+    report_lines,
+    require_fit,
+    size,
+    startup,
+)
 from tokenizer import Tokenizer, UserError, load_tokenizer
 
 
@@ -404,6 +414,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:  # before there was anything to report
         sys.exit(130)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        say("generate.py: error: the device's memory ran out, although the plan fits: does another program run?")
+        sys.exit(2)
     except BrokenPipeError:  # the reader of the pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk behind standard output, say

@@ -47,7 +47,7 @@ from console import require_writable
 from kv_cache import KVCache, Shape
 from model import Config, Transformer
 from options import Parser, add_plugin_flag, format_policy, load_plugin, parse_policy, parse_size, positive
-from report import device_memory, make_plan, require_suits, size
+from report import device_memory, make_plan, ran_out, require_suits, size
 from tokenizer import UserError
 
 DEFAULT_CACHES = [
@@ -174,12 +174,10 @@ def step_batch(
         for _ in range(args.rounds):
             contestant.round(args.steps)
         return contestant.result(model, ceiling)
-    except torch.OutOfMemoryError:
-        return None
-    except torch.AcceleratorError as error:  # what PyTorch allocates past its own allocator: a stream, a graph
-        if "out of memory" not in str(error):
-            raise
-        return None
+    except RuntimeError as error:
+        if ran_out(error):
+            return None
+        raise
 
 
 def release(device: torch.device) -> None:

@@ -194,6 +194,20 @@ def test_a_conversation_stays_in_the_cache(
     assert int(logits.argmax()) == written[18]
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), torch.AcceleratorError("CUDA error: out of memory")])
+def test_memory_that_runs_out_after_all_is_one_line(
+    tiny: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_room(*args: object, **named: object) -> None:
+        raise error
+
+    monkeypatch.setattr(generate, "ModelCache", no_room)
+    assert "memory ran out" in fails(capsys, "--checkpoint_path", tiny, "--prompt", "x")
+    error = RuntimeError("an illegal memory access")  # not that: the traceback is needed
+    with pytest.raises(RuntimeError, match="illegal"):
+        generate.main(["--checkpoint_path", str(tiny), "--prompt", "x"])
+
+
 def test_reading_a_prompt_in_chunks_changes_nothing_in_the_full_cache(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
