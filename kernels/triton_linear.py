@@ -138,20 +138,15 @@ def linear(
 
     The residual's memory may become the output's.
     """
-    around = Around(bias, norm, eps, swiglu, residual)
+    if norm is not None and not norm_fits(x):
+        x, norm = normed(x, norm, eps), None
     if len(x) == 1 or tokens_fit(x):
-        return product(x, weight, around)
-    overlap = processor(x.device).overlap
-    if norm is not None:
-        normed = torch.empty_like(x)
-        launch(norm_kernel, (len(x),))(
-            x, norm, normed, eps, K=x.shape[1], OVERLAP=overlap, launch_pdl=overlap, num_warps=8
-        )  # fmt: skip
-        x = normed
+        return product(x, weight, Around(bias, norm, eps, swiglu, residual))
     if residual is not None and not swiglu and bias is None:
         return residual.addmm_(x, weight.t())
     y = F.linear(x, weight, bias)
     if swiglu:
+        overlap = processor(x.device).overlap
         n = weight.shape[0] // 2
         wide, y = y, torch.empty(len(x), n, dtype=x.dtype, device=x.device)
         launch(swiglu_kernel, (triton.cdiv(n, 1024), len(x)))(
@@ -167,10 +162,29 @@ def qkv(
     """A layer's queries, keys and values, turned; the twin says exactly what. [n_token, head, head_dim]."""
     head_dim = cos.shape[1]
     if norms is None and (len(x) == 1 or tokens_fit(x)):
-        y = product(x, weight, Around(bias, norm, eps, turn=Turn(cos, sin, n_qk)))
-        return y.view(len(x), -1, head_dim)
+        within: Tensor | None = norm
+        if not norm_fits(x):
+            x, within = normed(x, norm, eps), None
+        return product(x, weight, Around(bias, within, eps, turn=Turn(cos, sin, n_qk))).view(len(x), -1, head_dim)
     y = linear(x, weight, bias, norm, eps).view(len(x), -1, head_dim)
     rotate_qk(y, n_head, n_qk, cos, sin, norms)
+    return y
+
+
+def norm_fits(x: Tensor) -> bool:
+    """Whether a norm is part of the product after it. For several tokens g * x is an operand before it is divided by
+    rms(x), and float16 may not hold that.
+    """
+    return len(x) == 1 or (tokens_fit(x) and x.dtype == torch.bfloat16)
+
+
+def normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """The RMSNorm of every token in a launch of its own. x: [n_token, k]."""
+    overlap = processor(x.device).overlap
+    y = torch.empty_like(x)
+    launch(norm_kernel, (len(x),))(
+        x, norm, y, eps, K=x.shape[1], OVERLAP=overlap, launch_pdl=overlap, num_warps=8
+    )  # fmt: skip
     return y
 
 

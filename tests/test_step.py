@@ -9,6 +9,7 @@ import sys
 from itertools import product
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import load_model, open_checkpoint
 from engine import FusedStep
-from kernels import eager, triton_kernels
+from kernels import eager, triton_kernels, triton_linear
 from kernels.triton_around import Around, Turn
 from kernels.triton_tokens import Plan, padded, plan_tokens, run_tokens
 from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
@@ -52,6 +53,31 @@ def test_linear(dtype: torch.dtype, n_token: int, k: int, n: int, device: str) -
             got = triton_kernels.linear(**{name: t.to(device) for name, t in cast.items()}, eps=1e-5, swiglu=swiglu)
             assert got.dtype == dtype
             assert error(got, want) < CLOSE[dtype], (swiglu, list(given))
+
+
+@pytest.mark.parametrize("n_token", [1, 3, 17])
+def test_a_norm_before_float16_runs_out(n_token: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """g * x alone is beyond its 65,504: the norm may not be left for after the product. The interpreter computes in
+    float32, so there it is looked at who makes the norm."""
+    x, norm, weight = torch.randn(n_token, 64), torch.full((64,), 8.0), torch.randn(24, 64) / 8
+    x[:, 5] = 3e4
+    seen: list[Around] = []
+    run_tokens = triton_linear.run_tokens
+
+    def spy(x: Tensor, weight: Tensor, around: Around, plan: Any) -> Tensor:
+        seen.append(around)
+        return run_tokens(x, weight, around, plan)
+
+    monkeypatch.setattr(triton_linear, "run_tokens", spy)
+    x, norm, weight = (t.to(FP16) for t in (x, norm, weight))
+    want = eager.linear(x.double(), weight.double(), norm=norm.double(), eps=1e-5)
+    cos, sin = torch.ones(n_token, 8), torch.zeros(n_token, 8)
+    there = [t.to(device) for t in (x, weight, norm, cos, sin)]
+    got = triton_kernels.linear(there[0], there[1], norm=there[2], eps=1e-5)
+    qkv = triton_kernels.qkv(there[0], there[1], None, there[2], 1e-5, there[3], there[4], 1, 2, None)
+    for y in (got, qkv.flatten(1)):
+        assert error(y, want) < CLOSE[FP16]
+    assert len(seen) == (2 if n_token == 3 else 0) and all(around.norm is None for around in seen)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
