@@ -55,7 +55,8 @@ def ran_out(error: Exception) -> bool:
     """Whether a device's memory did not suffice. PyTorch's allocator has a class for that; what is taken past it, a
     stream for one, says so in words.
     """
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    words = ("out of memory", "can't allocate memory")  # a GPU's, the CPU's
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def process_age() -> float:

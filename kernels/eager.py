@@ -149,7 +149,7 @@ def decode_attention(
     q: [batch, n_head, head_dim]; positions: int64 [batch]. sink_frequencies [head_dim / 2]: when
     given, sinks are seen at their distance within the cache, as if what was dropped had never been
     (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them. then: a weight that is
-    read next, which is nothing to do with the result. Returns [batch, n_head, head_dim] in q's dtype.
+    read next, which has nothing to do with the result. Returns [batch, n_head, head_dim] in q's dtype.
     """
     n_kv_head = regions.k.shape[1]
     out = torch.empty_like(q)

@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.launch import launch
 from kernels.regions import Regions
+from kernels.triton_basics import INTERPRET
 from kernels.triton_hadamard import butterfly_halves
 from kernels.triton_plan import Plan, cuts, fitting, plan, processor
 from kernels.triton_share import fetch, first_blocks, partition, written
@@ -40,7 +41,6 @@ from kernels.triton_tiles import (
     weighted_values,
 )
 
-INTERPRET = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: programs run one by one on the CPU
 COUNTS = (
     "group",
     "sink_size",

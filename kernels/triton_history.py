@@ -20,11 +20,11 @@ from torch import Tensor
 from kernels.flash import attend, merge
 from kernels.launch import launch
 from kernels.regions import Regions
+from kernels.triton_basics import INTERPRET
 from kernels.triton_store import operands
 from kernels.triton_tiles import NEGATIVE, UNSEEN, scale_and_base, turn_back
 from quantize import rotate
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
 COUNTS = ("group", "n_token", "n_sink", "n_slot", "gap", "n_dropped")
 BLOCK_ROWS = 16384  # quantised rows made dense at a time
 

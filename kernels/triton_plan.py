@@ -105,20 +105,17 @@ def fitting(p: Plan, shared: int, head_dim: int, itemsize: int, bits: int) -> Pl
     A loop of n stages keeps n - 1 blocks there. Slots are looked at apart from rows: what a cache does with its
     slots must not depend on what it keeps beside them. bits: of an element of K and its value in V, together.
     """
-    room = shared - SHARED_SLACK
+    room = (shared - SHARED_SLACK) // p.warps
     dim = max(32, triton.next_power_of_2(head_dim))
-    while (p.float_stages - 1) * p.warps * p.float_slice * dim * 2 * itemsize > room:
-        if p.float_stages > 2:
-            p = p._replace(float_stages=p.float_stages - 1)
-        elif p.float_slice > 16:
-            p = p._replace(float_slice=p.float_slice // 2)
-        else:
-            break
-    while (p.int_stages - 1) * p.warps * p.int_slice * (dim * bits // 8 + 16) > room:
-        if p.int_stages > 2:
-            p = p._replace(int_stages=p.int_stages - 1)
-        elif p.int_slice > 32:
-            p = p._replace(int_slice=p.int_slice // 2)
-        else:
-            break
-    return p
+    float_stages, float_slice = _fit(p.float_stages, p.float_slice, 16, dim * 2 * itemsize, room)
+    int_stages, int_slice = _fit(p.int_stages, p.int_slice, 32, dim * bits // 8 + 16, room)
+    return p._replace(
+        float_stages=float_stages, float_slice=float_slice, int_stages=int_stages, int_slice=int_slice
+    )  # fmt: skip
+
+
+def _fit(stages: int, tokens: int, fewest: int, n_bytes: int, room: int) -> tuple[int, int]:
+    """Stages, and tokens a block, whose n_bytes a token fit a warp's room, if any down to `fewest` tokens do."""
+    while (stages - 1) * tokens * n_bytes > room and (stages > 2 or tokens > fewest):
+        stages, tokens = (stages - 1, tokens) if stages > 2 else (stages, tokens // 2)
+    return stages, tokens

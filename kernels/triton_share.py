@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton_basics import prefetch
+
 
 @triton.jit
 def partition(
@@ -59,11 +61,6 @@ def written(entry, each, float_blocks, int_blocks, FLOAT_COST: tl.constexpr, INT
 
 @triton.jit
 def fetch(start, end, N_BYTES: tl.constexpr):
-    """Have some N_BYTES from `start` on brought to the L2, of 128-byte lines one by one. start, end: pointers, and
-    nothing from `end` on is touched. Hopper; the interpreter knows no assembly.
-    """
+    """Have some N_BYTES from `start` on brought to the L2, but nothing from `end` on. start, end: pointers."""
     LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(N_BYTES, 128))
-    line = tl.minimum(start.to(tl.int64) + tl.arange(0, LINES) * 128, end.to(tl.int64) - 1)
-    tl.inline_asm_elementwise(  # an assembly has a result, whether or not anyone asks for it
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
-    )
+    prefetch(tl.minimum(start.to(tl.int64) + tl.arange(0, LINES) * 128, end.to(tl.int64) - 1))

@@ -15,7 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.launch import launch
 from kernels.regions import Regions
-from kernels.triton_decode import INTERPRET, as_words
+from kernels.triton_basics import INTERPRET, prefetch
+from kernels.triton_decode import as_words
 from kernels.triton_hadamard import butterfly_halves
 from kernels.triton_plan import early, processor
 
@@ -161,9 +162,7 @@ def append_kernel(
 @triton.jit
 def settle(at):
     """Have the address, a scalar, computed and translated by now; the compiler would put it off until it is used."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    prefetch(at)
 
 
 @triton.jit

@@ -23,18 +23,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.launch import launch
 from kernels.triton_around import Around, finish, rows_of, what_follows
+from kernels.triton_basics import INTERPRET, prefetch
 from kernels.triton_plan import SHARED_SLACK, processor
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
 MOST_TOKENS = 16  # beyond, a library's products
-
-
-@triton.jit
-def fetch(at):
-    """Ask for the 128 bytes at each pointer, into the L2."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit(do_not_specialize=["n_out", "n_token", "n_turned", "end"])
@@ -61,7 +53,7 @@ def tokens_kernel(
     if OVERLAP:
         if EARLY > 0:
             line = tl.arange(0, EARLY // 64) * 64
-            fetch(weight + start_of_row[:, None] + tl.minimum(line, K - 1)[None, :])
+            prefetch(weight + start_of_row[:, None] + tl.minimum(line, K - 1)[None, :])
         gdc_wait()
 
     unit, apart = rows_of(tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None], n_out, HEAD_DIM, SWIGLU)

@@ -194,7 +194,14 @@ def test_a_conversation_stays_in_the_cache(
     assert int(logits.argmax()) == written[18]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), torch.AcceleratorError("CUDA error: out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("x"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
 def test_memory_that_runs_out_after_all_is_one_line(
     tiny: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

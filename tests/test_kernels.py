@@ -33,7 +33,7 @@ from torch import Tensor
 from kernels import triton_kernels as kernels  # after kernel_reference, which chooses the interpreter
 from kernels.regions import Regions
 from kernels.triton_decode import run
-from kernels.triton_plan import fitting, plan
+from kernels.triton_plan import SHARED_SLACK, Plan, fitting, plan
 from quantize import Format, quantize
 
 
@@ -159,6 +159,17 @@ def test_any_number_of_programs(splits: int, device: str) -> None:
 def test_a_hopper_takes_the_plan_that_was_measured(head_dim: int, n_row: int, four: bool) -> None:
     p = plan(n_row, 4, head_dim, 2, 132, four)
     assert fitting(p, HOPPER_SHARED, head_dim, 2, 8 if four else 16) == p
+
+
+def test_a_plan_gives_way_where_its_blocks_do_not_fit_and_not_before() -> None:
+    """Slots: 2 of 3 stages' blocks, of 2 warps x 32 tokens x 128 dims of K and V, in bfloat16: 64 KiB; rows: half."""
+    p = Plan(4, 2, 32, 32, 3, 3, 2)
+    enough = (64 << 10) + SHARED_SLACK
+    assert fitting(p, enough, 128, 2, 16) == p
+    assert fitting(p, enough - 2, 128, 2, 16) == p._replace(float_stages=2)
+    assert fitting(p, enough // 2, 128, 2, 16) == p._replace(float_stages=2, float_slice=16, int_stages=2)
+    least = fitting(p, SHARED_SLACK, 128, 2, 16)  # nothing fits: the smallest there is, for the compiler to refuse
+    assert least == p._replace(float_stages=2, float_slice=16, int_stages=2, int_slice=32)
 
 
 def test_a_sequence_without_a_token_gets_zeros(device: str) -> None:
