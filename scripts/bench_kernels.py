@@ -28,7 +28,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from console import require_writable, write_whole
-from kernels import triton_kernels
 from kernels.regions import Regions
 from options import Parser
 from quantize import Format, hadamard
@@ -110,6 +109,8 @@ def n_bytes(regions: Regions) -> int:
 
 
 def our_version(name: str, caches: list[Regions], q: Tensor, positions: Tensor) -> Version:
+    from kernels import triton_kernels  # not above: benchmark.py runs where there is no Triton
+
     def launch(i: int) -> Tensor:
         return triton_kernels.decode_attention(q, caches[i], positions)
 

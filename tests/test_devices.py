@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 
 import kernels
 from checkpoint import parse_device
@@ -59,3 +62,11 @@ def test_what_is_missing_is_told_once(
     assert kernels.for_device(GPU) is kernels.eager and kernels.for_device(GPU) is kernels.eager
     err = capsys.readouterr().err
     assert err.count(told) == 1 and "falls back" in err and err.count("\n") == 1
+
+
+def test_every_program_starts_where_there_is_no_triton() -> None:
+    """requirements.txt does not bring it, and a CPU does not need it."""
+    names = ["generate", *sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))]
+    code = f"import sys; sys.path[:0] = ['scripts']; sys.modules['triton'] = None; import {', '.join(names)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
