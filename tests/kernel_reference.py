@@ -14,6 +14,9 @@ from torch import Tensor
 HAS_GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+import triton as triton  # noqa: E402, for tests with kernels of their own: a test module cannot skip before its imports
+import triton.language as tl  # noqa: E402, F401
+
 from kernels.regions import Regions  # noqa: E402
 from quantize import INT8, Format, hadamard  # noqa: E402
 

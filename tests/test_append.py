@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-from kernel_reference import BF16, DEVICES, FORMATS, FP32, HAS_GPU, held, settle, tokens  # chooses the interpreter
+from kernel_reference import BF16, DEVICES, FORMATS, FP32, HAS_GPU, held, settle, tl, tokens, triton
 from test_kernels import same_rows
 from torch import Tensor
 

@@ -6,11 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-import triton  # after kernel_reference, which asks whether it is there
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_reference import DEVICES
+from kernel_reference import DEVICES, tl, triton
 
 from kernels.triton_plan import Plan, cuts
 from kernels.triton_share import first_blocks, partition, written
