@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 _thread = threading.local()
+_divided: set[int] = set()  # the functions that `divide_as_needed` has seen
+
+ALWAYS_THERE = 48 << 10  # bytes of shared memory that a program may have without asking
+PREFER_NONE = 0  # CU_FUNC_CACHE_PREFER_NONE
 
 
 @contextmanager
@@ -27,8 +32,41 @@ def compiling(loaded: Callable[[Any], None] = lambda kernel: None) -> Iterator[N
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """`kernel[grid]`, to be called with the kernel's arguments."""
     loaded = getattr(_thread, "compiled", None)
-    return kernel[grid] if loaded is None else partial(_compile, kernel, grid, loaded)
+    return partial(_launch, kernel[grid]) if loaded is None else partial(_compile, kernel, grid, loaded)
 
 
 def _compile(kernel: Any, grid: tuple[int, ...], loaded: Callable[[Any], None], *args: Any, **kwargs: Any) -> None:
     loaded(kernel.warmup(*args, grid=grid, **kwargs))
+
+
+def _launch(run: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    divide_as_needed(run(*args, **kwargs))
+
+
+def divide_as_needed(kernel: Any) -> None:
+    """Let the GPU divide a processor's memory between shared memory and L1 for a kernel as it finds it.
+
+    Triton asks for as much shared memory as there is wherever a program has more than 48 KiB. A processor that has to
+    be divided anew must first be empty, so such a launch cannot begin while the one before is at work, nor the next
+    one beside it: 15 us a layer on an H200, 13% of a step (LOG.md, 2026-11-25).
+
+    kernel: what a launch returned; the first one of a kernel was still by Triton's way. None: the interpreter's.
+    """
+    function = getattr(kernel, "function", None)
+    if function is None or function in _divided or kernel.metadata.shared <= ALWAYS_THERE:
+        return
+    driver = _driver()
+    if driver is not None:
+        status = driver.cuFuncSetCacheConfig(ctypes.c_void_p(function), PREFER_NONE)
+        if status:
+            raise RuntimeError(f"cuFuncSetCacheConfig failed with {status}")
+    _divided.add(function)
+
+
+@cache
+def _driver() -> ctypes.CDLL | None:
+    """NVIDIA's driver; None on a GPU of another make."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None

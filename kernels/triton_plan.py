@@ -44,9 +44,6 @@ def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int,
     elif four:
         even = 7 * n_processor < 4 * n_row <= 8 * n_processor  # a program per row is two, nearly, on every processor
         p = Plan(heads, 4, 16, 64, 3, 3, 6, splits=1 if even else 0)
-    elif 4 * n_row <= n_processor:
-        # In a model on an H200 larger programs took 15 us a layer more as soon as two had to share a processor.
-        p = Plan(heads, 1, 32, 64, 4, 3, 4)
     elif 2 * n_row <= 3 * n_processor:
         p = Plan(heads, 2, 32, 32, 4, 4, 2)  # programs of two warps: fewer partial results to merge
     else:

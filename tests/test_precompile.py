@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,3 +105,35 @@ def test_compilers_load_what_they_compile_and_keep_errors(monkeypatch: pytest.Mo
         compilers.submit(lambda: 1 // 0)
     assert loaded == ["kernel"]
     assert [type(r.exception()) for r in compilers.results] == [type(None), ZeroDivisionError]
+
+
+class Driver:
+    """Stands for NVIDIA's driver: keeps what it is asked for."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status, self.asked = status, []
+
+    def cuFuncSetCacheConfig(self, function: ctypes.c_void_p, config: int) -> int:
+        self.asked.append((function.value, config))
+        return self.status
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, driver: Driver, shared: int, function: int) -> None:
+    monkeypatch.setattr("kernels.launch._driver", lambda: driver)
+    kernel = SimpleNamespace(function=function, metadata=SimpleNamespace(shared=shared))
+    launch({(1,): lambda: kernel}, (1,))()
+
+
+def test_a_launch_leaves_the_division_of_shared_memory_to_the_gpu_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.launch._divided", set())
+    driver = Driver()
+    for _ in range(2):
+        launched(monkeypatch, driver, 96 << 10, 7)
+    launched(monkeypatch, driver, 48 << 10, 8)  # Triton asks for nothing there
+    assert driver.asked == [(7, 0)]
+
+
+def test_a_driver_that_refuses_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.launch._divided", set())
+    with pytest.raises(RuntimeError, match="cuFuncSetCacheConfig failed with 400"):
+        launched(monkeypatch, Driver(400), 96 << 10, 9)
