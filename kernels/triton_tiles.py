@@ -128,17 +128,23 @@ def scale_and_base(x):
 
 
 @triton.jit
+def lowest_byte(x):
+    """The integer, from -128 to 127, that was rounded by adding ROUND to it: int8. A conversion would take longer."""
+    return x.to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
 def two_terms(q, unit, N: tl.constexpr):
     """q float32 [D, N] to int8 [D, 2 * N]: q[:, n] = unit[n] / 254 * (254 * t[:, 2n] + t[:, 2n + 1]).
 
     unit: float32 [N], a 127th of the largest element. The sums over D of what the terms stand for, [1, N], too.
     """
-    x = q / unit[None, :]
-    hi = tl.minimum(tl.maximum((x + ROUND) - ROUND, -127.0), 127.0)
-    lo = ((x - hi) * 254.0 + ROUND) - ROUND
-    lo = tl.minimum(tl.maximum(lo, -127.0), 127.0)
-    terms = tl.reshape(tl.join(hi.to(tl.int8), lo.to(tl.int8)), (q.shape[0], 2 * N))
-    return terms, tl.sum(hi * 254.0 + lo, 0)[None, :]
+    x = q * (1.0 / unit)[None, :]
+    high = x + ROUND  # its lowest bits are the integer; within 127 because `unit` is the largest element's 127th
+    hi = high - ROUND
+    low = (x - hi) * 254.0 + ROUND
+    terms = tl.reshape(tl.join(lowest_byte(high), lowest_byte(low)), (q.shape[0], 2 * N))
+    return terms, tl.sum(hi * 254.0 + (low - ROUND), 0)[None, :]
 
 
 @triton.jit
