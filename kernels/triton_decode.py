@@ -25,16 +25,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.launch import launch
 from kernels.regions import Regions
-from kernels.triton_basics import INTERPRET
+from kernels.triton_basics import INTERPRET, prefetch
 from kernels.triton_hadamard import butterfly_halves
-from kernels.triton_plan import Plan, cuts, fitting, plan, processor
+from kernels.triton_plan import Plan, cuts, fitting, merging, plan, processor, sharing
 from kernels.triton_share import fetch, first_blocks, partition, written
 from kernels.triton_tiles import (
     NEGATIVE,
-    UNSEEN,
     float_tile,
     int_tile,
-    merge_slices,
     new_state,
     turn_back,
     two_terms,
@@ -69,7 +67,8 @@ def float_share(
 ):  # fmt: skip
     """Slots lo to hi - 1. x: queries, float32 [D, HEADS]; partner: the same with the halves of D swapped.
 
-    Returns weighted sums of values [D, HEADS], largest scores in log2 units and sums of weights.
+    Returns of each warp weighted sums of values [WARPS, D, HEADS], largest scores in log2 units and sums of weights,
+    [WARPS, HEADS].
     """
     DIM: tl.constexpr = x.shape[0]
     HEADS: tl.constexpr = x.shape[1]
@@ -92,8 +91,7 @@ def float_share(
     for start in tl.range(lo, hi, BLOCK, num_stages=STAGES):
         state = float_tile(state, queries, step, k, v, tok + start, hi, HEAD_DIM, INTERPRET)
     top, total, out = state
-    weight, best, sum_of_weights = merge_slices(top, total, step)
-    return tl.sum(out * weight[:, None, :], 0), best * step, sum_of_weights
+    return out, top * step, tl.sum(total, 1)
 
 
 @triton.jit
@@ -105,8 +103,8 @@ def int_share(
 ):  # fmt: skip
     """Rows lo to hi - 1. x: queries, float32 [D, HEADS], and q where they come from.
 
-    Returns weighted sums of values as [dims / 2, HEADS, 2], twice (see `weighted_values`), largest scores
-    in log2 units and sums of weights.
+    Returns of each warp weighted sums of values as [WARPS, dims / 2, HEADS, 2], twice (see `weighted_values`),
+    largest scores in log2 units and sums of weights, [WARPS, HEADS].
     """
     DIM: tl.constexpr = x.shape[0]
     HEADS: tl.constexpr = x.shape[1]
@@ -138,9 +136,8 @@ def int_share(
             state, both, sums, step, k, v_pair, k_scale, v_scale, tok + start, hi, HEAD_DIM, HEADS, K_BITS, V_BITS,
             K_GROUPS, V_GROUPS, INTERPRET,
         )  # fmt: skip
-    weight, best, sum_of_weights = merge_slices(state[0], state[1], step)
-    first, second = weighted_values(state, weight, V_BITS, V_GROUPS)
-    return first, second, best * tl.sum(step, 0), sum_of_weights
+    low, high = weighted_values(state, V_BITS, V_GROUPS)
+    return low, high, state[0] * step, tl.sum(state[1], 1)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -157,9 +154,10 @@ def split_kernel(
     """Program (column, sequence, split): a share of the tokens of one sequence, one KV head (column //
     TILES) and HEADS of its query heads. K_BITS 0: nothing is quantised.
 
-    partial: float32 [sequence, column, n_split + 1, HEADS, HEAD_DIM], weighted sums of values; statistics:
-    float32 [sequence, column, n_split + 1, HEADS, 2], the largest score in log2 units and the sum of weights. What
-    comes of a program's slots stands at `split` and what comes of its rows at split + 1: one program has both.
+    partial: float32 [sequence, column, n_split + 1, WARPS, HEADS, HEAD_DIM], weighted sums of values; statistics:
+    float32 [sequence, column, n_split + 1, WARPS, HEADS, 2], the largest score in log2 units and the sum of weights.
+    What comes of a program's slots stands at `split` and what comes of its rows at split + 1: one program has both.
+    Its warps have their own: to merge them here would cost every program barriers, and costs the next launch a load.
     AHEAD: rows, or as many bytes of slots, that are on their way to the L2 before the last launch ends. then: a weight
     that is read after attention; each program asks for then_each of its bytes when it has nothing else to read.
     """
@@ -212,10 +210,10 @@ def split_kernel(
             k_scale + row_at * K_GROUPS, v_scale + row_at * V_GROUPS, row_lo, row_hi, log2_scale,
             HEAD_DIM, WARPS, INT_SLICE, INT_STAGES, K_BITS, V_BITS, K_GROUPS, V_GROUPS, ROTATED, INTERPRET,
         )  # fmt: skip
-        dim = 2 * tl.arange(0, sums.shape[0])[:, None, None] + tl.arange(0, 2)[None, None, :]
-        result = (batch * tl.num_programs(0) + column) * (n_split + 1) + split + 1
-        at = result * HEADS + part
-        to = partial + at[None, :, None] * HEAD_DIM + dim
+        dim = (2 * tl.arange(0, sums.shape[1])[:, None, None] + tl.arange(0, 2)[None, None, :])[None]
+        result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split + 1) * WARPS + tl.arange(0, WARPS)
+        at = result[:, None] * HEADS + part[None, :]
+        to = partial + at[:, None, :, None] * HEAD_DIM + dim
         if V_BITS == 8:
             tl.store(to, sums, dim < HEAD_DIM)
         else:
@@ -235,9 +233,9 @@ def split_kernel(
             x, partner, k + slot_at, v + slot_at, frequencies, lo, hi, sink_size, n_token - n_slot, log2_scale,
             HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, INTERPRET,
         )  # fmt: skip
-        result = (batch * tl.num_programs(0) + column) * (n_split + 1) + split
-        at = result * HEADS + part
-        tl.store(partial + at[None, :] * HEAD_DIM + d[:, None], out, (d < HEAD_DIM)[:, None])
+        result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split) * WARPS + tl.arange(0, WARPS)
+        at = result[:, None] * HEADS + part[None, :]
+        tl.store(partial + at[:, None, :] * HEAD_DIM + d[None, :, None], out, (d < HEAD_DIM)[None, :, None])
         tl.store(statistics + 2 * at, best)
         tl.store(statistics + 2 * at + 1, total)
     if OVERLAP:
@@ -248,50 +246,62 @@ def split_kernel(
             fetch(then.to(tl.int64) + offset, then.to(tl.int64) + then_bytes, ROUND)
 
 
+@triton.jit
+def in_order(bits):
+    """Bits of float32 as int32 that compare as the numbers do; and those of the numbers again."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
     partial, statistics, positions, out, group, n_slot, n_split,
-    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, FLOAT_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, FLOAT_BLOCK: tl.constexpr,
     INT_BLOCK: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, CHUNK: tl.constexpr,
     DIMS: tl.constexpr, HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (query head, sequence, block of DIMS dims): merge the partial softmaxes, CHUNK at a time.
+    """Program (KV head, sequence, query head of the group and block of DIMS dims): merge the partial softmaxes.
 
-    out: [sequence, query head, HEAD_DIM]. One warp: a barrier would cost more than it brings.
+    out: [sequence, query head, HEAD_DIM]. CHUNK: at least (n_split + 1) * WARPS. One warp: a barrier would cost more
+    than it brings. Every layer waits for what comes after the wait, and for nothing that comes before: masks and
+    addresses are made there, and loads need no mask: where nothing was written, they have entry 0 again, for no weight.
     """
-    head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    BLOCKS: tl.constexpr = HEAD_DIM // DIMS
+    kv_head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    member, block = tl.program_id(2) // BLOCKS, tl.program_id(2) % BLOCKS
+    n_token = tl.load(positions + batch) + 1
     each, _, float_blocks, _, int_blocks = partition(
-        tl.load(positions + batch) + 1, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, FLOAT_COST, INT_COST, HAS_INT
+        n_token, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, FLOAT_COST, INT_COST, HAS_INT
     )
-    member = head % group
-    column = head // group * TILES + member // HEADS
-    at = (batch * (tl.num_programs(0) // group * TILES) + column) * (n_split + 1) * HEADS + member % HEADS
-    d = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
-    partial += at * HEAD_DIM + d[None, :]
-    statistics += at * 2
-    top = tl.full((1,), NEGATIVE, tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    y = tl.zeros((DIMS,), tl.float32)
+    entry = tl.arange(0, CHUNK)
+    split = entry // WARPS
+    wrote = written(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST) & (split <= n_split)
+    column = (batch * tl.num_programs(0) + kv_head) * TILES + member // HEADS
+    at = column * (n_split + 1) * WARPS * HEADS + member % HEADS
+    entry = tl.where(wrote, entry, 0)[:, None] * HEADS  # program 0 has a slot if any has
+    d = tl.arange(0, DIMS)[None, :]
+    partial += at * HEAD_DIM + block * DIMS + (entry * HEAD_DIM + d)
+    statistics += at * 2 + (entry * 2 + tl.arange(0, 2)[None, :])
+    out += ((batch * tl.num_programs(0) + kv_head) * group + member) * HEAD_DIM + block * DIMS
+    row = tl.arange(0, triton.cdiv(128, DIMS))[:, None]  # as many as make the layout of `partial`, which y has
+    to = out + row * 0 + d
+    if n_token <= 0:  # a sequence without a token: zeros, and there is nothing to read
+        if OVERLAP:
+            gdc_wait()
+            gdc_launch_dependents()
+        tl.store(to, tl.zeros(to.shape, out.dtype.element_ty), row == 0)
+        return
     if OVERLAP:
+        prefetch(out)  # so that its address is known by now
         if each >= 0:  # always: as above, `each` is known when the splits end
             gdc_wait()
         gdc_launch_dependents()  # not before: the next launch would take room and reads from the splits
-    for start in range(0, n_split + 1, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        wrote = written(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST) & (split <= n_split)
-        mask = wrote[:, None] & (d < HEAD_DIM)[None, :]
-        values = tl.load(partial + split[:, None] * (HEADS * HEAD_DIM), mask, 0.0)
-        best = tl.load(statistics + split * (2 * HEADS), wrote, UNSEEN)
-        weights = tl.load(statistics + split * (2 * HEADS) + 1, wrote, 0.0)
-        new_top = tl.maximum(top, tl.max(best, 0))
-        factor = tl.exp2(best - new_top)
-        keep = tl.exp2(top - new_top)
-        total = total * keep + tl.sum(weights * factor, 0)
-        y = y * keep + tl.sum(values * factor[:, None], 0)
-        top = new_top
-    at = (batch * tl.num_programs(0) + head) * HEAD_DIM
-    total = tl.where(total == 0, 1.0, total)  # a sequence without a token: zeros, not 0 / 0
-    tl.store(out + at + d, (y / total).to(out.dtype.element_ty), d < HEAD_DIM)
+    best, weights = tl.split(tl.load(statistics))
+    values = tl.load(partial)
+    # Of integers a warp finds the largest in one instruction, of floats in five exchanges.
+    top = in_order(tl.max(in_order(best.to(tl.int32, bitcast=True)), 0)).to(tl.float32, bitcast=True)
+    factor = tl.where(wrote, tl.exp2(best - top), 0.0)
+    y = tl.sum(values * factor[:, None], 0) * (1.0 / tl.sum(weights * factor, 0))
+    tl.store(to, tl.broadcast_to(y[None, :], to.shape).to(out.dtype.element_ty), row == 0)
 
 
 def decode_attention(
@@ -331,7 +341,7 @@ def run(
     n_column = n_kv_head * tiles
     here = processor(q.device)
     overlap = here.overlap
-    n_split = p.splits or min(max(2, here.multiprocessors * p.per_processor // (batch * n_column)), 127)
+    n_split = p.splits or sharing(p, batch * n_column, here.multiprocessors)
 
     k_int, v_int, k_scale, v_scale = regions.k_int, regions.v_int, regions.k_scale, regions.v_scale
     k_bits = v_bits = 0
@@ -348,8 +358,9 @@ def run(
     most = triton.cdiv(n_slot, cut["FLOAT_BLOCK"]) * cut["FLOAT_COST"]
     if has_int:
         most += triton.cdiv(n_row, cut["INT_BLOCK"]) * cut["INT_COST"]
-    partial = torch.empty(batch, n_column, n_split + 1, p.heads, head_dim, dtype=torch.float32, device=q.device)
-    statistics = torch.empty(batch, n_column, n_split + 1, p.heads, 2, dtype=torch.float32, device=q.device)
+    partials = batch, n_column, n_split + 1, p.warps, p.heads
+    partial = torch.empty(*partials, head_dim, dtype=torch.float32, device=q.device)
+    statistics = torch.empty(*partials, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, n_head, head_dim, dtype=q.dtype, device=q.device)
     grid = (n_column, batch, min(n_split, most))
     then_bytes = 0 if then is None or not overlap else min(then.nbytes, MOST_THEN)
@@ -365,11 +376,10 @@ def run(
         AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_frequencies is not None,
         INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip
-    chunk = min(triton.next_power_of_2(n_split + 1), 64)
-    dims = min(triton.next_power_of_2(head_dim), 1024 // chunk)
-    launch(combine_kernel, (n_head, batch, triton.cdiv(head_dim, dims)))(
+    block = merging((n_split + 1) * p.warps, head_dim)
+    launch(combine_kernel, (n_kv_head, batch, group * (head_dim // block["DIMS"])))(
         partial, statistics, positions, out, group, n_slot, n_split,
-        HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, **cut, CHUNK=chunk, DIMS=dims, HAS_INT=has_int,
-        OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
+        HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, **cut, **block, HAS_INT=has_int, OVERLAP=overlap,
+        launch_pdl=overlap, num_warps=1,
     )  # fmt: skip
     return out

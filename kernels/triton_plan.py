@@ -20,7 +20,7 @@ class Plan(NamedTuple):
     float_stages: int  # blocks in flight, and one
     int_stages: int
     per_processor: int  # programs on a streaming multiprocessor at once
-    splits: int = 0  # programs that share a sequence and KV head; 0: by per_processor, and at least 2
+    splits: int = 0  # programs that share a sequence and KV head; 0: see `sharing`
     ahead: int = 0  # rows per program, or as many bytes of slots, to be on their way before the last launch has ended
 
 
@@ -70,6 +70,31 @@ def cuts(p: Plan, itemsize: int, bits: int) -> dict[str, int]:
     return {
         "FLOAT_BLOCK": slots, "INT_BLOCK": rows, "FLOAT_COST": float_bits // unit, "INT_COST": int_bits // unit,
     }  # fmt: skip
+
+
+MOST_PARTIAL = 256  # partial results that a warp merges
+
+
+def sharing(p: Plan, n_column: int, n_processor: int) -> int:
+    """How many programs share each of n_column columns (sequences times KV heads, times tiles of a large group), so
+    that the GPU is full.
+
+    Each of their warps has a partial result, and there is one more program's worth of them, where slots end and rows
+    begin. Merging takes a power of two: where a few programs less save half of that, they are less. (On an H200 128
+    instead of 64 partial results cost 1 us a layer, and 31 programs instead of 33 nothing.)
+    """
+    n = max(2, n_processor * p.per_processor // n_column)
+    half = triton.next_power_of_2((n + 1) * p.warps) // (2 * p.warps) - 1
+    return min(half if 16 * half >= 15 * n else n, MOST_PARTIAL // p.warps - 1)
+
+
+def merging(n_partial: int, head_dim: int) -> dict[str, int]:
+    """What a warp of `combine_kernel` merges: all partial results, and a block of dims that tiles a head.
+
+    32 numbers a thread, where there are as many: with twice that it takes longer, and 92 registers and not 57.
+    """
+    chunk = triton.next_power_of_2(n_partial)
+    return {"CHUNK": chunk, "DIMS": min(head_dim & -head_dim, max(1, 1024 // chunk))}
 
 
 class Processor(NamedTuple):

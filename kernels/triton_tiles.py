@@ -276,22 +276,23 @@ def int_tile(
 
 
 @triton.jit
-def weighted_values(state, weight, V_BITS: tl.constexpr, GROUPS: tl.constexpr):
-    """The sums of values of all warps, [dims / 2, N, 2]: with 8 bits all dims, in order; with 4 bits those of the
-    lower half, and those of the upper half. weight: [WARPS, N], what each warp's slice counts.
+def weighted_values(state, V_BITS: tl.constexpr, GROUPS: tl.constexpr):
+    """What a running softmax has summed up: weighted sums of values, float32 [WARPS, dims / 2, N, 2].
+
+    8 bits: of all dims, and the same again. 4 bits: of the lower and of the upper half of head_dim.
     """
-    scaled = (weight * (state[2] / HALF_RANGE))[:, None, :]
+    scaled = (state[2] * (1.0 / HALF_RANGE))[:, None, :]
     if V_BITS == 8:
-        low = tl.sum(tl.join(state[3] * scaled, state[4] * scaled), 0)
+        low = tl.join(state[3] * scaled, state[4] * scaled)
         high = low
     else:
-        base = tl.sum(tl.sum(state[7], 1) * weight, 0)[None, :, None]
+        base = tl.sum(state[7], 1)[:, None, :, None]
         high_base = base
         if GROUPS == 2:
-            high_base = tl.sum(tl.sum(state[8], 1) * weight, 0)[None, :, None]
+            high_base = tl.sum(state[8], 1)[:, None, :, None]
         first, second = scaled * 16777216.0, scaled * 1048576.0  # 2**24, 2**20
-        low = tl.sum(tl.join(state[3] * first, state[5] * first), 0) + base
-        high = tl.sum(tl.join(state[4] * second, state[6] * second), 0) + high_base
+        low = tl.join(state[3] * first, state[5] * first) + base
+        high = tl.join(state[4] * second, state[6] * second) + high_base
     return low, high
 
 
@@ -322,14 +323,6 @@ def float_tile(state, q, step, k, v, tok, end, HEAD_DIM: tl.constexpr, INTERPRET
     total = total * keep[:, None, :] + prob
     out = tl.dot(values, prob.to(values.dtype), out * keep[:, None, :], input_precision="ieee")
     return new_top, total, out
-
-
-@triton.jit
-def merge_slices(top, total, step):
-    """What each warp's slice weighs, [WARPS, N], and the program's largest score and sum of weights, [N]."""
-    best = tl.max(top, 0)
-    weight = tl.exp2((top - best[None, :]) * step)
-    return weight, best, tl.sum(tl.sum(total, 1) * weight, 0)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from kernels.triton_decode import combine_kernel, split_kernel
 from kernels.triton_history import dequantize_kernel, history_kernel
 from kernels.triton_linear import norm_kernel, rotate_kernel, swiglu_kernel, vector_kernel
 from kernels.triton_pick import greedy_kernel
-from kernels.triton_plan import cuts, fitting, plan
+from kernels.triton_plan import cuts, fitting, merging, plan
 from kernels.triton_store import append_kernel, quantize_kernel, slots_kernel
 from kernels.triton_tokens import padded, plan_tokens, tokens_kernel
 
@@ -110,6 +110,11 @@ def disassembled(compiled: Any) -> tuple[str, str] | None:
     return sass, usage.stdout + usage.stderr
 
 
+def instructions(sass: str) -> list[str]:
+    """Their names, in order, without predicates and operands."""
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+
+
 def compile_append_kernel(head_dim: int, bits: int, n_group: int = 1, early: bool = False) -> dict[str, int] | None:
     """What counts in `append_kernel` as a launch has it: above all what follows its wait. bits 0: no rows."""
     ints, scales = {0: ("*bf16", "*bf16"), 4: ("*u8", "*i32"), 8: ("*i8", "*fp32")}[bits]
@@ -121,7 +126,7 @@ def compile_append_kernel(head_dim: int, bits: int, n_group: int = 1, early: boo
     found = disassembled(compiled)
     if found is None:
         return None
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", found[0], re.MULTILINE)
+    names = instructions(found[0])
     wait = names.index("ACQBULK")
     return {
         "instructions": len(names),
@@ -130,6 +135,35 @@ def compile_append_kernel(head_dim: int, bits: int, n_group: int = 1, early: boo
         "local": len([n for n in names if n.startswith(("LDL", "STL"))]),
         "stack": int(re.findall(r"STACK:(\d+)", found[1])[0]),
         "shared": compiled.metadata.shared,
+    }
+
+
+def compile_combine_kernel(
+    n_split: int, head_dim: int = 128, group: int = 4, bits: int = 16, dtype: str = "bf16"
+) -> dict[str, int] | None:
+    """What counts in `combine_kernel` as a launch has it: above all what follows its wait. bits: see `cuts`."""
+    itemsize = 4 if dtype == "fp32" else 2
+    p = plan(8, group, head_dim, itemsize, 132, 0 < bits < 16)
+    constants = {"HEAD_DIM": head_dim, "HEADS": p.heads, "TILES": -(-group // p.heads), "WARPS": p.warps,
+                 "HAS_INT": bits > 0, "OVERLAP": True, **cuts(p, itemsize, bits),
+                 **merging((n_split + 1) * p.warps, head_dim)}  # fmt: skip
+    types = {"partial": "*fp32", "statistics": "*fp32", "positions": "*i64", "out": f"*{dtype}"}
+    compiled = compile_kernel(combine_kernel, types, constants, 1, True)
+    found = disassembled(compiled)
+    if found is None:
+        return None
+    names = instructions(found[0])
+    merge = names.index("MUFU.EX2")
+    wait = max(i for i in range(merge) if names[i] == "ACQBULK")  # a sequence without a token has its own
+    last = next(i for i in range(merge, len(names)) if names[i].startswith("STG"))
+    return {
+        "early_loads": len([n for n in names[:wait] if n.startswith("LDG")]),
+        "before_loads": next(i for i in range(wait, merge) if names[i].startswith("LDG")) - wait,
+        "after_wait": last - wait,
+        "trigger": names.index("PREEXIT", wait) - wait,
+        "local": len([n for n in names if n.startswith(("LDL", "STL"))]),
+        "stack": int(re.findall(r"STACK:(\d+)", found[1])[0]),
+        "registers": int(re.findall(r"REG:(\d+)", found[1])[0]),
     }
 
 
@@ -173,7 +207,7 @@ def compile_the_rest() -> None:
     for overlap in (False, True):  # before Hopper, and since
         compile_kernel(combine_kernel, types, {
             "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "FLOAT_BLOCK": 64, "INT_BLOCK": 64, "FLOAT_COST": 2, "INT_COST": 1,
-            "CHUNK": 32, "DIMS": 32, "HAS_INT": True, "OVERLAP": overlap,
+            "WARPS": 2, "HAS_INT": True, "OVERLAP": overlap, **merging(68, 128),
         })  # fmt: skip
         for swiglu, head_dim in ((False, 0), (True, 0), (False, 128), (False, 96)):
             compile_kernel(vector_kernel, types, {

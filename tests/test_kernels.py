@@ -33,7 +33,7 @@ from torch import Tensor
 from kernels import triton_kernels as kernels  # after kernel_reference, which chooses the interpreter
 from kernels.regions import Regions
 from kernels.triton_decode import run
-from kernels.triton_plan import SHARED_SLACK, Plan, fitting, plan
+from kernels.triton_plan import MOST_PARTIAL, SHARED_SLACK, Plan, fitting, merging, plan, sharing
 from quantize import Format, quantize
 
 
@@ -385,6 +385,57 @@ def test_compiled_for_hopper(shape: dict[str, Any]) -> None:
     assert found["shared"] <= shape.get("shared", HOPPER_SHARED)
     assert found["fetches"] >= (5 if found["ahead"] else 1)  # of what is read next; and of its first tokens
     assert found["copies"] > 0, "keys and values are to be copied to shared memory asynchronously"
+
+
+MERGE = """
+import json, sys
+sys.path.insert(0, "tests")
+from aot import compile_combine_kernel
+print(json.dumps([compile_combine_kernel(*shape) for shape in json.loads(sys.argv[1])]))
+"""
+MOST_AFTER_WAIT = {  # instructions, as (programs per sequence and KV head, head_dim, query heads per KV head, bits)
+    (1, 128, 4, 16): 80, (4, 128, 4, 16): 160, (8, 128, 4, 16): 170, (16, 128, 4, 16): 160, (31, 128, 4, 16): 160,
+    (33, 128, 4, 0): 180, (33, 96, 3, 16): 180, (63, 128, 4, 8): 170, (127, 256, 16, 16): 210,
+}  # fmt: skip
+
+
+def test_what_merging_leaves_for_after_its_wait() -> None:
+    """Loads at once, from addresses that are there, and one pass over what they bring: every layer waits for it."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", MERGE, json.dumps(list(MOST_AFTER_WAIT))],
+        cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for (shape, most), found in zip(MOST_AFTER_WAIT.items(), json.loads(done.stdout.splitlines()[-1]), strict=True):
+        if found is None:
+            pytest.skip("this Triton has no cuobjdump beside it")
+        assert found["after_wait"] <= most, (shape, found)
+        assert found["early_loads"] == 1, shape  # the sequence's position
+        assert found["before_loads"] <= 12 and found["trigger"] > 0, (shape, found)
+        assert found["local"] == found["stack"] == 0 and found["registers"] <= 64, (shape, found)
+
+
+@pytest.mark.parametrize("head_dim", [2, 8, 64, 80, 96, 128, 256])
+def test_what_a_warp_merges(head_dim: int) -> None:
+    """All partial results, and dims that tile a head."""
+    for n_partial in range(2, 257):
+        block = merging(n_partial, head_dim)
+        assert block["CHUNK"] >= n_partial and head_dim % block["DIMS"] == 0
+        assert block["CHUNK"] * block["DIMS"] <= 1024
+        assert all(n & (n - 1) == 0 for n in block.values())
+
+
+@pytest.mark.parametrize("n_column", [1, 2, 3, 8, 20, 64, 100, 256, 1000])
+def test_programs_fill_the_gpu_and_their_results_are_merged_at_once(n_column: int) -> None:
+    """An H200 has 132 processors. Programs are at most a sixteenth fewer than would fit it, and never more."""
+    for four in (False, True):
+        p = plan(n_column, 4, 128, 2, 132, four)
+        n = sharing(p, n_column, 132)
+        fit = 132 * p.per_processor // n_column
+        most = MOST_PARTIAL // p.warps - 1
+        assert 1 <= n <= max(2, fit) and n >= min(most, 15 * fit / 16)
+        assert merging((n + 1) * p.warps, 128)["CHUNK"] <= MOST_PARTIAL
 
 
 def test_every_kernel_compiles_for_hopper() -> None:
