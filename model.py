@@ -164,8 +164,10 @@ class Rope:
     def __init__(self, frequencies: Tensor, positions: Tensor, signed: Tensor | None = None) -> None:
         self.frequencies = frequencies
         angle = positions[:, None, :, None] * (both_ways(frequencies) if signed is None else signed)
-        self.cos = angle.cos().float()  # [batch, 1, token, head_dim]: cos is even
-        self.sin = angle.sin().float()  # odd: signed, so that a half turn of x completes the rotation
+        # Rounded where they are made: a launch apart would be two more in every step.
+        self.cos, self.sin = (torch.empty_like(angle, dtype=torch.float32) for _ in range(2))
+        torch.cos(angle, out=self.cos)  # [batch, 1, token, head_dim]: cos is even
+        torch.sin(angle, out=self.sin)  # odd: signed, so that a half turn of x completes the rotation
 
     def rotate(self, x: Tensor) -> Tensor:
         """x: [batch, head, token, head_dim], any float dtype; the products are float32."""
