@@ -33,7 +33,6 @@ from torch import Tensor
 
 import kernels
 from kernels import Regions
-from kernels.eager import rotate
 from kernels.regions import Stored
 from quantize import INT8, Format, hadamard, require_finite
 
@@ -63,6 +62,8 @@ class Chunk:
 class RopeLike(Protocol):
     @property
     def frequencies(self) -> Tensor: ...
+
+    def back_to(self, last: int) -> tuple[Tensor, Tensor]: ...
 
 
 def knob(default: Any, help: str, least: int | None = None, choices: Sequence[Any] = (), rare: bool = False) -> Any:
@@ -148,6 +149,14 @@ class KVCache:
         return out
 
 
+def rotate(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
+    """Turn x [..., head_dim] by `offset` more positions of RoPE."""
+    angle = frequencies * offset  # float64: a million positions are many turns
+    cos, sin = angle.cos().float(), angle.sin().float()
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
 def wide(x: Tensor) -> Tensor:
     """In float32, or wider as it is: what a reference computes in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -216,19 +225,21 @@ class _RegionCache(KVCache):
         if self._reference:
             return super().attend(q, k, v, chunk, rope)
         regions = self.regions.batch_rows(chunk.row, q.shape[0])
-        frequencies = self.sink_frequencies(rope)
+        sink_turn = self.sink_turn(rope)
         if q.shape[2] == 1:
             pos = chunk.positions[:, 0]
             self.kernels.append(regions, k[:, :, 0], v[:, :, 0], pos)
-            return self.kernels.decode_attention(q[:, :, 0], regions, pos, frequencies, chunk.then)[:, :, None]
+            return self.kernels.decode_attention(q[:, :, 0], regions, pos, sink_turn, chunk.then)[:, :, None]
         assert chunk.start is not None, "a chunk of several tokens starts at one known position"
         self.kernels.evict(regions, chunk.start)
-        y = kernels.chunk_attention(self.kernels, q, k, v, regions, chunk.start, frequencies)
+        y = kernels.chunk_attention(self.kernels, q, k, v, regions, chunk.start, sink_turn)
         self.kernels.store_chunk(regions, k, v, chunk.start)
         return y
 
-    def sink_frequencies(self, rope: RopeLike) -> Tensor | None:
-        """RoPE frequencies if sinks are to be seen at their distance within the cache."""
+    def sink_turn(self, rope: RopeLike) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of what queries are turned by for the sinks, if those are to be seen at their distance within
+        the cache: float32 [batch, head_dim], as RoPE has them.
+        """
         return None
 
     def update(self, row: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,8 +317,10 @@ class SinkWindowCache(_RegionCache):
     def sizes(self, capacity: int) -> tuple[int, int]:
         return self.sink_size, self.window_size
 
-    def sink_frequencies(self, rope: RopeLike) -> Tensor | None:
-        return rope.frequencies if self.positions == "cache" and self.sink_size else None
+    def sink_turn(self, rope: RopeLike) -> tuple[Tensor, Tensor] | None:
+        if self.positions == "original" or not self.sink_size:
+            return None
+        return rope.back_to(self.regions.k.shape[2] - 1)  # the last position within the cache
 
     def place(self, k: Tensor, positions: Tensor, start: int, rope: RopeLike) -> Tensor:
         n_dropped = self.regions.n_left(start + 1)

@@ -162,8 +162,10 @@ class Rope:
     """
 
     def __init__(self, frequencies: Tensor, positions: Tensor, signed: Tensor | None = None) -> None:
-        self.frequencies = frequencies
-        angle = positions[:, None, :, None] * (both_ways(frequencies) if signed is None else signed)
+        self.frequencies, self.positions = frequencies, positions
+        self.signed = both_ways(frequencies) if signed is None else signed
+        self._back: dict[int, tuple[Tensor, Tensor]] = {}
+        angle = positions[:, None, :, None] * self.signed
         # Rounded where they are made: a launch apart would be two more in every step.
         self.cos, self.sin = (torch.empty_like(angle, dtype=torch.float32) for _ in range(2))
         torch.cos(angle, out=self.cos)  # [batch, 1, token, head_dim]: cos is even
@@ -173,6 +175,16 @@ class Rope:
         """x: [batch, head, token, head_dim], any float dtype; the products are float32."""
         half = x.shape[-1] // 2
         return torch.addcmul(x * self.cos, x.roll(half, -1), self.sin).to(x.dtype)
+
+    def back_to(self, last: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 [batch, head_dim], of the turn that takes each sequence's first position here back to
+        `last`; of no turn where it is not beyond. Made at the first call, which must come before the positions move
+        on: a step's layers share them.
+        """
+        if last not in self._back:
+            turn = Rope(self.frequencies, (last - self.positions[:, :1]).clamp_max(0), self.signed)
+            self._back[last] = turn.cos[:, 0, 0], turn.sin[:, 0, 0]
+        return self._back[last]
 
 
 class Attention(nn.Module):

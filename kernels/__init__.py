@@ -66,18 +66,19 @@ def chunk_attention(
     v: Tensor,
     regions: Regions,
     start: int,
-    sink_frequencies: Tensor | None = None,
+    sink_turn: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of a chunk over itself, causally, and over what the cache held when it began.
 
     q: [batch, n_head, token, head_dim]; k, v: [batch, n_kv_head, token, head_dim]; start: the chunk's
-    first position. Writes nothing: `store_chunk` follows. Returns [batch, n_head, token, head_dim].
+    first position; sink_turn: as for `decode_attention`. Writes nothing: `store_chunk` follows.
+    Returns [batch, n_head, token, head_dim].
     """
     if start == 0:
         group = q.shape[1] // k.shape[1]
         if q.device.type == "cpu" and group > 1:  # there, enable_gqa leaves the fast kernel
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    held, held_lse = kernels.history_attention(q, regions, start, sink_frequencies)
+    held, held_lse = kernels.history_attention(q, regions, start, sink_turn)
     own, own_lse = flash.attend(q, k, v, causal=True)
     return flash.merge(held, held_lse, own, own_lse)[0].to(q.dtype)

@@ -44,12 +44,9 @@ class Scratch:
 SCRATCH = Scratch()
 
 
-def rotate(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
-    """Turn x [..., head_dim] by `offset` more positions of RoPE (negative: back)."""
-    angle = frequencies * offset  # float64: a million positions are many turns
-    cos, sin = angle.cos().float(), angle.sin().float()
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., head_dim] turned by RoPE; cos, sin: float32, as `model.Rope` has them."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def linear(
@@ -101,8 +98,7 @@ def rotate_qk(
         q_norm, k_norm, eps = norms
         q, k = qk.split([n_head, n_qk - n_head], 1)
         qk = torch.cat((F.rms_norm(q, q_norm.shape, q_norm, eps), F.rms_norm(k, k_norm.shape, k_norm, eps)), 1)
-    turned = torch.addcmul(qk * cos[:, None], qk.roll(qkv.shape[2] // 2, -1), sin[:, None])
-    qkv[:, :n_qk] = turned.to(qkv.dtype)
+    qkv[:, :n_qk] = turned(qk, cos[:, None], sin[:, None])
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -142,14 +138,18 @@ def _quantize_one(regions: Regions, b: int, slot: int, row: int) -> None:
 
 
 def decode_attention(
-    q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None, then: Tensor | None = None
+    q: Tensor,
+    regions: Regions,
+    positions: Tensor,
+    sink_turn: tuple[Tensor, Tensor] | None = None,
+    then: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token per sequence, already appended, over all that its cache holds.
 
-    q: [batch, n_head, head_dim]; positions: int64 [batch]. sink_frequencies [head_dim / 2]: when
-    given, sinks are seen at their distance within the cache, as if what was dropped had never been
-    (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them. then: a weight that is
-    read next, which has nothing to do with the result. Returns [batch, n_head, head_dim] in q's dtype.
+    q: [batch, n_head, head_dim]; positions: int64 [batch]. sink_turn: cos and sin, float32 [batch, head_dim],
+    as `model.Rope` has them: when given, sinks are seen at their distance within the cache, as if what was dropped had
+    never been (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them. then: a weight that
+    is read next, which has nothing to do with the result. Returns [batch, n_head, head_dim] in q's dtype.
     """
     n_kv_head = regions.k.shape[1]
     out = torch.empty_like(q)
@@ -160,20 +160,21 @@ def decode_attention(
         n_slot = pos + 1 - n_left
         if n_left > 0 and held.k_int is not None:
             y = _decode_quantised(tile[0], held, n_slot, n_left)[None]
-        elif n_left > 0 and sink_frequencies is not None:
-            y = _decode_turned(tile[0], held, n_left, sink_frequencies)[None]
+        elif n_left > 0 and sink_turn is not None:
+            cos, sin = sink_turn
+            y = _decode_turned(tile[0], held, cos[b], sin[b])[None]
         else:
             y = F.scaled_dot_product_attention(tile, held.k[:, :, :n_slot], held.v[:, :, :n_slot])
         out[b] = y[0].flatten(0, 1)
     return out
 
 
-def _decode_turned(tile: Tensor, held: Regions, n_left: int, frequencies: Tensor) -> Tensor:
+def _decode_turned(tile: Tensor, held: Regions, cos: Tensor, sin: Tensor) -> Tensor:
     """Sinks seen by the query turned back, the window by the query as it is. tile: [n_kv_head, group, head_dim]."""
     sink = held.sink_size
     k, v = held.k[0], held.v[0]
-    turned = rotate(tile, -n_left, frequencies)
-    score = torch.cat((turned @ k[:, :sink].transpose(-1, -2), tile @ k[:, sink:].transpose(-1, -2)), -1)
+    back = turned(tile, cos, sin)
+    score = torch.cat((back @ k[:, :sink].transpose(-1, -2), tile @ k[:, sink:].transpose(-1, -2)), -1)
     return (score.float() * tile.shape[-1] ** -0.5).softmax(-1) @ v.float()
 
 
@@ -275,35 +276,37 @@ def _together(group: int) -> Tensor:
 
 
 def history_attention(
-    q: Tensor, regions: Regions, start: int, sink_frequencies: Tensor | None = None
+    q: Tensor, regions: Regions, start: int, sink_turn: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of a chunk that begins at position `start` over what the cache held before it.
 
     q: [batch, n_head, token, head_dim]. The token at start - window_size has left (`evict` came
-    first): its slot, which `start` will take, is not looked at. Returns the output, float32 and shaped like
-    q, and the log-sum-exp of its scores, float32 [batch, n_head, token].
+    first): its slot, which `start` will take, is not looked at. sink_turn: as for `decode_attention`, of the
+    token at `start`. Returns the output, float32 and shaped like q, and the log-sum-exp of its scores, float32
+    [batch, n_head, token].
     """
     out = torch.zeros(q.shape, device=q.device)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
-    for queries, k, v in _held(q, regions, start, sink_frequencies):
+    for queries, k, v in _held(q, regions, start, sink_turn):
         if k.shape[2]:
             out, lse = merge(out, lse, *attend(queries, k, v))
     return out, lse
 
 
 def _held(
-    q: Tensor, regions: Regions, start: int, sink_frequencies: Tensor | None
+    q: Tensor, regions: Regions, start: int, sink_turn: tuple[Tensor, Tensor] | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """What the cache holds, in parts that are dense: queries as these keys want them, keys, values."""
     sink, n_left = regions.sink_size, regions.n_left(start + 1)
     gap, end = (regions.slot(start), regions.k.shape[2]) if n_left > 0 else (start, start)
     first = 0
-    if sink_frequencies is not None and n_left > 0:
-        yield rotate(q, -n_left, sink_frequencies), regions.k[:, :, :sink], regions.v[:, :, :sink]
+    if sink_turn is not None and n_left > 0:
+        cos, sin = sink_turn
+        yield turned(q, cos[:, None, None], sin[:, None, None]), regions.k[:, :, :sink], regions.v[:, :, :sink]
         first = sink
     for part in (slice(first, gap), slice(gap + 1, end)):
         yield q, regions.k[:, :, part], regions.v[:, :, part]
-    turned = regions.k_format.turn(q).to(q.dtype)
+    queries = regions.k_format.turn(q).to(q.dtype)
     for lo in range(0, n_left, BLOCK_ROWS):
         rows = slice(lo, min(lo + BLOCK_ROWS, n_left))
         dense = [
@@ -311,7 +314,7 @@ def _held(
             for _, ints, scales, form in regions.quantised()
         ]
         if dense:
-            yield turned, dense[0], dense[1]
+            yield queries, dense[0], dense[1]
 
 
 def evict(regions: Regions, start: int) -> None:

@@ -34,7 +34,7 @@ from kernels.triton_tiles import (
     float_tile,
     int_tile,
     new_state,
-    turn_back,
+    turned,
     two_terms,
     weighted_values,
 )
@@ -61,11 +61,12 @@ def load_q(q, stride_h, head, n_head, d, there):
 
 @triton.jit
 def float_share(
-    x, partner, k, v, frequencies, lo, hi, sink_size, n_dropped, step,
+    x, partner, k, v, cos, sin, lo, hi, sink_size, n_dropped, step,
     HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
     TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Slots lo to hi - 1. x: queries, float32 [D, HEADS]; partner: the same with the halves of D swapped.
+    """Slots lo to hi - 1. x: queries, float32 [D, HEADS]; partner: the same with the halves of D swapped; cos, sin:
+    pointers to this sequence's [HEAD_DIM], see `decode_attention`.
 
     Returns of each warp weighted sums of values [WARPS, D, HEADS], largest scores in log2 units and sums of weights,
     [WARPS, HEADS].
@@ -81,11 +82,11 @@ def float_share(
         tl.zeros((WARPS, DIM, HEADS), tl.float32),
     )
     if TURN_SINKS and n_dropped > 0:
-        y = turn_back(x, partner, frequencies, n_dropped, tl.arange(0, DIM), HEAD_DIM)
-        turned = tl.broadcast_to(y.to(dtype)[None], (WARPS, DIM, HEADS))
+        y = turned(x, partner, cos, sin, tl.arange(0, DIM), HEAD_DIM)
+        back = tl.broadcast_to(y.to(dtype)[None], (WARPS, DIM, HEADS))
         sink_hi = tl.minimum(hi, sink_size)
         for start in range(lo, sink_hi, BLOCK):
-            state = float_tile(state, turned, step, k, v, tok + start, sink_hi, HEAD_DIM, INTERPRET)
+            state = float_tile(state, back, step, k, v, tok + start, sink_hi, HEAD_DIM, INTERPRET)
         lo = tl.minimum(tl.maximum(lo, sink_size), hi)
     queries = tl.broadcast_to(x.to(dtype)[None], (WARPS, DIM, HEADS))
     for start in tl.range(lo, hi, BLOCK, num_stages=STAGES):
@@ -142,7 +143,7 @@ def int_share(
 
 @triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
-    q, k, v, k_int, v_pair, k_scale, v_scale, positions, frequencies, partial, statistics, then,
+    q, k, v, k_int, v_pair, k_scale, v_scale, positions, cos, sin, partial, statistics, then,
     q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, n_row, group, sink_size, n_slot, n_split, then_bytes,
     then_each, softmax_scale,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
@@ -230,8 +231,8 @@ def split_kernel(
             swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
             partner = load_q(q, q_stride_h, head, group, swapped, d < HEAD_DIM)
         out, best, total = float_share(
-            x, partner, k + slot_at, v + slot_at, frequencies, lo, hi, sink_size, n_token - n_slot, log2_scale,
-            HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, INTERPRET,
+            x, partner, k + slot_at, v + slot_at, cos + batch * HEAD_DIM, sin + batch * HEAD_DIM, lo, hi, sink_size,
+            n_token - n_slot, log2_scale, HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, INTERPRET,
         )  # fmt: skip
         result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split) * WARPS + tl.arange(0, WARPS)
         at = result[:, None] * HEADS + part[None, :]
@@ -305,15 +306,20 @@ def combine_kernel(
 
 
 def decode_attention(
-    q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None = None, then: Tensor | None = None
+    q: Tensor,
+    regions: Regions,
+    positions: Tensor,
+    sink_turn: tuple[Tensor, Tensor] | None = None,
+    then: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token per sequence, already appended, over all that its cache holds.
 
     q: [batch, n_head, head_dim]; positions: int64 [batch], written before the launch that comes before this
-    one: they are read while that is still at work. sink_frequencies [head_dim / 2]: when
-    given, sinks are seen at their distance within the cache, as if what was dropped had never been
-    (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them. then: a weight that is read
-    next, and may be brought nearer in the meantime.
+    one: they are read while that is still at work. sink_turn: cos and sin, float32 [batch,
+    head_dim], as `model.Rope` has them: when given, sinks are seen at their distance within the cache, as if
+    what was dropped had never been (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them.
+    It is read after whatever comes before this launch, and only where something was dropped. then: a weight that is
+    read next, and may be brought nearer in the meantime.
     Returns [batch, n_head, head_dim] in q's dtype. No host synchronisation.
     """
     n_row, group = q.shape[0] * regions.k.shape[1], q.shape[1] // regions.k.shape[1]
@@ -321,7 +327,7 @@ def decode_attention(
     here, itemsize = processor(q.device), regions.k.element_size()
     p = plan(n_row, group, q.shape[2], itemsize, here.multiprocessors, regions.k_int is not None and bits < 16)
     p = fitting(p, here.shared, q.shape[2], itemsize, bits)
-    return run(q, regions, positions, sink_frequencies, p, then)
+    return run(q, regions, positions, sink_turn, p, then)
 
 
 def as_words(scales: Tensor) -> Tensor:
@@ -330,11 +336,17 @@ def as_words(scales: Tensor) -> Tensor:
 
 
 def run(
-    q: Tensor, regions: Regions, positions: Tensor, sink_frequencies: Tensor | None, p: Plan, then: Tensor | None = None
+    q: Tensor,
+    regions: Regions,
+    positions: Tensor,
+    sink_turn: tuple[Tensor, Tensor] | None,
+    p: Plan,
+    then: Tensor | None = None,
 ) -> Tensor:
     """`decode_attention` by a given plan."""
     batch, n_head, head_dim = q.shape
-    assert q.stride(2) == 1 and positions.is_contiguous()
+    cos, sin = sink_turn or (positions, positions)  # the latter are never looked at
+    assert q.stride(2) == 1 and positions.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     n_kv_head, n_slot = regions.k.shape[1:3]
     group = n_head // n_kv_head
     tiles = triton.cdiv(group, p.heads)
@@ -366,14 +378,14 @@ def run(
     then_bytes = 0 if then is None or not overlap else min(then.nbytes, MOST_THEN)
     launch(split_kernel, grid)(
         q, regions.k, regions.v, k_int, v_int, k_scale, v_scale, positions,
-        positions if sink_frequencies is None else sink_frequencies, partial, statistics, q if then is None else then,
+        cos, sin, partial, statistics, q if then is None else then,
         *q.stride()[:2], *regions.k.stride()[:2], n_row, group, regions.sink_size, n_slot, n_split, then_bytes,
         128 * triton.cdiv(then_bytes, 128 * math.prod(grid)), head_dim**-0.5,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
         V_BITS=v_bits, K_GROUPS=regions.k_format.n_group(head_dim), V_GROUPS=regions.v_format.n_group(head_dim),
         ROTATED=regions.rotation is not None, FLOAT_COST=cut["FLOAT_COST"], INT_COST=cut["INT_COST"],
-        AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_frequencies is not None,
+        AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_turn is not None,
         INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip
     block = merging((n_split + 1) * p.warps, head_dim)

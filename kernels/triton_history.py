@@ -22,10 +22,10 @@ from kernels.launch import launch
 from kernels.regions import Regions
 from kernels.triton_basics import INTERPRET
 from kernels.triton_store import operands
-from kernels.triton_tiles import NEGATIVE, UNSEEN, scale_and_base, turn_back
+from kernels.triton_tiles import NEGATIVE, UNSEEN, scale_and_base, turned
 from quantize import rotate
 
-COUNTS = ("group", "n_token", "n_sink", "n_slot", "gap", "n_dropped")
+COUNTS = ("group", "n_token", "n_sink", "n_slot", "gap")
 BLOCK_ROWS = 16384  # quantised rows made dense at a time
 
 
@@ -50,14 +50,14 @@ def add_slots(state, q, step, k, v, key, seen, HEAD_DIM: tl.constexpr, INTERPRET
 
 @triton.jit(do_not_specialize=COUNTS)
 def history_kernel(
-    q, k, v, frequencies, out, lse, q_stride_b, q_stride_h, q_stride_t, slot_stride_b, slot_stride_h,
-    group, n_token, n_sink, n_slot, gap, n_dropped, softmax_scale,
+    q, k, v, cos, sin, out, lse, q_stride_b, q_stride_h, q_stride_t, slot_stride_b, slot_stride_h,
+    group, n_token, n_sink, n_slot, gap, softmax_scale,
     HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program (block of queries, head, sequence): slots [0, n_slot) but for `gap`.
 
-    With TURN_SINKS, slots below n_sink are seen by queries turned back by n_dropped positions.
+    With TURN_SINKS, slots below n_sink are seen by queries turned by cos and sin, float32 [sequence, HEAD_DIM].
     out: [sequence, head, n_token, HEAD_DIM]; lse: float32 [sequence, head, n_token].
     """
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -82,10 +82,11 @@ def history_kernel(
     if TURN_SINKS:
         swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
         y = tl.load(q + token[:, None].to(tl.int64) * q_stride_t + swapped[None, :], there, 0.0).to(tl.float32)
-        turned = tl.trans(turn_back(tl.trans(x), tl.trans(y), frequencies, n_dropped, d, HEAD_DIM)).to(dtype)
+        y = turned(tl.trans(x), tl.trans(y), cos + batch * HEAD_DIM, sin + batch * HEAD_DIM, d, HEAD_DIM)
+        back = tl.trans(y).to(dtype)
         for start in range(0, n_sink, KEYS):
             seen = slot + start < n_sink
-            state = add_slots(state, turned, log2_scale, k, v, slot + start, seen, HEAD_DIM, INTERPRET)
+            state = add_slots(state, back, log2_scale, k, v, slot + start, seen, HEAD_DIM, INTERPRET)
         first = n_sink
     queries = x.to(dtype)
     for start in tl.range(first, n_slot, KEYS, num_stages=STAGES):
@@ -171,20 +172,24 @@ def dequantize_rows(regions: Regions, first: int, end: int) -> tuple[Tensor, Ten
     return k, v
 
 
-def slot_attention(q: Tensor, regions: Regions, start: int, sink_frequencies: Tensor | None) -> tuple[Tensor, Tensor]:
+def slot_attention(
+    q: Tensor, regions: Regions, start: int, sink_turn: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
     """`history_attention` over the full-precision slots alone."""
     batch, n_head, n_token, head_dim = q.shape
     n_left = regions.n_left(start + 1)
     n_slot, gap = (regions.k.shape[2], regions.slot(start)) if n_left > 0 else (start, start)
-    turn = sink_frequencies is not None and n_left > 0
     out = torch.empty(batch, n_head, n_token, head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, n_head, n_token, dtype=torch.float32, device=q.device)
+    turn = sink_turn is not None and n_left > 0
+    cos, sin = sink_turn if sink_turn is not None and turn else (lse, lse)  # the latter is never looked at
+    assert cos.is_contiguous() and sin.is_contiguous()
     wide = head_dim > 128 or q.element_size() > 2
     queries = 64 if wide else 128
     launch(history_kernel, (triton.cdiv(n_token, queries), n_head, batch))(
-        q, regions.k, regions.v, sink_frequencies if turn else lse, out, lse,
+        q, regions.k, regions.v, cos, sin, out, lse,
         *q.stride()[:3], *regions.k.stride()[:2], n_head // regions.k.shape[1], n_token,
-        min(regions.sink_size, n_slot), n_slot, gap, n_left, head_dim**-0.5,
+        min(regions.sink_size, n_slot), n_slot, gap, head_dim**-0.5,
         HEAD_DIM=head_dim, QUERIES=queries, KEYS=32 if wide else 64, STAGES=2 if wide else 3,
         TURN_SINKS=turn, INTERPRET=INTERPRET, num_warps=4 if wide else 8,
     )  # fmt: skip
@@ -192,17 +197,18 @@ def slot_attention(q: Tensor, regions: Regions, start: int, sink_frequencies: Te
 
 
 def history_attention(
-    q: Tensor, regions: Regions, start: int, sink_frequencies: Tensor | None = None
+    q: Tensor, regions: Regions, start: int, sink_turn: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of a chunk that begins at position `start` over what the cache held before it.
 
     q: [batch, n_head, token, head_dim]. The token at start - window_size has left (`evict` came
-    first): its slot, which `start` will take, is not looked at. Returns the output, shaped like q, in its
-    dtype or float32, and the log-sum-exp of its scores, float32 [batch, n_head, token].
+    first): its slot, which `start` will take, is not looked at. sink_turn: as for `decode_attention`, of the
+    token at `start`. Returns the output, shaped like q, in its dtype or float32, and the log-sum-exp of its scores,
+    float32 [batch, n_head, token].
     """
     if q.stride(3) != 1:
         q = q.contiguous()
-    out, lse = slot_attention(q, regions, start, sink_frequencies)
+    out, lse = slot_attention(q, regions, start, sink_turn)
     n_left = regions.n_left(start + 1)
     if regions.k_int is None or n_left == 0:
         return out, lse

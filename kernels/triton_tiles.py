@@ -326,15 +326,11 @@ def float_tile(state, q, step, k, v, tok, end, HEAD_DIM: tl.constexpr, INTERPRET
 
 
 @triton.jit
-def turn_back(x, partner, frequencies, offset, d, HEAD_DIM: tl.constexpr):
-    """Rotate x float32 [D, N] back by `offset` positions of RoPE, whose pairs are (i, i + D / 2).
+def turned(x, partner, cos, sin, d, HEAD_DIM: tl.constexpr):
+    """x float32 [D, N] turned by RoPE, whose pairs are (i, i + D / 2). partner: x with the halves of D swapped.
 
-    partner: x with the halves of D swapped. The angle is reduced in float64: a million positions on,
-    float32 would be off by a tenth of a radian.
+    cos, sin: pointers to float32 [HEAD_DIM], as `model.Rope` has them. Angles are not made here: a million positions
+    are so many turns that it takes float64, and all programs of all layers of a step would make the same ones.
     """
-    HALF: tl.constexpr = HEAD_DIM // 2
-    TURN: tl.constexpr = 6.283185307179586
-    angle = tl.load(frequencies + d % HALF, d < HEAD_DIM, 0.0).to(tl.float64) * offset.to(tl.float64)
-    angle = (angle - tl.floor(angle / TURN) * TURN).to(tl.float32)
-    sin = tl.where(d < HALF, tl.sin(angle), -tl.sin(angle))
-    return x * tl.cos(angle)[:, None] + partner * sin[:, None]
+    there = d < HEAD_DIM
+    return x * tl.load(cos + d, there, 0.0)[:, None] + partner * tl.load(sin + d, there, 0.0)[:, None]

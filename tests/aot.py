@@ -21,7 +21,7 @@ from kernels.triton_store import append_kernel, quantize_kernel, slots_kernel
 from kernels.triton_tokens import padded, plan_tokens, tokens_kernel
 
 TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "then": "*bf16",
-         "positions": "*i64", "frequencies": "*fp64", "partial": "*fp32",
+         "positions": "*i64", "cos": "*fp32", "sin": "*fp32", "partial": "*fp32",
          "statistics": "*fp32", "k_int": "*i8", "v_pair": "*i16",
          "softmax_scale": "fp32"}  # fmt: skip
 
@@ -31,7 +31,7 @@ HOPPER_SHARED = 232_448  # bytes that a program may have
 
 def compile_split_kernel(
     head_dim: int, group: int, k_bits: int = 8, v_bits: int = 8, n_group: int = 1, n_row: int = 8,
-    dtype: str = "bf16", shared: int = HOPPER_SHARED,
+    dtype: str = "bf16", shared: int = HOPPER_SHARED, turn: bool = False,
 ) -> dict[str, int] | None:  # fmt: skip
     """Registers, spills and instruction counts of `split_kernel`; None if the tools are missing."""
     itemsize = 4 if dtype == "fp32" else 2
@@ -42,7 +42,7 @@ def compile_split_kernel(
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
         "K_BITS": k_bits, "V_BITS": v_bits, "K_GROUPS": n_group, "V_GROUPS": n_group, "ROTATED": k_bits == 4,
-        "FLOAT_COST": cut["FLOAT_COST"], "INT_COST": cut["INT_COST"], "AHEAD": p.ahead, "TURN_SINKS": False,
+        "FLOAT_COST": cut["FLOAT_COST"], "INT_COST": cut["INT_COST"], "AHEAD": p.ahead, "TURN_SINKS": turn,
         "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
     }  # fmt: skip
     names = split_kernel.arg_names
@@ -92,6 +92,7 @@ def counted(compiled: Any) -> dict[str, int] | None:
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "byte_loads": len(re.findall(r"\b(?:LDS\.[US]8|LDG\.E\.[US]8)\b", sass)),
         "copies": len(re.findall(r"\bLDGSTS", sass)),
+        "float64": len(re.findall(r"\bD(?:ADD|FMA|MUL|SETP)\b|\bF64\b", sass)),
         "fetches": len(re.findall(r"\bCCTL\S*\.PF2", sass)),
         "shared": compiled.metadata.shared,
     }
@@ -202,7 +203,7 @@ def compile_the_rest() -> None:
     pointers = ("q", "k", "v", "x", "weight", "bias", "norm", "residual", "out", "qkv", "q_norm", "k_norm")
     types = {name: "*bf16" for name in (*pointers, "chunk_k", "chunk_v")}
     types |= {name: "*fp32" for name in ("partial", "statistics", "lse", "cos", "sin")}
-    types |= {"positions": "*i64", "frequencies": "*fp64", "softmax_scale": "fp32", "eps": "fp32"}
+    types |= {"positions": "*i64", "softmax_scale": "fp32", "eps": "fp32"}
     compile_kernel(greedy_kernel, types | {"logits": "*bf16", "out": "*i64"}, {"BLOCK": 8192})
     for overlap in (False, True):  # before Hopper, and since
         compile_kernel(combine_kernel, types, {

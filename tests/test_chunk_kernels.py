@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kernels import triton_kernels as kernels  # after kernel_reference, which chooses the interpreter
 from kernels.triton_history import dequantize_rows
+from model import Rope
 from quantize import INT8, Format
 
 
@@ -108,7 +109,10 @@ def test_history(
             continue
         regions = held(k, v, [start, start], sink, window, n_row, device, formats)
         kernels.evict(regions, start)
-        turn_on = turn.to(device) if turn is not None else None
+        turn_on = None
+        if turn is not None:  # of a chunk's positions only the first counts
+            own = torch.arange(start, start + n_token, device=device).expand(2, -1)
+            turn_on = Rope(turn.to(device), own).back_to(sink + window - 1)
         poison(device)
         out, lse = kernels.history_attention(q.to(device), regions, start, turn_on)
         for b in range(2):

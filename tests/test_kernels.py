@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,10 +31,12 @@ from kernel_reference import (
 )
 from torch import Tensor
 
+from kernels import eager
 from kernels import triton_kernels as kernels  # after kernel_reference, which chooses the interpreter
 from kernels.regions import Regions
 from kernels.triton_decode import run
 from kernels.triton_plan import MOST_PARTIAL, SHARED_SLACK, Plan, fitting, merging, plan, sharing
+from model import Rope
 from quantize import Format, quantize
 
 
@@ -101,27 +104,33 @@ def test_decode_of_four_bits(
         assert error(out[b], expected) < TOLERANCE[dtype], f"{n} tokens"
 
 
-@pytest.mark.parametrize("n", [3, 40, 41, 1_000_040])
-def test_sinks_at_their_distance_within_the_cache(n: int, device: str) -> None:
-    sink, window, head_dim = 6, 34, 32
+@pytest.mark.parametrize("twin", [kernels, eager], ids=["Triton", "PyTorch"])
+@pytest.mark.parametrize("head_dim", [32, 24])
+def test_sinks_at_their_distance_within_the_cache(head_dim: int, twin: ModuleType, device: str) -> None:
+    """A ragged batch, from the model's own angles: nothing dropped, one token, and a million."""
+    sink, window = 6, 34
+    lengths = [3, 40, 41, 1_000_040]
     frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    last = min(n, 200)  # the tokens that are gone need not exist
-    k, v = tokens(1, 1, last, head_dim, FP32)
-    q = torch.randn(1, 2, head_dim)
-    dropped = max(0, n - sink - window)
-    slots = torch.full((2, 1, 1, sink + window, head_dim), float("nan"))
-    kept = [*range(min(sink, n)), *range(max(sink, n - window), n)]
-    at = [min(pos, pos - (n - last)) if pos >= sink else pos for pos in kept]
-    for pos, i in zip(kept, at, strict=True):
-        slots[0, 0, :, slot_of(pos, sink, window)] = k[0, :, i]
-        slots[1, 0, :, slot_of(pos, sink, window)] = v[0, :, i]
+    k, v = tokens(len(lengths), 1, 200, head_dim, FP32)  # the tokens that are gone need not exist
+    q = torch.randn(len(lengths), 2, head_dim)
+    slots = torch.full((2, len(lengths), 1, sink + window, head_dim), float("nan"))
+    expected = []
+    for b, n in enumerate(lengths):
+        kept = [*range(min(sink, n)), *range(max(sink, n - window), n)]
+        at = [pos if pos < sink else pos - max(0, n - 200) for pos in kept]
+        for pos, i in zip(kept, at, strict=True):
+            slots[0, b, :, slot_of(pos, sink, window)] = k[b, :, i]
+            slots[1, b, :, slot_of(pos, sink, window)] = v[b, :, i]
+        is_sink = torch.tensor(kept)[:, None] < sink
+        keys = k[b, 0, at].double()
+        keys = torch.where(is_sink, turned(keys, max(0, n - sink - window), frequencies), keys)
+        expected.append((q[b].double() @ keys.T * head_dim**-0.5).softmax(-1) @ v[b, 0, at].double())
     regions = Regions(*slots.to(device), None, None, None, None, sink, window)
-    out = kernels.decode_attention(q.to(device), regions, torch.tensor([n - 1], device=device), frequencies.to(device))
-    keys, values = k[0, :, at].double(), v[0, :, at].double()
-    is_sink = torch.tensor(kept)[:, None] < sink
-    keys = torch.where(is_sink, turned(keys, dropped, frequencies), keys)
-    score = q[0].double() @ keys[0].T * head_dim**-0.5
-    assert error(out[0], score.softmax(-1) @ values[0]) < TOLERANCE[FP32]
+    positions = torch.tensor(lengths, device=device) - 1
+    turn = Rope(frequencies.to(device), positions[:, None]).back_to(sink + window - 1)
+    out = twin.decode_attention(q.to(device), regions, positions, turn)
+    for b, n in enumerate(lengths):
+        assert error(out[b], expected[b]) < TOLERANCE[FP32], f"{n} tokens"
 
 
 def test_nothing_left_the_window_is_the_full_cache_bit_for_bit(device: str) -> None:
@@ -130,10 +139,10 @@ def test_nothing_left_the_window_is_the_full_cache_bit_for_bit(device: str) -> N
     q = torch.randn(len(lengths), 4, 32).to(BF16).to(device)
     positions = torch.tensor(lengths, device=device) - 1
     full = kernels.decode_attention(q, held(k, v, lengths, 0, 5000, 0, device), positions)
-    frequencies = torch.rand(16, dtype=torch.float64, device=device)
+    unseen = torch.full((len(lengths), 32), float("nan"), device=device)
     for sink, window, n_row in ((0, 300, 0), (7, 253, 0), (4, 300, 900), (300, 1, 200)):
         regions = held(k, v, lengths, sink, window, n_row, device)
-        turn = None if n_row else frequencies
+        turn = None if n_row else (unseen, unseen)
         assert torch.equal(kernels.decode_attention(q, regions, positions, turn), full)
 
 
@@ -364,10 +373,15 @@ print(json.dumps(compile_split_kernel(**json.loads(sys.argv[1]))))
         {"head_dim": 128, "group": 4, "dtype": "fp32", "shared": SMALL_SHARED},
         {"head_dim": 256, "group": 4, "n_row": 256, "shared": SMALL_SHARED},
         {"head_dim": 128, "group": 4, "k_bits": 0, "n_row": 64},
+        {"head_dim": 128, "group": 4, "k_bits": 0, "v_bits": 0, "turn": True},
+        {"head_dim": 64, "group": 8, "k_bits": 0, "v_bits": 0, "turn": True, "n_row": 256},
     ],
 )
 def test_compiled_for_hopper(shape: dict[str, Any]) -> None:
-    """No spills, no byte-wide loads, and the matrix units that were meant: Triton compiles without a GPU."""
+    """No spills, no byte-wide loads, and the matrix units that were meant: Triton compiles without a GPU.
+
+    Angles of sinks are made once a step: a float64, or the stack that a sine keeps pi on, would be in every program.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, json.dumps(shape)],
@@ -378,7 +392,7 @@ def test_compiled_for_hopper(shape: dict[str, Any]) -> None:
     if found is None:
         pytest.skip("this Triton has no cuobjdump beside it")
     assert found["spills"] == 0 and found["stack"] == 0
-    assert found["byte_loads"] == 0
+    assert found["byte_loads"] == 0 and found["float64"] == 0
     assert (found["HMMA"] > 0) == (shape.get("dtype") != "fp32" or shape.get("k_bits", 8) > 0) and (
         found["IMMA"] > 0
     ) == (shape.get("k_bits", 8) > 0)

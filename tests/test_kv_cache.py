@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from typing import Any
 
 import oracle
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import eager
 from kv_cache import (
@@ -22,7 +25,7 @@ from kv_cache import (
     SinkWindowCache,
     plan,
 )
-from model import Rope
+from model import Config, Rope, Transformer
 from quantize import INT8, Format
 
 CPU = torch.device("cpu")
@@ -222,6 +225,38 @@ def test_reset_forgets(policy: KVCache) -> None:
             cache.advance(chunk)
         runs.append(torch.cat(out, 2))
     assert torch.equal(*runs)
+
+
+class Launches(TorchDispatchMode):
+    """What would be launched on a GPU, by name: every operation that is no view and no allocation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and not name.startswith("empty"):
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_the_sinks_turn_is_made_once_a_step_and_where_it_is_wanted(n_layer: int) -> None:
+    """For all layers together; until something is dropped, the step is otherwise that of original positions."""
+    config = Config(20, 16, n_layer, 2, 1, 8, 64)
+    model = Transformer(config)
+    made = []
+    for policy in (SinkWindowCache(2, 9, "cache"), SinkWindowCache(2, 9, "original"), SinkWindowCache(0, 11)):
+        cache = ModelCache(policy, n_layer, Shape(2, 1, 8, 64, torch.float32, CPU))
+        tokens = torch.ones(2, 3, dtype=torch.int64)
+        with torch.no_grad():  # in inference mode a conversion would look like a view
+            model(tokens, cache)
+            with Launches() as launches:
+                model(tokens[:, :1], cache)
+        made.append(launches.names)
+    assert made[0] - made[1] == {name: 1 for name in ("rsub", "clamp_max", "mul", "cos", "sin")}
+    assert made[2] == made[1]
 
 
 def test_bytes_are_what_was_planned_and_what_the_arithmetic_says() -> None:

@@ -123,3 +123,15 @@ def test_rope_turns_by_the_angles_of_each_half(dtype: torch.dtype) -> None:
     assert torch.equal(rope.cos, angle.cos().float().repeat(1, 1, 1, 2))
     assert torch.equal(rope.sin, torch.cat((-angle.sin(), angle.sin()), -1).float())
     assert torch.equal(Rope(frequencies, positions, both_ways(frequencies)).sin, rope.sin)
+
+
+def test_a_turn_back_is_that_to_an_earlier_position_or_none() -> None:
+    """By sequence, from its first position; a million positions are as exact as few; and made once."""
+    frequencies = CONFIGS["llama-3.1-8b"].rope_frequencies
+    rope = Rope(frequencies, torch.tensor([[0, 1], [47, 48], [48, 49], [1_000_047, 1_000_048]]))
+    cos, sin = rope.back_to(47)
+    assert torch.equal(cos[:2], torch.ones(2, 128)) and torch.equal(sin[:2], torch.zeros(2, 128))
+    for b, angle in ((2, frequencies), (3, 1_000_000 * frequencies)):
+        assert torch.equal(cos[b], angle.cos().float().repeat(2))
+        assert torch.equal(sin[b], torch.cat((angle.sin(), -angle.sin())).float())
+    assert rope.back_to(47) is rope.back_to(47) and rope.back_to(48)[1][2].eq(0).all()
