@@ -26,7 +26,7 @@ import kernels
 import kv_cache
 from engine import PREFILL_CHUNK, Engine, FusedStep, Sampling
 from kernels import Regions
-from kv_cache import KVCache, ModelCache, Shape
+from kv_cache import KVCache, ModelCache, Shape, wide
 from model import Transformer
 from options import format_policy
 from tokenizer import UserError
@@ -103,7 +103,9 @@ class Checked:
 
 
 class Compared(ModuleType):
-    """The functions of a fused step that also ask their PyTorch twins, and keep the largest relative error."""
+    """The functions of a fused step that also ask their PyTorch twins, in float32 at least, and keep the largest
+    relative error: a twin that rounds after every operation would be as far from the truth.
+    """
 
     def __init__(self, functions: ModuleType) -> None:
         super().__init__("compared")
@@ -111,15 +113,23 @@ class Compared(ModuleType):
         self.error = 0.0
 
     def linear(self, x: Tensor, weight: Tensor, **around: Any) -> Tensor:
-        want = kernels.eager.linear(x, weight, **around)  # first: the residual's memory may become the output's
+        given = {name: widened(value) for name, value in around.items()}
+        want = kernels.eager.linear(widened(x), widened(weight), **given)  # first: the residual may become the output
         got: Tensor = self.functions.linear(x, weight, **around)
         self.error = max(self.error, distance(got, want))
         return got
 
     def qkv(self, *how: Any) -> Tensor:
         got: Tensor = self.functions.qkv(*how)
-        self.error = max(self.error, distance(got, kernels.eager.qkv(*how)))
+        self.error = max(self.error, distance(got, kernels.eager.qkv(*map(widened, how))))
         return got
+
+
+def widened(value: Any) -> Any:
+    """A tensor in float32 or wider, and a tuple of such; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(widened, value))
+    return wide(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def distance(got: Tensor, want: Tensor) -> float:
