@@ -81,16 +81,15 @@ def float_share(
         tl.zeros((WARPS, SLICE, HEADS), tl.float32),
         tl.zeros((WARPS, DIM, HEADS), tl.float32),
     )
-    if TURN_SINKS and n_dropped > 0:
-        y = turned(x, partner, cos, sin, tl.arange(0, DIM), HEAD_DIM)
-        back = tl.broadcast_to(y.to(dtype)[None], (WARPS, DIM, HEADS))
-        sink_hi = tl.minimum(hi, sink_size)
-        for start in range(lo, sink_hi, BLOCK):
-            state = float_tile(state, back, step, k, v, tok + start, sink_hi, HEAD_DIM, INTERPRET)
-        lo = tl.minimum(tl.maximum(lo, sink_size), hi)
-    queries = tl.broadcast_to(x.to(dtype)[None], (WARPS, DIM, HEADS))
+    queries = x
+    if TURN_SINKS:  # a query for sinks beside the one for all others: matrix units have columns to spare
+        back = x
+        if n_dropped > 0:
+            back = turned(x, partner, cos, sin, tl.arange(0, DIM), HEAD_DIM)
+        queries = tl.reshape(tl.join(x, back), (DIM, 2 * HEADS))
+    queries = tl.broadcast_to(queries.to(dtype)[None], (WARPS, DIM, queries.shape[1]))
     for start in tl.range(lo, hi, BLOCK, num_stages=STAGES):
-        state = float_tile(state, queries, step, k, v, tok + start, hi, HEAD_DIM, INTERPRET)
+        state = float_tile(state, queries, step, k, v, tok + start, hi, sink_size, HEAD_DIM, TURN_SINKS, INTERPRET)
     top, total, out = state
     return out, top * step, tl.sum(total, 1)
 
@@ -159,7 +158,7 @@ def split_kernel(
     float32 [sequence, column, n_split + 1, WARPS, HEADS, 2], the largest score in log2 units and the sum of weights.
     What comes of a program's slots stands at `split` and what comes of its rows at split + 1: one program has both.
     Its warps have their own: to merge them here would cost every program barriers, and costs the next launch a load.
-    AHEAD: rows, or as many bytes of slots, that are on their way to the L2 before the last launch ends. then: a weight
+    AHEAD: rows and slots that are on their way to the L2 before the last launch ends. then: a weight
     that is read after attention; each program asks for then_each of its bytes when it has nothing else to read.
     """
     column, split = tl.program_id(0), tl.program_id(2)
@@ -185,7 +184,7 @@ def split_kernel(
     if OVERLAP:
         if AHEAD > 0 and lo < hi:
             ITEM: tl.constexpr = k.dtype.element_ty.primitive_bitwidth // 8
-            SLOT: tl.constexpr = (K_ROW + V_ROW) // 2 if HAS_INT else HEAD_DIM * ITEM
+            SLOT: tl.constexpr = HEAD_DIM * ITEM
             fetch(k + slot_at + lo * HEAD_DIM, k + slot_at + hi * HEAD_DIM, AHEAD * SLOT)
             fetch(v + slot_at + lo * HEAD_DIM, v + slot_at + hi * HEAD_DIM, AHEAD * SLOT)
         if HAS_INT and AHEAD > 0 and row_lo < row_hi:

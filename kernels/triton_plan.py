@@ -21,7 +21,7 @@ class Plan(NamedTuple):
     int_stages: int
     per_processor: int  # programs on a streaming multiprocessor at once
     splits: int = 0  # programs that share a sequence and KV head; 0: see `sharing`
-    ahead: int = 0  # rows per program, or as many bytes of slots, to be on their way before the last launch has ended
+    ahead: int = 0  # rows, and slots, per program to be on their way before the last launch has ended
 
 
 def early(n_row: int, n_processor: int, four: bool) -> bool:
@@ -47,14 +47,14 @@ def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int,
     elif 2 * n_row <= 3 * n_processor:
         p = Plan(heads, 2, 32, 32, 4, 4, 2)  # programs of two warps: fewer partial results to merge
     else:
-        p = Plan(heads, 2, 16, 64, 4, 4, 2)  # a program per row: it must have enough on its way by itself
+        p = Plan(heads, 1, 16, 64, 4, 3, 4)  # more rows than programs at once: small ones leave the fewest idle at last
     if early(n_row, n_processor, four):
         p = p._replace(ahead=64)
     if head_dim <= 64:
         p = p._replace(warps=2 * p.warps)  # half the bytes per token: twice the tokens
-    if itemsize > 2 or (four and heads > 4 and head_dim <= 64):
-        p = p._replace(float_slice=16)  # or registers run out
-    if heads > 8 or heads * head_dim * itemsize > 2048:  # or registers run out
+    if itemsize > 2:  # or registers run out, here and below
+        p = p._replace(float_slice=16)
+    if heads > 8 or heads * head_dim * itemsize > 2048 or (four and heads > 4 and head_dim <= 64):
         p = p._replace(float_slice=16, int_slice=32)
     return p
 

@@ -297,10 +297,13 @@ def weighted_values(state, V_BITS: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def float_tile(state, q, step, k, v, tok, end, HEAD_DIM: tl.constexpr, INTERPRET: tl.constexpr):
+def float_tile(
+    state, q, step, k, v, tok, end, sink_size, HEAD_DIM: tl.constexpr, TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr
+):
     """Add the full-precision slots tok [WARPS, SLICE] that come before `end` to the softmax.
 
-    q: [WARPS, D, N] in the slots' dtype; step: from products to log2 units.
+    q: [WARPS, D, N] in the slots' dtype; with TURN_SINKS [WARPS, D, 2 * N], each query beside the one that stands in
+    for it where sinks are looked at. step: from products to log2 units.
     """
     top, total, out = state
     DIM: tl.constexpr = q.shape[1]
@@ -316,6 +319,9 @@ def float_tile(state, q, step, k, v, tok, end, HEAD_DIM: tl.constexpr, INTERPRET
     if INTERPRET:  # its bfloat16 arithmetic is wrong
         keys, values = keys.to(tl.float32), values.to(tl.float32)
     score = tl.dot(keys, q, input_precision="ieee")  # [WARPS, SLICE, N]
+    if TURN_SINKS:
+        own, back = tl.split(tl.reshape(score, (tok.shape[0], tok.shape[1], q.shape[2] // 2, 2)))
+        score = tl.where((tok < sink_size)[:, :, None], back, own)
     score = tl.where((tok < end)[:, :, None], score, UNSEEN)
     new_top = tl.maximum(top, tl.max(score, 1))
     prob = tl.exp2((score - new_top[:, None, :]) * step)

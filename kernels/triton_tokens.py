@@ -84,14 +84,24 @@ def tokens_kernel(
             squares = tl.dot(tl.permute(value, (0, 2, 1)), value, squares, input_precision="ieee")
             value = (value.to(tl.float32) * g.to(tl.float32)[:, :, None]).to(tile.dtype)
         total = tl.dot(tile, value, total, input_precision="ieee")
-    y = tl.sum(total, 0)
     scale = 1.0
     if NORM:
-        own = token[:, None] == token[None, :]
-        scale = tl.rsqrt(tl.sum(tl.where(own, tl.sum(squares, 0), 0.0), 0) / K + eps)[None, :]
-    other = y
+        own = (token[:, None] == token[None, :])[None]
+        scale = tl.rsqrt(tl.sum(tl.sum(tl.where(own, squares, 0.0), 1), 0) / K + eps)[None, :]
+    PAIR: tl.constexpr = ROWS // UNITS
+    if WARPS > 1:
+        # Two warps' sums go to one thread and those of the others to its neighbours: warps meet once for that, and
+        # twice in a `tl.sum` over them.
+        y = tl.reshape(total, (WARPS // 2, 2, PAIR, UNITS, N))
+        y, other = tl.split(tl.permute(y, (3, 4, 2, 0, 1)))
+        y = tl.sum(y + other, 3)
+    else:
+        y = tl.permute(tl.reshape(total, (PAIR, UNITS, N)), (1, 2, 0))
     if PAIRED:
-        y, other = tl.split(tl.permute(tl.reshape(y, (2, UNITS, N)), (1, 2, 0)))
+        y, other = tl.split(y)
+    else:
+        y = tl.reshape(y, (UNITS, N))
+        other = y
     finish(y, other, scale, follows, out, at, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
 
 
