@@ -207,7 +207,7 @@ class Engine:
 
     def _choose(self, logits: Tensor) -> None:
         self.picked.copy_(self.sampling.pick(logits, self.generator))
-        self.tokens.copy_(self.picked.clamp_min(0)[:, None])  # BAD must not index the embedding
+        torch.clamp(self.picked, min=0, out=self.tokens[:, 0])  # BAD must not index the embedding
 
     def step(self) -> None:
         """Feed `tokens`, choose the next ones. Nothing here waits for the device."""

@@ -17,3 +17,9 @@ def prefetch(at):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def in_order(bits):
+    """Bits of float32 as int32 that compare as the numbers do; and those of the numbers again."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.launch import launch
 from kernels.regions import Regions
-from kernels.triton_basics import INTERPRET, prefetch
+from kernels.triton_basics import INTERPRET, in_order, prefetch
 from kernels.triton_hadamard import butterfly_halves
 from kernels.triton_plan import Plan, cuts, fitting, merging, plan, processor, sharing
 from kernels.triton_share import fetch, first_blocks, partition, written
@@ -49,7 +49,9 @@ COUNTS = (
     "then_each",
 )  # any value: one binary
 
-MOST_THEN = 4 << 20  # bytes of what is read after attention that are asked for: more crowds out what is read first
+# Bytes of what is read after attention that are asked for meanwhile: more crowds out what is read first; and by one
+# program, whose own result is waited for.
+MOST_THEN, MOST_THEN_EACH = 4 << 20, 16 << 10
 
 
 @triton.jit
@@ -246,12 +248,6 @@ def split_kernel(
             fetch(then.to(tl.int64) + offset, then.to(tl.int64) + then_bytes, ROUND)
 
 
-@triton.jit
-def in_order(bits):
-    """Bits of float32 as int32 that compare as the numbers do; and those of the numbers again."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
     partial, statistics, positions, out, group, n_slot, n_split,
@@ -366,20 +362,17 @@ def run(
     has_int = k_bits > 0
     n_row = k_int.shape[2]
     cut = cuts(p, regions.k.element_size(), k_bits + v_bits)
-    most = triton.cdiv(n_slot, cut["FLOAT_BLOCK"]) * cut["FLOAT_COST"]
-    if has_int:
-        most += triton.cdiv(n_row, cut["INT_BLOCK"]) * cut["INT_COST"]
     partials = batch, n_column, n_split + 1, p.warps, p.heads
     partial = torch.empty(*partials, head_dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(*partials, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, n_head, head_dim, dtype=q.dtype, device=q.device)
-    grid = (n_column, batch, min(n_split, most))
+    grid = (n_column, batch, n_split)  # also where there are fewer blocks: the rest can ask for what is read next
     then_bytes = 0 if then is None or not overlap else min(then.nbytes, MOST_THEN)
     launch(split_kernel, grid)(
         q, regions.k, regions.v, k_int, v_int, k_scale, v_scale, positions,
         cos, sin, partial, statistics, q if then is None else then,
         *q.stride()[:2], *regions.k.stride()[:2], n_row, group, regions.sink_size, n_slot, n_split, then_bytes,
-        128 * triton.cdiv(then_bytes, 128 * math.prod(grid)), head_dim**-0.5,
+        min(MOST_THEN_EACH, 128 * triton.cdiv(then_bytes, 128 * math.prod(grid))), head_dim**-0.5,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
         V_BITS=v_bits, K_GROUPS=regions.k_format.n_group(head_dim), V_GROUPS=regions.v_format.n_group(head_dim),

@@ -130,17 +130,19 @@ def padded(n_token: int) -> int:
 
 
 def plan_tokens(n_row: int, n_token: int, n_processor: int, shared: int) -> Plan:
-    """For a weight of n_row rows: what measured best on an H100 for Llama 8B and 8 tokens (LOG.md, 2026-11-25).
+    """For a weight of n_row rows: what measured best on an H200 for Llama 8B and 8 and 16 tokens (LOG.md, 2026-11-25).
 
-    All programs are on the GPU at once but of the largest, so that they share its memory evenly, with 64 KB or more in
-    flight per processor; and they are few, because each reads all tokens.
+    Small programs with 38 KB or more in flight each: several share a processor, so that there always are some which
+    read while others begin or end.
     """
     if n_row <= 16 * n_processor:
         p = Plan(16, 8, 64, 4)
     elif n_row <= 32 * n_processor:
         p = Plan(32, 4, 128, 4)
     elif n_row <= 64 * n_processor:
-        p = Plan(32, 4, 64, 5)
+        p = Plan(16, 4, 128, 4 if n_token <= 8 else 3)
+    elif n_row <= 512 * n_processor:
+        p = Plan(16, 2, 128, 4)
     else:
         p = Plan(32, 4, 64, 4)
     while p.shared(padded(n_token)) > shared - SHARED_SLACK:

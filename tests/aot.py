@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from kernels.triton_decode import combine_kernel, split_kernel
 from kernels.triton_history import dequantize_kernel, history_kernel
 from kernels.triton_linear import norm_kernel, rotate_kernel, swiglu_kernel, vector_kernel
-from kernels.triton_pick import greedy_kernel
+from kernels.triton_pick import part_kernel, pick_kernel
 from kernels.triton_plan import cuts, fitting, merging, plan
 from kernels.triton_store import append_kernel, quantize_kernel, slots_kernel
 from kernels.triton_tokens import padded, plan_tokens, tokens_kernel
@@ -204,8 +204,10 @@ def compile_the_rest() -> None:
     types = {name: "*bf16" for name in (*pointers, "chunk_k", "chunk_v")}
     types |= {name: "*fp32" for name in ("partial", "statistics", "lse", "cos", "sin")}
     types |= {"positions": "*i64", "softmax_scale": "fp32", "eps": "fp32"}
-    compile_kernel(greedy_kernel, types | {"logits": "*bf16", "out": "*i64"}, {"BLOCK": 8192})
     for overlap in (False, True):  # before Hopper, and since
+        picking = types | {"logits": "*bf16", "keys": "*i64", "out": "*i64"}
+        compile_kernel(part_kernel, picking, {"BLOCK": 4096, "OVERLAP": overlap})
+        compile_kernel(pick_kernel, picking, {"BLOCK": 32, "OVERLAP": overlap})
         compile_kernel(combine_kernel, types, {
             "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "FLOAT_BLOCK": 64, "INT_BLOCK": 64, "FLOAT_COST": 2, "INT_COST": 1,
             "WARPS": 2, "HAS_INT": True, "OVERLAP": overlap, **merging(68, 128),
