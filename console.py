@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from chat import Conversation
+from engine import Engine, Timing
 from tokenizer import TOO_DEEP, StreamDecoder, Tokenizer, UserError
 
 
@@ -194,3 +196,57 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def converse(
+    engine: Engine, tokenizer: Tokenizer, chat: Conversation | None, given: Sequence[str], n_new: int
+) -> Iterator[tuple[Timing, str]]:
+    """A line in, a continuation of at most n_new tokens out; the cache keeps it all, and each turn reads only what is
+    new to it.
+
+    given: the first lines, before those of standard input. Yields what each turn took, and what was written.
+    """
+    endless, capacity = engine.cache.policy.endless, engine.cache.shape.capacity
+    say("Type a line; /reset forgets, Ctrl-D ends.")
+    pending: list[int] = []  # the last token written, which the cache has not read yet
+    n_seen = 0
+    first = iter(given)
+    while True:
+        text = next(first, None)
+        if text is None:
+            print("> ", end="", file=sys.stderr, flush=True)
+            text = sys.stdin.readline()
+            if not text:
+                return
+        text = text.strip("\n")
+        if text == "/reset":
+            engine.reset()
+            pending, n_seen = [], 0
+            if chat is not None:
+                chat.turns = ()
+        if not text.strip() or text == "/reset":
+            continue
+        before = chat.turns if chat is not None else ()
+        if chat is not None:
+            ids = chat.turn(text, pending, engine.end_ids)
+        else:
+            ids = pending + tokenizer.encode(text, bos=n_seen == 0)
+        room = n_new if endless else capacity - n_seen - len(ids) + 1
+        if room < 1:
+            if chat is not None:
+                chat.turns = before
+            say(f"no room: that is {1 - room} tokens past the context of {capacity}; /reset starts anew")
+            continue
+        printer = Printer(tokenizer, [ids], echo=False)
+        rows = 0
+        try:
+            for row in engine.generate([ids], min(n_new, room)):
+                printer.push(row, engine.end_ids)
+                pending = [token for token in row if token is not None]
+                rows += 1
+        except KeyboardInterrupt:
+            yield engine.timing, printer.texts[0]  # what was done of this turn belongs to the report
+            raise
+        printer.finish()
+        n_seen += len(ids) + rows - 1
+        yield engine.timing, printer.texts[0]

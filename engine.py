@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 import kernels
 from checkpoint import first_bad_parameter
-from kv_cache import KVCache, ModelCache
+from kv_cache import KVCache
 from model import Attention, Block, Transformer
+from model_cache import ModelCache
 from tokenizer import UserError
 
 LAG = 2  # steps that the host may be ahead of the tokens it has seen: enough to never let the GPU wait

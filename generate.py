@@ -22,7 +22,7 @@ import argparse
 import io
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,13 +38,15 @@ from checkpoint import (
     parse_device,
     parse_dtype,
 )
-from console import Printer, encode_prompt, read_prompts, require_writable, say, uninterrupted, write_json
+from console import Printer, converse, encode_prompt, read_prompts, require_writable, say, uninterrupted, write_json
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
-from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, caches
+from kv_cache import FullCache, KVCache, SelectiveCache, Shape, caches
+from model_cache import ModelCache
 from options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
 from precompile import compiled_ahead
 from profiling import Profiler
 from report import (
+    choose_bits,
     device_memory,
     make_plan,
     make_report,
@@ -52,7 +54,6 @@ from report import (
     ran_out,
     report_lines,
     require_fit,
-    size,
     startup,
 )
 from tokenizer import Tokenizer, UserError, load_tokenizer
@@ -277,74 +278,6 @@ def build(args: argparse.Namespace, job: Job, profiler: Profiler | None) -> tupl
     return Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, hook=hook), loading
 
 
-def converse(engine: Engine, job: Job, args: argparse.Namespace) -> Iterator[tuple[Timing, str]]:
-    """A line in, a continuation out; the cache keeps it all, and each turn reads only what is new to it.
-
-    Yields what each turn took, and what was written.
-    """
-    assert job.tokenizer is not None
-    say("Type a line; /reset forgets, Ctrl-D ends.")
-    chat = job.chat
-    pending: list[int] = []  # the last token written, which the cache has not read yet
-    n_seen = 0
-    given = iter(args.prompt)
-    while True:
-        text = next(given, None)
-        if text is None:
-            print("> ", end="", file=sys.stderr, flush=True)
-            text = sys.stdin.readline()
-            if not text:
-                return
-        text = text.strip("\n")
-        if text == "/reset":
-            engine.reset()
-            pending, n_seen = [], 0
-            if chat is not None:
-                chat.turns = ()
-        if not text.strip() or text == "/reset":
-            continue
-        before = chat.turns if chat is not None else ()
-        if chat is not None:
-            ids = chat.turn(text, pending, engine.end_ids)
-        else:
-            ids = pending + job.tokenizer.encode(text, bos=n_seen == 0)
-        room = args.max_new_tokens if job.policy.endless else job.shape.capacity - n_seen - len(ids) + 1
-        if room < 1:
-            if chat is not None:
-                chat.turns = before
-            say(f"no room: that is {1 - room} tokens past the context of {job.shape.capacity}; /reset starts anew")
-            continue
-        printer = Printer(job.tokenizer, [ids], echo=False)
-        rows = 0
-        try:
-            for row in engine.generate([ids], min(job.n_new, room)):
-                printer.push(row, engine.end_ids)
-                pending = [token for token in row if token is not None]
-                rows += 1
-        except KeyboardInterrupt:
-            yield engine.timing, printer.texts[0]  # what was done of this turn belongs to the report
-            raise
-        printer.finish()
-        n_seen += len(ids) + rows - 1
-        yield engine.timing, printer.texts[0]
-
-
-def choose_bits(job: Job, budget: int) -> KVCache:
-    """The cache of the job with the most bits whose plan fits. Raises UserError if the fewest do not."""
-    tried = []
-    for name, policy in job.policy.by_quality():
-        try:
-            total = make_plan(job.checkpoint.config, policy, job.shape, job.chunk).total
-        except ValueError as error:  # a head_dim that 4 bits are not for
-            tried.append(f"{name}: {error}")
-            continue
-        tried.append(f"{name} need {size(total)}")
-        if total <= budget:
-            say(f"--bits auto: {'; '.join(tried)}, and {size(budget)} are there")
-            return policy
-    raise UserError(f"--bits auto: {'; '.join(tried)}, and {size(budget)} are there")
-
-
 def run(args: argparse.Namespace, policy: KVCache) -> None:
     job = prepare(args, policy)
     free = device_memory(job.shape.device)
@@ -352,7 +285,8 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
     if not args.dry_run:  # which may plan for another machine
         budget = min(free, budget)
     if args.bits == "auto":
-        job = replace(job, policy=choose_bits(job, budget))
+        policy = choose_bits(job.checkpoint.config, job.policy, job.shape, job.chunk, budget)
+        job = replace(job, policy=policy)
     plan = (job.checkpoint.config, job.policy, job.shape, job.chunk)
     try:
         planned = make_plan(*plan)
@@ -373,7 +307,8 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
     timing, turns, interrupted, age = Timing(), [], False, process_age()
     try:
         if args.interactive:
-            for turn, text in converse(engine, job, args):
+            assert job.tokenizer is not None
+            for turn, text in converse(engine, job.tokenizer, job.chat, args.prompt, job.n_new):
                 timing += turn
                 turns.append(text)
         else:

@@ -20,8 +20,9 @@ import kernels
 from console import say
 from engine import FusedStep, Sampling, chunk_size
 from kernels.launch import compiling
-from kv_cache import Chunk, KVCache, ModelCache, Shape
+from kv_cache import Chunk, KVCache, Shape
 from model import Config, Transformer
+from model_cache import ModelCache
 
 META = torch.device("meta")
 MOST_WORKERS = 16

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-import kv_cache
+import model_cache
+from console import say
 from engine import Engine, Timing
 from kv_cache import FullCache, KVCache, Shape
 from model import Config, Transformer
@@ -126,12 +127,28 @@ def make_plan(config: Config, policy: KVCache, shape: Shape, chunk: int) -> Plan
     logits = shape.batch * config.vocab_size * 4 * 4  # float32 logits and what sampling makes of them
     return Plan(
         weights=weight_bytes(config, shape.dtype),
-        cache=kv_cache.plan(policy, config.n_layer, shape),
-        full_cache=sum(kv_cache.plan(FullCache(), config.n_layer, shape).values()),
+        cache=model_cache.plan(policy, config.n_layer, shape),
+        full_cache=sum(model_cache.plan(FullCache(), config.n_layer, shape).values()),
         activations=activation_bytes(config, shape, max(min(chunk, shape.capacity), shape.batch)) + logits,
         capacity=shape.capacity,
         batch=shape.batch,
     )
+
+
+def choose_bits(config: Config, policy: KVCache, shape: Shape, chunk: int, budget: int) -> KVCache:
+    """The cache with the most bits whose plan fits. Raises UserError if the fewest do not."""
+    tried = []
+    for name, one in policy.by_quality():
+        try:
+            total = make_plan(config, one, shape, chunk).total
+        except ValueError as error:  # a head_dim that 4 bits are not for
+            tried.append(f"{name}: {error}")
+            continue
+        tried.append(f"{name} need {size(total)}")
+        if total <= budget:
+            say(f"--bits auto: {'; '.join(tried)}, and {size(budget)} are there")
+            return one
+    raise UserError(f"--bits auto: {'; '.join(tried)}, and {size(budget)} are there")
 
 
 def require_suits(policy: KVCache, config: Config) -> None:
@@ -139,7 +156,7 @@ def require_suits(policy: KVCache, config: Config) -> None:
     length = policy.n_exact + 1  # where the first token has left
     shape = Shape(1, config.n_kv_head, config.head_dim, length, torch.bfloat16, torch.device("meta"))
     try:
-        kv_cache.plan(policy, 1, shape)
+        model_cache.plan(policy, 1, shape)
     except ValueError as error:
         raise UserError(f"{format_policy(policy)}: {error}") from None
 
@@ -187,7 +204,7 @@ def make_report(engine: Engine, name: str, timing: Timing) -> dict[str, Any]:
 
     def held(p: KVCache, n: float) -> int:
         at = replace(shape, batch=1, capacity=max(1, int(n)))
-        return sum(kv_cache.plan(p, n_layer, at).values())
+        return sum(model_cache.plan(p, n_layer, at).values())
 
     n_step = (timing.n_written - timing.n_first) / shape.batch
     read_cache = sum(held(policy, length - n_step / 2) for length in lengths)
@@ -208,7 +225,7 @@ def make_report(engine: Engine, name: str, timing: Timing) -> dict[str, Any]:
         "decode_s": timing.decode_seconds,
         "decode_tokens_per_s": timing.decode_tokens_per_second,
         "cache_bytes": cache.nbytes(),
-        "full_cache_bytes": sum(kv_cache.plan(FullCache(), n_layer, shape).values()),
+        "full_cache_bytes": sum(model_cache.plan(FullCache(), n_layer, shape).values()),
         "cache_bytes_held": sum(held(policy, n) for n in lengths),
         "full_cache_bytes_held": sum(held(FullCache(), n) for n in lengths),
         "weight_bytes": sum(p.nbytes for p in model.parameters()),

@@ -23,11 +23,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import kernels
-import kv_cache
+import model_cache
 from engine import PREFILL_CHUNK, Engine, FusedStep, Sampling
 from kernels import Regions
-from kv_cache import KVCache, ModelCache, Shape, wide
+from kv_cache import KVCache, Shape, wide
 from model import Transformer
+from model_cache import ModelCache
 from options import format_policy
 from tokenizer import UserError
 
@@ -324,7 +325,7 @@ class Contestant(Timed):
             else:
                 fill(self.engine, context)
         held = dataclasses.replace(shape, capacity=context, device=torch.device("meta"))
-        self.cache_bytes = sum(kv_cache.plan(policy, model.config.n_layer, held).values())
+        self.cache_bytes = sum(model_cache.plan(policy, model.config.n_layer, held).values())
         self.path = f"{self.engine.cache.layers[0].path}, {self.engine.step_path}"
 
     def read(self, vocab_size: int) -> None:

@@ -28,8 +28,9 @@ import passkey
 
 from checkpoint import end_ids, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from engine import Engine, Sampling
-from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
+from kv_cache import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
 from model import Transformer
+from model_cache import ModelCache
 from options import Parser, positive
 from report import size
 from tokenizer import Tokenizer, UserError, load_tokenizer

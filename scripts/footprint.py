@@ -22,6 +22,7 @@ from pictures import MIB, marker, plt, thousands
 from records import Record, Row, order, short
 
 import kv_cache
+import model_cache
 from checkpoint import DTYPES, find_demo, open_checkpoint
 from console import say
 from kv_cache import Shape
@@ -258,5 +259,5 @@ def plan_line(
     if config is None or dtype is None or setting.partition(":")[0] not in kv_cache.caches():
         return []
     policy = parse_policy(setting)
-    return [sum(kv_cache.plan(policy, config.n_layer, shape(config, n, dtype, batch)).values()) / MIB
+    return [sum(model_cache.plan(policy, config.n_layer, shape(config, n, dtype, batch)).values()) / MIB
             for n in contexts]  # fmt: skip

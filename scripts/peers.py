@@ -22,8 +22,9 @@ from contest import WARM_TOKENS, Timed, timed
 from torch import Tensor
 
 from checkpoint.layout import hugging_face_name, slots_of
-from kv_cache import FullCache, ModelCache, Shape
+from kv_cache import FullCache, Shape
 from model import Config, Transformer
+from model_cache import ModelCache
 from tokenizer import UserError
 
 GATE_TOKENS = 64

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache, wide
+from kv_cache import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache, wide
 from model import Cache, Transformer
+from model_cache import ModelCache
 from quantize import INT8
 
 QUERIES = 512  # a block's queries: its scores are [n_head, QUERIES, keys] in float32

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import kv_cache
+import model_cache
 from checkpoint import check_tokenizer, end_ids, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from engine import PREFILL_CHUNK, Engine, Sampling
-from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape
+from kv_cache import FullCache, KVCache, SelectiveCache, Shape
+from model_cache import ModelCache
 from options import parse_policy
 from report import require_suits
 from tokenizer import Tokenizer, UserError, load_tokenizer
@@ -64,7 +65,7 @@ class Subject:
 
     def memory(self, policy: KVCache, n_token: int) -> dict[str, float]:
         """Bytes of a sequence's cache, and bits per element of what is quantised, scales included."""
-        regions = kv_cache.plan(policy, self.config.n_layer, self.shape(n_token))
+        regions = model_cache.plan(policy, self.config.n_layer, self.shape(n_token))
         held = {"cache_bytes": float(sum(regions.values()))}
         if regions.get("quantised") and isinstance(policy, SelectiveCache):
             bits = [f.bits_per_element(self.config.head_dim) for f in policy.formats()]

@@ -39,8 +39,9 @@ triton_plan.processor = lambda device: triton_plan.Processor(132, True, 232_448)
 from engine import Engine, Sampling, chunk_size  # noqa: E402
 from kernels import triton_kernels  # noqa: E402
 from kernels.launch import compiling  # noqa: E402
-from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache  # noqa: E402
+from kv_cache import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache  # noqa: E402
 from model import Config, Transformer  # noqa: E402
+from model_cache import ModelCache  # noqa: E402
 from precompile import prompt_parts, walk  # noqa: E402
 
 kernels.for_device = lambda device: triton_kernels

@@ -15,8 +15,9 @@ from conftest import STORIES, needs
 from checkpoint import load_model, open_checkpoint
 from engine import Engine, Sampling
 from generate import main as generate_main
-from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
+from kv_cache import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
 from model import Config, Transformer
+from model_cache import ModelCache
 from precompile import compiled_ahead
 
 pytestmark = [

@@ -19,13 +19,12 @@ from kv_cache import (
     Chunk,
     FullCache,
     KVCache,
-    ModelCache,
     SelectiveCache,
     Shape,
     SinkWindowCache,
-    plan,
 )
 from model import Config, Rope, Transformer
+from model_cache import ModelCache, plan
 from quantize import INT8, Format
 
 CPU = torch.device("cpu")

@@ -11,8 +11,9 @@ from conftest import ROOT
 from families import FAMILIES, make
 
 from checkpoint import load_model, open_checkpoint
-from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
+from kv_cache import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
 from model import CONFIGS, Config, Rope, RopeScaling, Transformer, both_ways
+from model_cache import ModelCache
 
 CPU = torch.device("cpu")
 N_TOKEN = 80

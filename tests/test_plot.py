@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from records import Record, read
 
-import kv_cache
+import model_cache
 from model import CONFIGS
 from options import parse_policy
 
@@ -337,7 +337,7 @@ def test_cache_bytes_are_the_files_and_the_plan_is_a_line() -> None:
     for cache in ("full", QUANTISED):
         for n in (256, 8192):
             at = footprint.shape(config, n, footprint.DTYPES["bfloat16"])
-            sizes[cache, n] = sum(kv_cache.plan(parse_policy(cache), config.n_layer, at).values())
+            sizes[cache, n] = sum(model_cache.plan(parse_policy(cache), config.n_layer, at).values())
     rows = [step(cache, n, n_bytes + MIB) for (cache, n), n_bytes in sizes.items()] + [step("theirs", 256)]
     (axis,) = footprint.draw_footprints([benchmark(*rows)])["cache-llama-3-1-8b-nvidia-h200"].axes
     assert points(axis, "full") == [(n, sizes["full", n] / MIB + 1) for n in (256, 8192)]

@@ -22,8 +22,9 @@ from engine import FusedStep
 from kernels import eager, triton_kernels, triton_linear
 from kernels.triton_around import Around, Turn
 from kernels.triton_tokens import Plan, padded, plan_tokens, run_tokens
-from kv_cache import FullCache, KVCache, ModelCache, SelectiveCache, Shape, SinkWindowCache
+from kv_cache import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
 from model import CONFIGS
+from model_cache import ModelCache
 
 HOPPER_SHARED = 232_448  # bytes that a program may have
 CLOSE = {FP32: 1e-5, FP16: 1.5e-3, BF16: 1.2e-2}  # relative to the whole output: a few roundings of its dtype
