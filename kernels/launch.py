@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,6 @@ from functools import cache, partial
 from typing import Any
 
 _thread = threading.local()
-_divided: set[int] = set()  # the functions that `divide_as_needed` has seen
-
 ALWAYS_THERE = 48 << 10  # bytes of shared memory that a program may have without asking
 PREFER_NONE = 0  # CU_FUNC_CACHE_PREFER_NONE
 
@@ -46,21 +45,27 @@ def _launch(run: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 def divide_as_needed(kernel: Any) -> None:
     """Let the GPU divide a processor's memory between shared memory and L1 for a kernel as it finds it.
 
-    Triton asks for as much shared memory as there is wherever a program has more than 48 KiB. A processor that has to
-    be divided anew must first be empty, so such a launch cannot begin while the one before is at work, nor the next
-    one beside it: 15 us a layer on an H200, 13% of a step (LOG.md, 2026-11-25).
+    Triton (3.6) asks for as much shared memory as there is wherever a program has more than 48 KiB. A processor that
+    has to be divided anew must first be empty, so such a launch cannot begin while the one before is at work, nor the
+    next one beside it: 15 us a layer on an H200, 13% of a step (LOG.md, 2026-11-25). A driver that will not undo it is
+    told of, once: the numbers are the same.
 
     kernel: what a launch returned; the first one of a kernel was still by Triton's way. None: the interpreter's.
     """
     function = getattr(kernel, "function", None)
-    if function is None or function in _divided or kernel.metadata.shared <= ALWAYS_THERE:
+    if function is None or getattr(kernel, "divided", False) or kernel.metadata.shared <= ALWAYS_THERE:
         return
+    kernel.divided = True
     driver = _driver()
     if driver is not None:
         status = driver.cuFuncSetCacheConfig(ctypes.c_void_p(function), PREFER_NONE)
         if status:
-            raise RuntimeError(f"cuFuncSetCacheConfig failed with {status}")
-    _divided.add(function)
+            _say_once(f"cuFuncSetCacheConfig failed with {status}: decoding may take longer than it needs to")
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 @cache

@@ -1,9 +1,9 @@
 """Decode attention in Triton: one query token per sequence over sink, window and int8 middle.
 
-Mechanism. Flash-decoding (Dao et al. 2023): `n_split` programs share the tokens of one sequence and KV
-head, each writes a partial softmax, and a second small launch merges them. Lengths are read on the
-device and the grid depends on the cache's capacity alone, so one CUDA graph serves every length; programs with
-nothing to do return at once, and the second launch reads only what was written.
+Mechanism. Flash-decoding (Dao et al. 2023): `n_split` programs share the tokens of one sequence and KV head, each of
+their warps writes a partial softmax, and a second small launch merges them. Lengths are read on the device and the
+grid does not depend on them, so one CUDA graph serves every length; programs without tokens only ask for what is read
+after attention, and the second launch reads only what was written.
 
 Full-precision slots and then quantised rows are one range of work, measured in bytes and cut evenly: the program at
 the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing
@@ -244,8 +244,9 @@ def split_kernel(
         ROUND: tl.constexpr = WARPS * 32 * 128  # a line a thread
         program = (tl.program_id(1) * tl.num_programs(2) + split) * tl.num_programs(0) + column
         start = program.to(tl.int64) * then_each
-        for offset in range(start, tl.minimum(start + then_each, then_bytes), ROUND):
-            fetch(then.to(tl.int64) + offset, then.to(tl.int64) + then_bytes, ROUND)
+        end = tl.minimum(start + then_each, then_bytes)
+        for offset in range(start, end, ROUND):
+            fetch(then.to(tl.int64) + offset, then.to(tl.int64) + end, ROUND)
 
 
 @triton.jit(do_not_specialize=COUNTS)

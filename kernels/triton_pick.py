@@ -24,7 +24,9 @@ SPOILED = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # above the key of any finite number
 @triton.jit(do_not_specialize=["n", "stride", "n_part"])
 def part_kernel(logits, keys, n, stride, n_part, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """Program (part, sequence): the largest key of BLOCK logits. A key has the number above and its index, the first
-    one largest, below. logits: [sequence, n], any float dtype, rows `stride` apart; keys: int64 [sequence, n_part].
+    one largest, below. logits: [sequence, n], floats of at most 32 bits, rows `stride` apart.
+
+    keys: int64 [sequence, n_part].
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -54,7 +56,7 @@ def pick_kernel(keys, out, n_part, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
 def greedy(logits: Tensor) -> Tensor:
     """The index of each row's largest element; -1 where a row holds a NaN or an infinity.
 
-    logits: [sequence, n], any float dtype. Returns int64 [sequence].
+    logits: [sequence, n], a float dtype of at most 32 bits. Returns int64 [sequence].
     """
     assert logits.stride(1) == 1
     n_sequence, n = logits.shape

@@ -2,8 +2,8 @@
 
 Tiles. Keys lie along the matrix units' long side and queries (the heads of a group, and in prefill their
 tokens) along the short one, so a small group wastes little. A block of keys is cut into one slice per
-warp (`dot` over a batch of WARPS slices): every warp keeps a softmax of its own, and warps meet once, after
-their last key. With one shared softmax they would wait for each other twice per block.
+warp (`dot` over a batch of WARPS slices): every warp keeps a softmax of its own, which
+the merging launch takes. With one shared softmax they would wait for each other twice per block.
 
 int8 without converting K, and V without byte loads:
  - q becomes two int8 terms, q = step * (254 * hi + lo): 16 bits. hi and lo are neighbouring columns of one

@@ -132,8 +132,8 @@ def padded(n_token: int) -> int:
 def plan_tokens(n_row: int, n_token: int, n_processor: int, shared: int) -> Plan:
     """For a weight of n_row rows: what measured best on an H200 for Llama 8B and 8 and 16 tokens (LOG.md, 2026-11-25).
 
-    Small programs with 38 KB or more in flight each: several share a processor, so that there always are some which
-    read while others begin or end.
+    About one program a processor with 120 KB in flight; or, of a larger weight, small programs with 38 KB or more each:
+    several share a processor, so that there always are some which read while others begin or end.
     """
     if n_row <= 16 * n_processor:
         p = Plan(16, 8, 64, 4)

@@ -270,7 +270,10 @@ def run(
         print(f"; our bf16 is {min(peers) / ours['ours bf16']:.2f}x the best SDPA" if peers else "")
         del group
         torch.cuda.empty_cache()
-    return {"device": device, "ceiling_tb_s": round(ceiling / 1e12, 3), "shape": vars(heads), "rows": rows}
+    return {
+        "device": device, "ceiling_tb_s": round(ceiling / 1e12, 3), "shape": vars(heads), "rows": rows,
+        "torch": torch.__version__, "command": sys.argv,
+    }  # fmt: skip
 
 
 def main() -> None:

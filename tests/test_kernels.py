@@ -146,8 +146,8 @@ def test_nothing_left_the_window_is_the_full_cache_bit_for_bit(device: str) -> N
         assert torch.equal(kernels.decode_attention(q, regions, positions, turn), full)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 40])
-def test_any_number_of_programs(splits: int, device: str) -> None:
+@pytest.mark.parametrize(("splits", "warps"), [(1, 1), (2, 1), (3, 1), (40, 1), (31, 2), (31, 8)])
+def test_any_number_of_programs(splits: int, warps: int, device: str) -> None:
     """One has slots and rows, or two share a border, or most have nothing. What is on its way early changes nothing."""
     lengths = [1, 60, 72, 73, 300]
     k, v = tokens(len(lengths), 2, 300, 32, FP32)
@@ -155,7 +155,7 @@ def test_any_number_of_programs(splits: int, device: str) -> None:
     positions = torch.tensor(lengths, device=device) - 1
     regions = held(k, v, lengths, 4, 68, 300, device)
     for ahead in (0, 16):
-        p = plan(10, 2, 32, 4, 8)._replace(warps=1, float_slice=16, int_slice=32, splits=splits, ahead=ahead)
+        p = plan(10, 2, 32, 4, 8)._replace(warps=warps, float_slice=16, int_slice=32, splits=splits, ahead=ahead)
         poison(device)
         out = run(q.to(device), regions, positions, None, p)
         for b, n in enumerate(lengths):

@@ -118,22 +118,24 @@ class Driver:
         return self.status
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, driver: Driver, shared: int, function: int) -> None:
+def launched(monkeypatch: pytest.MonkeyPatch, driver: Driver, *shared: int) -> None:
+    """Kernels, each twice, that have these bytes of shared memory and the functions 1, 2, and so on."""
     monkeypatch.setattr("kernels.launch._driver", lambda: driver)
-    kernel = SimpleNamespace(function=function, metadata=SimpleNamespace(shared=shared))
-    launch({(1,): lambda: kernel}, (1,))()
+    for function, n_bytes in enumerate(shared, 1):
+        kernel = SimpleNamespace(function=function, metadata=SimpleNamespace(shared=n_bytes))
+        for _ in range(2):
+            launch({(1,): lambda kernel=kernel: kernel}, (1,))()
 
 
 def test_a_launch_leaves_the_division_of_shared_memory_to_the_gpu_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.launch._divided", set())
     driver = Driver()
-    for _ in range(2):
-        launched(monkeypatch, driver, 96 << 10, 7)
-    launched(monkeypatch, driver, 48 << 10, 8)  # Triton asks for nothing there
-    assert driver.asked == [(7, 0)]
+    launched(monkeypatch, driver, 96 << 10, 48 << 10, 64 << 10)  # with 48 KiB Triton asks for nothing
+    assert driver.asked == [(1, 0), (3, 0)]
 
 
-def test_a_driver_that_refuses_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.launch._divided", set())
-    with pytest.raises(RuntimeError, match="cuFuncSetCacheConfig failed with 400"):
-        launched(monkeypatch, Driver(400), 96 << 10, 9)
+def test_a_driver_that_refuses_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched(monkeypatch, Driver(400), 96 << 10, 96 << 10)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "cuFuncSetCacheConfig failed with 400" in told

