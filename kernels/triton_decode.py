@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.launch import launch
 from kernels.regions import Regions
-from kernels.triton_basics import INTERPRET, in_order, prefetch
+from kernels.triton_basics import INTERPRET, in_order
 from kernels.triton_hadamard import butterfly_halves
 from kernels.triton_plan import Plan, cuts, fitting, merging, plan, processor, sharing
 from kernels.triton_share import fetch, first_blocks, partition, written
@@ -39,15 +39,8 @@ from kernels.triton_tiles import (
     weighted_values,
 )
 
-COUNTS = (
-    "group",
-    "sink_size",
-    "n_slot",
-    "n_row",
-    "n_split",
-    "then_bytes",
-    "then_each",
-)  # any value: one binary
+# any value: one binary
+COUNTS = ("group", "sink_size", "n_slot", "n_row", "n_split", "then_bytes", "then_each")
 
 # Bytes of what is read after attention that are asked for meanwhile: more crowds out what is read first; and by one
 # program, whose own result is waited for.
@@ -288,7 +281,6 @@ def combine_kernel(
         tl.store(to, tl.zeros(to.shape, out.dtype.element_ty), row == 0)
         return
     if OVERLAP:
-        prefetch(out)  # so that its address is known by now
         if each >= 0:  # always: as above, `each` is known when the splits end
             gdc_wait()
         gdc_launch_dependents()  # not before: the next launch would take room and reads from the splits

@@ -45,7 +45,7 @@ def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int,
         even = 7 * n_processor < 4 * n_row <= 8 * n_processor  # a program per row is two, nearly, on every processor
         p = Plan(heads, 4, 16, 64, 3, 3, 6, splits=1 if even else 0)
     elif 2 * n_row <= 3 * n_processor:
-        p = Plan(heads, 2, 32, 32, 4, 4, 2)  # half of that per program: full 1.6% slower at 128k
+        p = Plan(heads, 2, 32, 32, 4, 4, 2)  # 96 KiB a program; with 48, full is 1.6% slower at 128k
     else:
         p = Plan(heads, 1, 16, 64, 4, 3, 4)  # more rows than programs at once: small ones leave the fewest idle at last
     if early(n_row, n_processor, four):

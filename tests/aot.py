@@ -1,9 +1,16 @@
-"""Compile the kernels of a decode step for Hopper, with no GPU at hand, and count what matters in machine code."""
+"""Compile the kernels of a decode step for Hopper, with no GPU at hand, and count what matters in machine code.
+
+    python tests/aot.py compile_append_kernel '[[128, 8], {"head_dim": 64, "bits": 4}]'      what each returns, as JSON
+
+A program of its own, because tests have Triton's interpreter (`kernel_reference.counts` runs it).
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +18,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from kernels.triton_decode import combine_kernel, split_kernel
 from kernels.triton_history import dequantize_kernel, history_kernel
@@ -230,3 +239,8 @@ def compile_the_rest() -> None:
         compile_kernel(history_kernel, types, {
             "HEAD_DIM": 128, "QUERIES": 128, "KEYS": 64, "STAGES": 3, "TURN_SINKS": turn, "INTERPRET": False,
         })  # fmt: skip
+
+
+if __name__ == "__main__":
+    function = globals()[sys.argv[1]]
+    print(json.dumps([function(**s) if isinstance(s, dict) else function(*s) for s in json.loads(sys.argv[2])]))

@@ -7,6 +7,14 @@ Memory that holds no token is full of NaN, so that a kernel that looks at it can
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -129,3 +137,20 @@ def poison(device: str) -> None:
 def settle(device: str) -> None:
     """An ordinary launch, which waits for all before it: without one between, `append` may look ahead of another."""
     torch.ones(1, device=device)
+
+
+def compiled(function: str, shapes: Sequence[Any]) -> list[Any]:
+    """What a function of aot.py returns for each of its arguments: lists, or dicts by name. By the real compiler."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("aot.py")), function, json.dumps(list(shapes))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def counts(function: str, shapes: Sequence[Any]) -> list[dict[str, int]]:
+    """`compiled`, of machine code; skips the test where there are no tools to read that."""
+    found = compiled(function, shapes)
+    if None in found:
+        pytest.skip("this Triton has no cuobjdump beside it")
+    return found

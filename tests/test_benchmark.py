@@ -180,6 +180,19 @@ def test_the_gate_looks_at_the_fused_step(tmp_path: Path, monkeypatch: pytest.Mo
         contest.gate(model, SelectiveCache(4, 8), shape, triton_kernels)
 
 
+def test_the_gate_measures_products_against_float32() -> None:
+    """A twin that rounds as often would hide, or double, what a kernel's own rounding is."""
+    torch.manual_seed(0)
+    x, norm, weight = (torch.randn(*shape).bfloat16() for shape in ((3, 64), (64,), (96, 64)))
+    cos, sin = torch.rand(3, 16), torch.rand(3, 16)
+    compared = contest.Compared(eager)
+    compared.linear(x, weight, norm=norm, eps=1e-5)
+    assert 1e-4 < compared.error < 1e-2
+    compared.error = 0.0
+    compared.qkv(x, weight, None, norm, 1e-5, cos, sin, 2, 4, (torch.ones(16).bfloat16(),) * 2 + (1e-5,))
+    assert 1e-4 < compared.error < 1e-2
+
+
 def test_peak_memory_is_one_contestants_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contestants stand side by side; what one takes must not be counted as another's."""
     now, most = 100, 0  # the weights, say

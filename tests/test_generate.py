@@ -194,6 +194,22 @@ def test_a_conversation_stays_in_the_cache(
     assert int(logits.argmax()) == written[18]
 
 
+def test_a_conversation_fills_its_context_to_the_last_token(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["The red fox jumped", "and the clock"]
+    tokenizer = generate.load_tokenizer(tiny / "tokenizer.model")
+    first, second = len(tokenizer.encode(lines[0])), len(tokenizer.encode(lines[1], bos=False))
+    seen = first + 9 - 1  # the last token written is read with the second line
+    argv = ["--checkpoint_path", str(tiny), "--interactive", "--temperature", "0", "--max_new_tokens", "9", "--json"]
+    for spare, written in ((0, 10), (1, 11), (-1, 9)):  # the last token of all is written, not read
+        monkeypatch.setattr("sys.stdin", __import__("io").StringIO("\n".join(lines) + "\n"))
+        generate.main([*argv, "--ignore_eos", "--context", str(seen + 1 + second + spare)])
+        out, err = capsys.readouterr()
+        assert json.loads(out.splitlines()[-1])["tokens_written"] == written
+        assert ("no room: that is 1 tokens past" in err) == (spare < 0)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -385,6 +401,12 @@ def test_numbers_that_are_not_finite_name_the_first_bad_tensor(
         generate.main(["--checkpoint_path", str(folder), "--prompt", "The", "--no-echo"])
     assert exit_.value.code == 2
     assert "layers.1.feed_forward.w2" in capsys.readouterr().err
+    checkpoint, cpu = generate.open_checkpoint(folder, None), torch.device("cpu")
+    cache = generate.ModelCache(generate.FullCache(), 2, generate.Shape(1, 2, 8, 32, torch.float32, cpu))
+    model = generate.load_model(checkpoint, cpu, torch.float32)
+    engine = generate.Engine(model, cache, generate.Sampling(temperature=0), lag=2)  # as on a GPU: steps on, unseen
+    with pytest.raises(generate.UserError, match=r"layers\.1\.feed_forward\.w2"):
+        list(engine.generate([[1, 2, 3]], 8))
     tensors = load_file(write_checkpoint(folder) / "model.safetensors")
     for name in ("gate", "up"):
         tensors[f"model.layers.0.mlp.{name}_proj.weight"] *= 1e30  # finite, but their product overflows

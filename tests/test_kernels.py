@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +15,8 @@ from kernel_reference import (
     FP32,
     HAS_GPU,
     TOLERANCE,
+    compiled,
+    counts,
     error,
     held,
     poison,
@@ -346,13 +343,6 @@ def test_one_graph_serves_every_length() -> None:
 
 HOPPER_SHARED, SMALL_SHARED = 232_448, 101_376  # bytes that a program may have: an H200's, an RTX 4090's
 
-COMPILE = """
-import json, sys
-sys.path.insert(0, "tests")
-from aot import compile_split_kernel
-print(json.dumps(compile_split_kernel(**json.loads(sys.argv[1]))))
-"""
-
 
 @pytest.mark.parametrize(
     "shape",
@@ -382,15 +372,7 @@ def test_compiled_for_hopper(shape: dict[str, Any]) -> None:
 
     Angles of sinks are made once a step: a float64, or the stack that a sine keeps pi on, would be in every program.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps(shape)],
-        cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    if found is None:
-        pytest.skip("this Triton has no cuobjdump beside it")
+    (found,) = counts("compile_split_kernel", [shape])
     assert found["spills"] == 0 and found["stack"] == 0
     assert found["byte_loads"] == 0 and found["float64"] == 0
     assert (found["HMMA"] > 0) == (shape.get("dtype") != "fp32" or shape.get("k_bits", 8) > 0) and (
@@ -401,12 +383,6 @@ def test_compiled_for_hopper(shape: dict[str, Any]) -> None:
     assert found["copies"] > 0, "keys and values are to be copied to shared memory asynchronously"
 
 
-MERGE = """
-import json, sys
-sys.path.insert(0, "tests")
-from aot import compile_combine_kernel
-print(json.dumps([compile_combine_kernel(*shape) for shape in json.loads(sys.argv[1])]))
-"""
 MOST_AFTER_WAIT = {  # instructions, as (programs per sequence and KV head, head_dim, query heads per KV head, bits)
     (1, 128, 4, 16): 80, (4, 128, 4, 16): 160, (8, 128, 4, 16): 170, (16, 128, 4, 16): 160, (31, 128, 4, 16): 160,
     (33, 128, 4, 0): 180, (33, 96, 3, 16): 180, (63, 128, 4, 8): 170, (127, 256, 16, 16): 210,
@@ -415,16 +391,9 @@ MOST_AFTER_WAIT = {  # instructions, as (programs per sequence and KV head, head
 
 def test_what_merging_leaves_for_after_its_wait() -> None:
     """Loads at once, from addresses that are there, and one pass over what they bring: every layer waits for it."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", MERGE, json.dumps(list(MOST_AFTER_WAIT))],
-        cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    for (shape, most), found in zip(MOST_AFTER_WAIT.items(), json.loads(done.stdout.splitlines()[-1]), strict=True):
-        if found is None:
-            pytest.skip("this Triton has no cuobjdump beside it")
-        assert found["after_wait"] <= most, (shape, found)
+    found_by_shape = zip(MOST_AFTER_WAIT, counts("compile_combine_kernel", list(MOST_AFTER_WAIT)), strict=True)
+    for shape, found in found_by_shape:
+        assert found["after_wait"] <= MOST_AFTER_WAIT[shape], (shape, found)
         assert found["early_loads"] == 1, shape  # the sequence's position
         assert found["before_loads"] <= 12 and found["trigger"] > 0, (shape, found)
         assert found["local"] == found["stack"] == 0 and found["registers"] <= 64, (shape, found)
@@ -454,11 +423,5 @@ def test_programs_fill_the_gpu_and_their_results_are_merged_at_once(n_column: in
 
 def test_every_kernel_compiles_for_hopper() -> None:
     """The interpreter is lenient about types; the compiler is not."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = "import sys; sys.path.insert(0, 'tests'); from aot import compile_the_rest, compiles\n"
-    code += "for mix in ((8, 8, 1, False), (4, 8, 2, False), (8, 4, 2, False), (4, 4, 1, True)): compiles(*mix)\n"
-    code += "compile_the_rest()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    compiled("compiles", [(8, 8, 1, False), (4, 8, 2, False), (8, 4, 2, False), (4, 4, 1, True)])
+    compiled("compile_the_rest", [()])

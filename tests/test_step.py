@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, make
-from kernel_reference import BF16, DEVICES, FP16, FP32, error, poison  # chooses the interpreter before Triton is loaded
+from kernel_reference import BF16, DEVICES, FP16, FP32, counts, error, poison  # chooses the interpreter first
 from torch import Tensor
 
 from checkpoint import load_model, open_checkpoint
@@ -178,16 +174,8 @@ SHAPES: list[dict[str, int | bool | str]] = [  # Llama 3.1 8B's, and one with a 
 @pytest.mark.parametrize("n_token", [8, 16])
 def test_products_for_a_few_tokens_compile_without_spills(n_token: int) -> None:
     """Their weights must be copied asynchronously, and their first ones asked for before the wait."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = "import sys, json; sys.path.insert(0, 'tests'); from aot import compile_tokens_kernel\n"
-    code += f"print(json.dumps([compile_tokens_kernel(n_token={n_token}, **shape) for shape in {SHAPES}]))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    for shape, found in zip(SHAPES, json.loads(run.stdout.splitlines()[-1]), strict=True):
-        if found is None:
-            pytest.skip("this Triton has no cuobjdump beside it")
+    shapes = [shape | {"n_token": n_token} for shape in SHAPES]
+    for shape, found in zip(SHAPES, counts("compile_tokens_kernel", shapes), strict=True):
         assert found["spills"] == 0 and found["stack"] == 0, shape
         assert found["copies"] > 0 and found["HMMA"] > 0 and found["CCTL"] > 0, shape
         assert found["shared"] <= HOPPER_SHARED, shape
