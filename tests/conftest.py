@@ -5,18 +5,24 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
+# A busy machine is no failure: no example has a deadline, and examples may be slow to make.
+settings.register_profile("desk", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # In CI the same examples every time: a new one that fails belongs on a desk, not in someone else's landing.
-settings.register_profile("ci", derandomize=True, deadline=None)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+settings.register_profile("ci", settings.get_profile("desk"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "desk")
+
+# Where the tests were started with Ctrl-C ignored (`nohup … &`), the programs that they start and interrupt would
+# ignore it too, and run for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on the CPU

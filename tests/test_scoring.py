@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import scoring
@@ -69,15 +71,33 @@ def test_in_double_every_logit_of_the_bundled_model_is_the_sequential_one(policy
     assert (model.head(parallel) - model.head(sequential)).abs().max() < 1e-6
 
 
+def both_forms(model: Transformer, policy: KVCache, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [token, vocabulary] of the parallel form, and of the sequential one through the fast path."""
+    return model.head(scoring.read_parallel(model, policy, tokens)), model.head(
+        scoring.read_sequential(model, policy, tokens)
+    )
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_in_single_precision_the_mean_is_the_sequential_one(policy: KVCache) -> None:
-    """Through the fast path. A rounding that tips moves a logit, not the mean; without integers nothing can tip."""
+def test_in_single_precision_a_rounding_that_tips_moves_less_than_rounding_does(policy: KVCache) -> None:
+    """Through the fast path. How many elements round to the other integer depends on the order in which a processor
+    adds up its products, so no number of logits bounds what they do; what quantising itself does to the same logits
+    is the measure. In one layer, an element that tips moves by one step where every element moved by up to half a
+    step. Over ten layers a tip makes others tip, at most until the two forms' roundings are independent.
+    """
     model, tokens = bundled(torch.float32), some_text(600)
-    states = [read(model, policy, tokens) for read in (scoring.read_parallel, scoring.read_sequential)]
-    nll = [scoring.score(model, tokens, s).nll.mean() for s in states]
-    assert abs(nll[0] - nll[1]) < 1e-3
-    error = (model.head(states[0]) - model.head(states[1])).abs().max()
-    assert error < (0.3 if isinstance(policy, SelectiveCache) else 1e-3)
+    first = copy.copy(model)
+    first._modules = model._modules | {"layers": model.layers[:1]}
+    first.config = replace(model.config, n_layer=1)
+    for depth, share in ((first, 0.05), (model, 1.0)):
+        parallel, sequential = both_forms(depth, policy, tokens)
+        error = parallel - sequential
+        if not isinstance(policy, SelectiveCache):
+            assert error.abs().max() < 1e-3  # without integers nothing can tip
+            continue
+        full = depth.head(scoring.read_parallel(depth, FullCache(), tokens))
+        assert error.square().mean().sqrt() < share * (parallel - full).square().mean().sqrt()
+        assert depth is model or error.abs().max() < share * (parallel - full).abs().max()
 
 
 @needs(STORIES)

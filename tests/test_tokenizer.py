@@ -25,7 +25,7 @@ from tokenizer import (
 )
 
 text_strategy = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.sampled_from(TEXTS)
-relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+relaxed = settings(max_examples=60)
 
 every = pytest.mark.parametrize("name", [*MADE, *REAL])
 
