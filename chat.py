@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from checkpoint import Checkpoint
+from checkpoint.gguf_tokenizer import gguf_chat_template
 from tokenizer import Tokenizer, UserError, read_json, token_name
 
 Message = dict[str, str]  # "role": system, user or assistant; "content"
@@ -88,6 +90,19 @@ class Conversation:
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=False, special=True)
+
+
+def chat_template_of(checkpoint: Checkpoint) -> ChatTemplate:
+    """The checkpoint's own: a GGUF file holds it, elsewhere it lies beside the tokenizer. Raises UserError."""
+    if checkpoint.gguf is not None:
+        source, names = gguf_chat_template(checkpoint.gguf)
+        if source is not None:
+            return ChatTemplate(source, names, checkpoint.gguf.path)
+        if checkpoint.tokenizer_path is None:
+            raise UserError(f"--chat: {checkpoint.gguf.path} has no chat template; a base model has none")
+    assert checkpoint.tokenizer_path is not None
+    folder = checkpoint.tokenizer_path.parent
+    return load_chat_template(folder.parent if folder.name == "original" else folder)
 
 
 def load_chat_template(folder: Path) -> ChatTemplate:

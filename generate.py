@@ -27,7 +27,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from chat import Conversation, load_chat_template
+from chat import Conversation, chat_template_of
 from checkpoint import (
     Checkpoint,
     check_tokenizer,
@@ -56,7 +56,7 @@ from report import (
     require_fit,
     startup,
 )
-from tokenizer import Tokenizer, UserError, load_tokenizer
+from tokenizer import Tokenizer, UserError
 
 
 def make_parser() -> Parser:
@@ -66,7 +66,7 @@ def make_parser() -> Parser:
     g = p.add_argument_group("model")
     g.add_argument(
         "--checkpoint_path", type=Path, metavar="PATH",
-        help="a gpt-fast model.pth or a Hugging Face folder (default: the bundled small model)",
+        help="a Hugging Face folder, a GGUF file or a gpt-fast model.pth (default: the bundled small model)",
     )  # fmt: skip
     g.add_argument("--model", metavar="NAME", help="the model's shape, where the checkpoint does not tell it")
     g.add_argument("--random_weights", action="store_true", help="the shape of --model with no checkpoint")
@@ -171,7 +171,7 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
         raise UserError("--random_weights needs --model NAME, and no --checkpoint_path")
     checkpoint = open_checkpoint(None if args.random_weights else args.checkpoint_path or find_demo(), args.model)
     config = checkpoint.config
-    tokenizer = load_tokenizer(checkpoint.tokenizer_path) if checkpoint.tokenizer_path else None
+    tokenizer = checkpoint.tokenizer()
     if tokenizer is not None:
         check_tokenizer(config, tokenizer)
     elif args.interactive or args.chat:
@@ -218,10 +218,8 @@ def start_chat(args: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Toke
         if args.system is not None:
             raise UserError("--system goes with --chat")
         return None
-    assert tokenizer is not None and checkpoint.tokenizer_path is not None
-    folder = checkpoint.tokenizer_path.parent
-    template = load_chat_template(folder.parent if folder.name == "original" else folder)
-    return Conversation(template, tokenizer, args.system)
+    assert tokenizer is not None
+    return Conversation(chat_template_of(checkpoint), tokenizer, args.system)
 
 
 def check_exact(policy: KVCache, context: int) -> None:

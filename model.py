@@ -28,6 +28,7 @@ class RopeScaling:
     kind "linear" divides every frequency by `factor`. kind "llama3" divides only the slow ones
     (Llama 3.1, `apply_scaling` in meta-llama/llama-models): wavelengths longer than
     original_context / low_freq_factor, with a smooth step up to original_context / high_freq_factor.
+    kind "factors" divides each frequency by its own of `factors` (a GGUF file's rope_freqs).
     """
 
     kind: str
@@ -35,6 +36,7 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    factors: tuple[float, ...] = ()  # one a pair of dimensions
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Config:
             return freq
         if scaling.kind == "linear":
             return freq / scaling.factor
+        if scaling.kind == "factors":
+            return freq / torch.tensor(scaling.factors, dtype=torch.float64, device="cpu")
         if scaling.kind == "llama3":
             turns = scaling.original_context * freq / (2 * math.pi)  # over the original context
             keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

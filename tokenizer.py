@@ -288,8 +288,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _bytes(self, token: int, piece: str) -> bytes:
         if self.byte_level:
-            if token not in self.added and all(char in _BYTE_OF for char in piece):
-                return bytes(_BYTE_OF[char] for char in piece)
+            if token not in self.added and all(char in BYTE_OF for char in piece):
+                return bytes(BYTE_OF[char] for char in piece)
             return piece.encode()
         if self.byte_fallback and (match := _BYTE_PIECE.fullmatch(piece)):
             return bytes.fromhex(match[1])
@@ -323,7 +323,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.pieces.get(token, b"")
 
 
-_BYTE_OF = _byte_level_alphabet()
+BYTE_OF = _byte_level_alphabet()
 
 
 def token_name(token: Any) -> str:

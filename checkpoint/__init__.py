@@ -1,4 +1,4 @@
-"""Where weights come from: Hugging Face safetensors, gpt-fast's model.pth, Meta's, or a generator.
+"""Where weights come from: Hugging Face safetensors, GGUF, gpt-fast's model.pth, Meta's, or a generator.
 
 Opening reads configs and headers only, and checks every name and shape, so that a plan can be printed
 and mistakes told before memory is taken. Loading makes the model on the meta device, allocates it once,
@@ -8,17 +8,21 @@ and copies tensor by tensor from a memory map straight into place: one copy of t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from checkpoint.configs import config_from_hugging_face, config_from_params, find_name, named_config, note
-from checkpoint.layout import Fill, match_tensors
+from checkpoint.gguf import GGUF, find_gguf, is_gguf, read_gguf
+from checkpoint.gguf_model import gguf_config, gguf_fills, gguf_name
+from checkpoint.gguf_tokenizer import gguf_tokenizer
+from checkpoint.layout import Fill, Slot, match_tensors
 from checkpoint.stored import Stored, stored_tensors
 from model import Config, Transformer
-from tokenizer import Tokenizer, UserError, eos_ids_of, find_tokenizer, read_json
+from tokenizer import Tokenizer, UserError, eos_ids_of, find_tokenizer, load_tokenizer, read_json
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,13 @@ class Checkpoint:
     tied_output: Stored | None = field(default=None, repr=False)  # must equal the embedding
     tokenizer_path: Path | None = None
     eos_ids: tuple[int, ...] = ()
+    gguf: GGUF | None = field(default=None, repr=False)  # the file, where it is one: it holds the tokenizer too
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer; None where it has none. Raises UserError."""
+        if self.gguf is not None and (own := gguf_tokenizer(self.gguf)) is not None:
+            return own
+        return None if self.tokenizer_path is None else load_tokenizer(self.tokenizer_path)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,8 +59,8 @@ class Checkpoint:
 def open_checkpoint(path: Path | None, model: str | None = None) -> Checkpoint:
     """Read configs and headers, and check that they fit each other. No weights are read.
 
-    path: a Hugging Face folder, a folder with a model.pth, or a file of either kind; None: the shape
-    named by `model`, without weights. model: a name in CONFIGS, leniently spelled; given, it stands
+    path: a Hugging Face folder, a folder with a model.pth or a GGUF model, or a file of these kinds; None:
+    the shape named by `model`, without weights. model: a name in CONFIGS, leniently spelled; given, it stands
     above what lies beside the weights. Raises UserError.
     """
     if path is None:
@@ -66,10 +77,19 @@ def open_checkpoint(path: Path | None, model: str | None = None) -> Checkpoint:
 def _open(path: Path, model: str | None) -> Checkpoint:
     file = _weights_file(path)
     folder = file.resolve().parent
+    if is_gguf(file):
+        return _open_gguf(path, file, model)
     tensors = stored_tensors(file)
     name, config = _find_config(file, folder, tensors, model)
     fills, tied = match_tensors(config, tensors, file)
     return Checkpoint(path, name, config, fills, tied, find_tokenizer(folder), eos_ids_of(folder))
+
+
+def _open_gguf(path: Path, file: Path, model: str | None) -> Checkpoint:
+    gguf = read_gguf(file)
+    name, config = (gguf_name(gguf), gguf_config(gguf)) if model is None else named_config(model)
+    fills = gguf_fills(gguf, config)
+    return Checkpoint(path, name, config, fills, None, find_tokenizer(file.resolve().parent), gguf=gguf)
 
 
 def _weights_file(path: Path) -> Path:
@@ -81,9 +101,11 @@ def _weights_file(path: Path) -> Path:
     for name in known:
         if (path / name).is_file():
             return path / name
+    if (gguf := find_gguf(path)) is not None:
+        return gguf
     if any(path.glob("pytorch_model*.bin*")):
         raise UserError(f"{path}: only pytorch_model.bin, and safetensors are needed (save_pretrained writes them)")
-    raise UserError(f"{path}: no weights in this folder (looked for {', '.join(known)})")
+    raise UserError(f"{path}: no weights in this folder (looked for {', '.join(known)}, *.gguf)")
 
 
 def _find_config(file: Path, folder: Path, tensors: dict[str, Stored], model: str | None) -> tuple[str, Config]:
@@ -155,9 +177,8 @@ def _fill(model: Transformer, checkpoint: Checkpoint, progress: Callable[[int, i
     half = model.config.head_dim // 2
     total, done = sum(parameter.numel() for parameter in parameters.values()), 0
     for fill in checkpoint.fills:
-        rows = fill.stored.read().split([slot.shape[0] for slot in fill.slots])
-        for slot, source in zip(fill.slots, rows, strict=True):
-            target = parameters[slot.parameter][slot.start : slot.start + slot.shape[0]]
+        for slot, start, source in _pieces(fill, model.config.head_dim):
+            target = parameters[slot.parameter][start : start + source.shape[0]]
             if fill.interleaved and slot.rotated:
                 source = source.unflatten(0, (-1, half, 2)).transpose(1, 2)  # [head, 2, half, ...]
                 target = target.unflatten(0, (-1, 2, half))
@@ -172,6 +193,22 @@ def _fill(model: Transformer, checkpoint: Checkpoint, progress: Callable[[int, i
                 f"{checkpoint.path}: {checkpoint.tied_output.name} differs from the embedding, "
                 f"and the config ties the two"
             )
+
+
+_AT_ONCE = 2**22  # elements that are dequantised at a time: 16 MiB in float32
+
+
+def _pieces(fill: Fill, head_dim: int) -> Iterator[tuple[Slot, int, Tensor]]:
+    """A stored tensor's rows in whole heads: the slot, the row of its parameter where they begin, the values."""
+    if fill.stored.read_rows is None:
+        rows = fill.stored.read().split([slot.shape[0] for slot in fill.slots])
+        for slot, source in zip(fill.slots, rows, strict=True):
+            yield slot, slot.start, source
+        return
+    (slot,) = fill.slots
+    step = max(1, _AT_ONCE // (fill.stored.numel // slot.shape[0]) // head_dim) * head_dim
+    for start in range(0, slot.shape[0], step):
+        yield slot, slot.start + start, fill.stored.read_rows(start, min(start + step, slot.shape[0]))
 
 
 def _randomize(model: Transformer, generator: torch.Generator) -> None:

@@ -54,6 +54,21 @@ HUGGING_FACE_NAMES = {  # theirs to gpt-fast's, inside a layer and outside
     "embed_tokens": "tok_embeddings",
     "lm_head": "output",
 }
+GGUF_NAMES = {  # llama.cpp's to gpt-fast's; `output` is `output`
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "attn_q_norm": "attention.q_norm",
+    "attn_k_norm": "attention.k_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+    "attn_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+    "token_embd": "tok_embeddings",
+    "output_norm": "norm",
+}
 _UNUSED = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$")  # derived from the config
 
 
@@ -89,15 +104,26 @@ def slots_of(config: Config) -> dict[str, Slot]:
 
 def slot_names(name: str) -> tuple[tuple[str, ...], bool]:
     """The slots that a checkpoint's tensor fills, by its name; and whether its pairs are interleaved."""
-    match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(\w+)", name.removeprefix("model."))
+    match = re.fullmatch(r"(layers\.\d+\.|blk\.\d+\.)?(.+)\.(\w+)", name.removeprefix("model."))
     if match is None:
         return (name,), False
     layer, inner, kind = match[1] or "", match[2], match[3]
+    if inner in GGUF_NAMES and (layer.startswith("blk.") or not layer):
+        return (
+            f"{layer.replace('blk.', 'layers.')}{GGUF_NAMES[inner]}.{kind}",
+        ), True  # of llama; the others' are halves
     if inner in HUGGING_FACE_NAMES:
         return (f"{layer}{HUGGING_FACE_NAMES[inner]}.{kind}",), False
     if inner == "attention.wqkv":
         return tuple(f"{layer}attention.{part}.{kind}" for part in ("wq", "wk", "wv")), True
     return (f"{layer}{inner}.{kind}",), True
+
+
+def gguf_name(slot: str) -> str:
+    """How llama.cpp calls the tensor that fills a slot."""
+    theirs = {ours: name for name, ours in GGUF_NAMES.items()}
+    layer, inner, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)(\.\w+)", slot).groups("")  # type: ignore[union-attr]
+    return layer.replace("layers.", "blk.") + theirs.get(inner, inner) + kind
 
 
 def hugging_face_name(slot: str) -> str:
@@ -141,8 +167,10 @@ def match_tensors(config: Config, tensors: dict[str, Stored], where: Path) -> tu
                 raise UserError(f"{where}: {name} and {filled[slot]} are the same weights twice")
             filled[slot] = name
     missing = [slot for slot in slots if slot not in filled]
-    if any(not fill.interleaved for fill in fills):
-        missing = [hugging_face_name(slot) for slot in missing]  # speak as the checkpoint does
+    if any(not fill.interleaved for fill in fills):  # speak as the checkpoint does
+        missing = [hugging_face_name(slot) for slot in missing]
+    elif any(fill.stored.name == "token_embd.weight" or fill.stored.name.startswith("blk.") for fill in fills):
+        missing = [gguf_name(slot) for slot in missing]
     if missing:
         raise UserError(f"{where}: missing {_listed(missing)}, which the config has")
     if unexpected:

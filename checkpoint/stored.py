@@ -33,6 +33,8 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor] = field(repr=False)
+    # Where reading makes the values, by dequantising: rows [start, stop), for it need not lie in memory whole.
+    read_rows: Callable[[int, int], Tensor] | None = field(default=None, repr=False)
 
     @property
     def numel(self) -> int:

@@ -69,6 +69,8 @@ def convert(source: Path, out: Path, model: str | None = None) -> Path:
     checkpoint = open_checkpoint(source, model)
     if not source.is_dir():
         raise UserError(f"{source}: not a folder")
+    if checkpoint.gguf is not None:
+        raise UserError(f"{checkpoint.gguf.path}: a GGUF file is loaded as it is, and not converted")
     file, part = out / "model.pth", out / "model.pth.part"
     try:
         out.mkdir(parents=True, exist_ok=True)

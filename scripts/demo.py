@@ -33,7 +33,7 @@ from model import Transformer
 from model_cache import ModelCache
 from options import Parser, positive
 from report import size
-from tokenizer import Tokenizer, UserError, load_tokenizer
+from tokenizer import Tokenizer, UserError
 
 STORY = "Once upon a time there was a little girl who lived near the sea."
 TRIALS = 3
@@ -45,9 +45,10 @@ class Demo:
         self.args = args
         device = parse_device(args.device)
         self.checkpoint = open_checkpoint(args.checkpoint_path or find_demo(), None)
-        if self.checkpoint.tokenizer_path is None:
-            raise UserError(f"{self.checkpoint.path}: the demo needs a tokenizer beside the weights")
-        self.tokenizer: Tokenizer = load_tokenizer(self.checkpoint.tokenizer_path)
+        tokenizer = self.checkpoint.tokenizer()
+        if tokenizer is None:
+            raise UserError(f"{self.checkpoint.path}: the demo needs a tokenizer with the weights")
+        self.tokenizer: Tokenizer = tokenizer
         dtype = parse_dtype("auto", self.checkpoint, device)
         self.model: Transformer = load_model(self.checkpoint, device, dtype)
         c = self.checkpoint.config

@@ -41,6 +41,8 @@ def _config(config: Config) -> Any:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         s = config.rope_scaling
+        if s.kind == "factors":
+            raise UserError("transformers has no rope scaling by a factor a pair, which this GGUF file has")
         rope |= {"rope_type": s.kind, "factor": s.factor}
         if s.kind == "llama3":
             rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}

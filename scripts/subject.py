@@ -26,7 +26,7 @@ from kv_cache import FullCache, KVCache, SelectiveCache, Shape
 from model_cache import ModelCache
 from options import parse_policy
 from report import require_suits
-from tokenizer import Tokenizer, UserError, load_tokenizer
+from tokenizer import Tokenizer, UserError
 
 
 @dataclass
@@ -46,10 +46,11 @@ class Subject:
         self.args = args
         self.device = parse_device(args.device)
         checkpoint = open_checkpoint(args.checkpoint_path or find_demo(), args.model)
-        if checkpoint.tokenizer_path is None:
-            raise UserError(f"{checkpoint.path}: no tokenizer beside the weights")
+        tokenizer = checkpoint.tokenizer()
+        if tokenizer is None:
+            raise UserError(f"{checkpoint.path}: no tokenizer with the weights")
         self.name, self.config = checkpoint.name, checkpoint.config
-        self.tokenizer: Tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+        self.tokenizer: Tokenizer = tokenizer
         check_tokenizer(self.config, self.tokenizer)
         self.end_ids = end_ids(checkpoint, self.tokenizer)
         self.dtype = parse_dtype(args.dtype, checkpoint, self.device)
