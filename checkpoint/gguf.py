@@ -35,6 +35,17 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
+def _package() -> Any:
+    """The gguf package, which is needed for GGUF files only."""
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        raise UserError(
+            "GGUF files are read with the package gguf, which is not installed (pip install gguf)"
+        ) from None
+    return gguf
+
+
 @dataclass(frozen=True)
 class GGUF:
     """What a file, or all shards of a model, hold. metadata: the first shard's."""
@@ -206,15 +217,13 @@ class _Header:
         return [self.value(inner, key, depth + 1) for _ in range(n)]
 
     def info(self, alignment: int) -> _Info:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
         name, n_dim = self.string(), self.number("I")
         if not 1 <= n_dim <= _MOST_DIMENSIONS:
             raise self.error(f"damaged: {_shown(name)} has {n_dim} dimensions")
         shape = tuple(self.number("Q") for _ in range(n_dim))[::-1]
         kind, start = self.number("I"), self.number("Q")
         try:
-            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            block, block_bytes = _package().GGML_QUANT_SIZES[_package().GGMLQuantizationType(kind)]
         except (ValueError, KeyError):
             raise self.error(f"{_shown(name)} is of type {kind}, which is not known") from None
         if 0 in shape or shape[-1] % block:
@@ -246,9 +255,7 @@ class _Header:
 
     def stored(self, info: _Info, data: Tensor) -> Stored:
         """data: the tensor's bytes, uint8 [n_byte]."""
-        from gguf import GGMLQuantizationType
-
-        kind = GGMLQuantizationType(info.kind)
+        kind = _package().GGMLQuantizationType(info.kind)
         if kind.name in _PLAIN:
 
             def read() -> Tensor:
@@ -269,10 +276,8 @@ class _Header:
 
 def _dequantises(kind: Any) -> bool:
     """Whether the gguf package has a dequantiser for a type: tried on a block of zeros."""
-    from gguf import GGML_QUANT_SIZES, dequantize
-
     try:
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        _package().dequantize(np.zeros((1, _package().GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
         return False
     return True
@@ -280,7 +285,5 @@ def _dequantises(kind: Any) -> bool:
 
 def _dequantise(packed: Tensor, kind: Any) -> Tensor:
     """packed: uint8 [..., row bytes]. Returns float32 [..., row]."""
-    from gguf import dequantize
-
     with np.errstate(all="ignore"):  # a scale that is not finite is told by the tensor's name, later
-        return torch.from_numpy(dequantize(packed.numpy(), kind))
+        return torch.from_numpy(_package().dequantize(packed.numpy(), kind))
