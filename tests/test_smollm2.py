@@ -119,4 +119,4 @@ def test_command_line() -> None:
     assert result.returncode == 0, result.stderr
     text, report = result.stdout.rpartition("\n{")[0], json.loads(result.stdout.splitlines()[-1])
     assert text.startswith(FRANCE)
-    assert report["checkpoint"] == "Smollm2 135M 8k Lc100K Mix1 Ep2"
+    assert report["model"] == "Smollm2 135M 8k Lc100K Mix1 Ep2"
