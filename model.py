@@ -28,6 +28,10 @@ class RopeScaling:
     kind "linear" divides every frequency by `factor`. kind "llama3" divides only the slow ones
     (Llama 3.1, `apply_scaling` in meta-llama/llama-models): wavelengths longer than
     original_context / low_freq_factor, with a smooth step up to original_context / high_freq_factor.
+    kind "yarn" (Peng et al. 2023, arXiv:2309.00071) also divides the slow ones, those that turn less than
+    `low_freq_factor` times over the original context (the paper's beta_slow), and keeps those of more than
+    `high_freq_factor` turns (beta_fast); between the two the step is linear in the pair's number, whole numbers
+    where `whole_pairs`. Queries and keys are `magnitude` times as long, which sharpens attention.
     kind "factors" divides each frequency by its own of `factors` (a GGUF file's rope_freqs).
     """
 
@@ -37,6 +41,34 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_context: int = 8192
     factors: tuple[float, ...] = ()  # one a pair of dimensions
+    magnitude: float = 1.0
+    whole_pairs: bool = True
+
+    def stretched(self, freq: Tensor, theta: float) -> Tensor:
+        """freq: float64 [head_dim / 2], radians per position before scaling. Returns the same after it."""
+        if self.kind == "linear":
+            return freq / self.factor
+        if self.kind == "factors":
+            return freq / torch.tensor(self.factors, dtype=torch.float64, device=freq.device)
+        if self.kind == "llama3":
+            turns = self.original_context * freq / (2 * math.pi)  # over the original context
+            keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        elif self.kind == "yarn":
+            n_pair = len(freq)
+
+            def pair_of(turns: float) -> float:  # which pair, were they continuous, turns so often
+                return n_pair * math.log(self.original_context / (turns * 2 * math.pi)) / math.log(theta)
+
+            first, last = pair_of(self.high_freq_factor), pair_of(self.low_freq_factor)
+            if self.whole_pairs:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, 2 * n_pair - 1)
+            step = (torch.arange(n_pair, dtype=torch.float64, device=freq.device) - first) / (last - first or 0.001)
+            keep = 1 - step
+        else:
+            raise ValueError(f"config: rope scaling {self.kind!r} is not supported (linear, llama3 and yarn are)")
+        keep = keep.clamp(0, 1)
+        return keep * freq + (1 - keep) * freq / self.factor
 
 
 @dataclass(frozen=True)
@@ -74,19 +106,7 @@ class Config:
         """float64 [head_dim / 2] on the CPU: radians that each pair turns per position."""
         pair = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
         freq = self.rope_theta ** (-pair / self.head_dim)
-        scaling = self.rope_scaling
-        if scaling is None:
-            return freq
-        if scaling.kind == "linear":
-            return freq / scaling.factor
-        if scaling.kind == "factors":
-            return freq / torch.tensor(scaling.factors, dtype=torch.float64, device="cpu")
-        if scaling.kind == "llama3":
-            turns = scaling.original_context * freq / (2 * math.pi)  # over the original context
-            keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-            keep = keep.clamp(0, 1)
-            return keep * freq + (1 - keep) * freq / scaling.factor
-        raise ValueError(f"config: rope scaling {scaling.kind!r} is not supported (linear and llama3 are)")
+        return freq if self.rope_scaling is None else self.rope_scaling.stretched(freq, self.rope_theta)
 
 
 _LLAMA31 = RopeScaling("llama3", 8.0)
@@ -162,10 +182,13 @@ class Rope:
 
     Angles are made in float64 from the positions themselves, so there is no table to outgrow and no
     rounding to notice at a position of a million. (MPS has no float64; float32 serves there.)
-    frequencies: [head_dim / 2]; positions: [batch, token]; signed: `both_ways(frequencies)`, where it is at hand.
+    frequencies: [head_dim / 2]; positions: [batch, token]; signed: `both_ways(frequencies)`, where it is at hand;
+    magnitude: what rotating multiplies lengths by (YaRN's).
     """
 
-    def __init__(self, frequencies: Tensor, positions: Tensor, signed: Tensor | None = None) -> None:
+    def __init__(
+        self, frequencies: Tensor, positions: Tensor, signed: Tensor | None = None, magnitude: float = 1.0
+    ) -> None:
         self.frequencies, self.positions = frequencies, positions
         self.signed = both_ways(frequencies) if signed is None else signed
         self._back: dict[int, tuple[Tensor, Tensor]] = {}
@@ -174,6 +197,9 @@ class Rope:
         self.cos, self.sin = (torch.empty_like(angle, dtype=torch.float32) for _ in range(2))
         torch.cos(angle, out=self.cos)  # [batch, 1, token, head_dim]: cos is even
         torch.sin(angle, out=self.sin)  # odd: signed, so that a half turn of x completes the rotation
+        if magnitude != 1:
+            self.cos *= magnitude
+            self.sin *= magnitude
 
     def rotate(self, x: Tensor) -> Tensor:
         """x: [batch, head, token, head_dim], any float dtype; the products are float32."""
@@ -182,8 +208,8 @@ class Rope:
 
     def back_to(self, last: int) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [batch, head_dim], of the turn that takes each sequence's first position here back to
-        `last`; of no turn where it is not beyond. Made at the first call, which must come before the positions move
-        on: a step's layers share them.
+        `last`; of no turn where it is not beyond, and never of another length. Made at the first call, which must come
+        before the positions move on: a step's layers share them.
         """
         if last not in self._back:
             turn = Rope(self.frequencies, (last - self.positions[:, :1]).clamp_max(0), self.signed)
@@ -273,7 +299,9 @@ class Transformer(nn.Module):
             dtype = torch.float32 if positions.device.type == "mps" else torch.float64
             self.frequencies = self.frequencies.to(positions.device, dtype)
             self.signed_frequencies = both_ways(self.frequencies)
-        return Rope(self.frequencies, positions, self.signed_frequencies)
+        scaling = self.config.rope_scaling
+        magnitude = 1.0 if scaling is None else scaling.magnitude
+        return Rope(self.frequencies, positions, self.signed_frequencies, magnitude)
 
     def read(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Read a chunk of tokens, int64 [batch, token], that follow what `cache` has seen so far.

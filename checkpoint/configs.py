@@ -7,6 +7,7 @@ here by name (another RoPE scaling, biases in other places, quantised weights), 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def config_from_hugging_face(fields: dict[str, Any], path: Path) -> Config:
         n_head=n_head,
         n_kv_head=f.whole("num_key_value_heads", n_head),
         ffn_dim=f.whole("intermediate_size"),
-        context=_context(f, kind),
+        context=_context(f, kind, scaling),
         head_dim=f.whole("head_dim", 128 if kind == "qwen3" else 0),
         norm_eps=f.number("rms_norm_eps", 1e-6, least=0),
         rope_theta=theta,
@@ -122,9 +123,17 @@ def _base(f: Fields, default: float) -> float:
 
 
 def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
-    """Base and scaling. transformers 4 has rope_theta and rope_scaling, 5 has rope_parameters."""
-    rope = f.inner("rope_parameters" if f.get("rope_parameters") else "rope_scaling")
+    """Base and scaling. transformers 4 has rope_theta and rope_scaling, 5 has rope_parameters.
+
+    A rope_scaling that was added to a newer config replaces all of rope_parameters, its base too, as in transformers.
+    """
+    rope, before = f.inner("rope_scaling"), f.inner("rope_parameters")
+    if not rope.fields:
+        rope = before
     theta = _base(rope, _base(f, 10000.0))
+    lost = before.get("rope_theta")
+    if lost is not None and lost != theta:
+        note(f"{f.path.parent.name}: rope_scaling replaces rope_parameters, and with it rope_theta {lost} by {theta:g}")
     if rope.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0)) != 1:
         raise f.error("partial_rotary_factor other than 1 is not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -132,26 +141,55 @@ def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
         kind = "per layer"
     if kind == "default":
         return theta, None
-    if kind not in ("linear", "llama3"):
-        raise f.error(f"rope scaling {kind!r} is not supported (default, linear and llama3 are)")
+    if kind not in ("linear", "llama3", "yarn"):
+        raise f.error(f"rope scaling {kind!r} is not supported (default, linear, llama3 and yarn are)")
     factor = rope.number("factor")
     if factor < 1:
         raise f.error(f"rope scaling factor {factor} is below 1")
     if kind == "linear":
         return theta, RopeScaling(kind, factor)
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    original = rope.whole("original_max_position_embeddings", f.whole("max_position_embeddings"), least=1)
+    if kind == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    else:
+        low, high = rope.number("beta_slow", 1.0) or 1.0, rope.number("beta_fast", 32.0) or 32.0
+        if low <= 0 or theta <= 1:
+            raise f.error("yarn needs a rope_theta above 1 and a beta_slow above 0")
     if high <= low:
-        raise f.error(f"high_freq_factor {high} is not above low_freq_factor {low}")
-    original = rope.whole("original_max_position_embeddings", least=1)
-    return theta, RopeScaling(kind, factor, low, high, original)
+        names = ("high_freq_factor", "low_freq_factor") if kind == "llama3" else ("beta_fast", "beta_slow")
+        raise f.error(f"{names[0]} {high} is not above {names[1]} {low}")
+    if kind == "llama3":
+        return theta, RopeScaling(kind, factor, low, high, original)
+    return theta, RopeScaling(
+        kind, factor, low, high, original, _yarn_magnitude(rope, factor), bool(rope.fields.get("truncate", True))
+    )
 
 
-def _context(f: Fields, kind: str) -> int:
+def _yarn_magnitude(rope: Fields, factor: float) -> float:
+    """How much longer YaRN makes queries and keys: stated, or 0.1 ln(factor) + 1 (section 3.4 of the paper).
+
+    DeepSeek's mscale and mscale_all_dim weigh the logarithm, as in transformers' modeling_rope_utils.py.
+    """
+    stated = rope.get("attention_factor")
+    if stated is not None:
+        return rope.number("attention_factor", least=0)
+    scale, scale_all = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
+    log = 0.1 * math.log(factor)
+    if not (scale and scale_all):
+        return log + 1
+    if log * scale_all + 1 == 0:
+        raise rope.error(f"mscale_all_dim {scale_all} makes attention infinite")
+    return (log * scale + 1) / (log * scale_all + 1)
+
+
+def _context(f: Fields, kind: str, scaling: RopeScaling | None) -> int:
     """The positions a model was trained for, or its attention window where that is shorter.
 
     Within the window, attention is the full one; past it, it would not be.
     """
     context = f.whole("max_position_embeddings")
+    if scaling is not None and scaling.kind == "yarn":  # model cards add the scaling and leave the context as it was
+        context = max(context, int(min(scaling.factor * scaling.original_context, LARGEST_WHOLE)))
     has_window = kind == "mistral" or (kind in ("qwen2", "qwen3") and f.get("use_sliding_window"))
     unsaid = 4096 if "sliding_window" not in f.fields else context  # the former is transformers' default
     window = f.whole("sliding_window", unsaid) if has_window else context

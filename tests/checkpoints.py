@@ -53,7 +53,8 @@ def gpt_fast_logits(state: dict[str, Tensor], config: Config, tokens: Tensor = T
     batch, n_token = tokens.shape
     n_q, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     angle = torch.outer(torch.arange(n_token), config.rope_frequencies)
-    turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # [token, 1, head_dim / 2]
+    magnitude = config.rope_scaling.magnitude if config.rope_scaling else 1.0
+    turn = torch.polar(torch.full_like(angle, magnitude), angle)[:, None]  # [token, 1, head_dim / 2]
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps) * weight

@@ -45,6 +45,7 @@ _LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+_YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
 _THETA = dict(rope_type="default", rope_theta=1e6)
 
 FAMILIES = {  # name: (config class, model class, what differs from _SHAPE)
@@ -59,6 +60,13 @@ FAMILIES = {  # name: (config class, model class, what differs from _SHAPE)
         LlamaForCausalLM,
         dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0), head_dim=12),
     ),
+    "qwen2-yarn": (Qwen2Config, Qwen2ForCausalLM, dict(rope_parameters=_YARN)),
+    "qwen3-yarn": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        dict(head_dim=16, rope_parameters=_YARN | dict(beta_fast=8.0, beta_slow=2.0, truncate=False)),
+    ),
+    "llama-yarn": (LlamaConfig, LlamaForCausalLM, dict(rope_parameters=_YARN | dict(mscale=1.0, mscale_all_dim=0.5))),
     "mistral": (MistralConfig, MistralForCausalLM, dict(sliding_window=None, rope_parameters=_THETA)),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(rope_parameters=_THETA, tie_word_embeddings=True)),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=16, rope_parameters=_THETA)),

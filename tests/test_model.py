@@ -110,8 +110,8 @@ def test_named_configs_have_their_published_sizes() -> None:
 def test_a_config_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="n_head 6 is not a multiple of n_kv_head 4"):
         Config(10, 48, 1, 6, 4, 8, 64)
-    with pytest.raises(ValueError, match="'yarn' is not supported"):
-        _ = Config(10, 48, 1, 6, 2, 8, 64, rope_scaling=RopeScaling("yarn", 4.0)).rope_frequencies
+    with pytest.raises(ValueError, match="'longrope' is not supported"):
+        _ = Config(10, 48, 1, 6, 2, 8, 64, rope_scaling=RopeScaling("longrope", 4.0)).rope_frequencies
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from checkpoints import (
     SMALL,
+    TOKENS,
+    assert_close,
+    forward,
+    load,
     random_gpt_fast,
     write_hugging_face_config,
 )
+from transformers import AutoModelForCausalLM
 
 from checkpoint import (
     open_checkpoint,
@@ -43,11 +49,36 @@ def test_old_and_new_rope_fields(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "added",
+    [LLAMA3, {"type": "yarn", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0, "rope_theta": 777.0}, {}],
+    ids=str,
+)
+def test_a_scaling_added_to_a_newer_config_is_the_one(tmp_path: Path, added: dict[str, object]) -> None:
+    """Qwen's cards tell people to add rope_scaling: it was dropped, and the logits were off by 14."""
+    families.make("qwen2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"rope_scaling": added}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_close(forward(load(tmp_path)), families.logits_of(reference, TOKENS))
+
+
+def test_yarn_widens_the_context(tmp_path: Path) -> None:
+    """A card adds the scaling to a config that still states the context before it."""
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    assert config_of(tmp_path, rope_scaling=yarn).context == 4 * 4096
+    assert config_of(tmp_path, rope_scaling=yarn | {"original_max_position_embeddings": 512}).context == 4096
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(model_type="gpt2"), "model_type 'gpt2' is not supported"),
         (dict(model_type="absent"), "model_type None is not supported"),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope scaling 'yarn' is not supported"),
+        (dict(rope_scaling={"rope_type": "longrope", "factor": 4.0}), "rope scaling 'longrope' is not supported"),
+        (dict(rope_scaling={"rope_type": "yarn"}), "factor is missing"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "beta_fast": 1}), "beta_fast 1.0 is not above"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_theta=1), "yarn needs a rope_theta above 1"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "attention_factor": -1}), "attention_factor is -1"),
         (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope scaling 'dynamic'"),
         (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "rope scaling 'per layer'"),
         (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor is missing"),
