@@ -161,7 +161,7 @@ def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
     if kind == "llama3":
         return theta, RopeScaling(kind, factor, low, high, original)
     return theta, RopeScaling(
-        kind, factor, low, high, original, _yarn_magnitude(rope, factor), bool(rope.fields.get("truncate", True))
+        kind, factor, low, high, original, (), _yarn_magnitude(rope, factor), bool(rope.fields.get("truncate", True))
     )
 
 
