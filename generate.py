@@ -27,7 +27,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from chat import Conversation, chat_template_of
 from checkpoint import (
     Checkpoint,
     check_tokenizer,
@@ -38,14 +37,11 @@ from checkpoint import (
     parse_device,
     parse_dtype,
 )
-from console import Printer, converse, encode_prompt, read_prompts, require_writable, say, uninterrupted, write_json
-from engine import PREFILL_CHUNK, Engine, Sampling, Timing
-from kv_cache import FullCache, KVCache, SelectiveCache, Shape, caches
-from model_cache import ModelCache
-from options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
-from precompile import compiled_ahead
-from profiling import Profiler
-from report import (
+from cli.console import Printer, converse, encode_prompt, read_prompts, say, uninterrupted
+from cli.conversation import Conversation, chat_template_of
+from cli.options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
+from cli.profile import Profiler
+from cli.report import (
     choose_bits,
     device_memory,
     make_plan,
@@ -56,7 +52,13 @@ from report import (
     require_fit,
     startup,
 )
-from tokenizer import Tokenizer, UserError
+from common.errors import UserError
+from common.files import require_writable, write_json
+from engine import PREFILL_CHUNK, Engine, Sampling, Timing
+from engine.precompile import compiled_ahead
+from kv_cache import ModelCache
+from selective_kv import FullCache, KVCache, SelectiveCache, Shape, caches
+from tokenizer import Tokenizer
 
 
 def make_parser() -> Parser:

@@ -23,12 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-
-class UserError(ValueError):
-    """A mistake of the user's, told in one line; generate.py prints it and exits with 2."""
-
-
-TOO_DEEP = "the JSON is nested too deeply"
+from common.errors import UserError
+from common.files import TOO_DEEP, read_json
 
 
 class Tokenizer(ABC):
@@ -330,25 +326,6 @@ def token_name(token: Any) -> str:
     """tokenizer_config.json writes a token as its text or as an object with "content"; "" for none."""
     name = token.get("content") if isinstance(token, dict) else token
     return name if isinstance(name, str) else ""
-
-
-def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
-    """A JSON object from a file; {} for a file that is not there and need not be. Raises UserError."""
-    try:
-        fields = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if missing_ok:
-            return {}
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # json's own error and a wrong encoding are both of this class
-        raise UserError(f"{path}: not JSON ({error})") from None
-    except RecursionError:
-        raise UserError(f"{path}: {TOO_DEEP}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return fields
 
 
 def eos_ids_of(folder: Path) -> tuple[int, ...]:

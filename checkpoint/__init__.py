@@ -21,8 +21,10 @@ from checkpoint.gguf_model import gguf_config, gguf_fills, gguf_name
 from checkpoint.gguf_tokenizer import gguf_tokenizer
 from checkpoint.layout import Fill, Slot, match_tensors
 from checkpoint.stored import Stored, stored_tensors
+from common.errors import UserError
+from common.files import read_json
 from model import Config, Transformer
-from tokenizer import Tokenizer, UserError, eos_ids_of, find_tokenizer, load_tokenizer, read_json
+from tokenizer import Tokenizer, eos_ids_of, find_tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from model import CONFIGS, Config, RopeScaling
-from tokenizer import UserError
 
 
 def note(message: str) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.stored import Stored
-from tokenizer import UserError
+from common.errors import UserError
 
 MAGIC = b"GGUF"
 _ALIGNMENT = 32  # where general.alignment does not say otherwise

@@ -14,8 +14,8 @@ from checkpoint.configs import Fields, make_config, note
 from checkpoint.gguf import GGUF
 from checkpoint.layout import Fill, match_tensors
 from checkpoint.stored import Stored
+from common.errors import UserError
 from model import Config, RopeScaling
-from tokenizer import UserError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _ROPE_FREQS = "rope_freqs.weight"

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoint.gguf import GGUF
-from tokenizer import BYTE_OF, LLAMA3_PATTERN, SentencePieceTokenizer, Tokenizer, UserError
+from common.errors import UserError
+from tokenizer import BYTE_OF, LLAMA3_PATTERN, SentencePieceTokenizer, Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # gguf's TokenType, and sentencepiece's
 # Control tokens that end a text or a turn, which a file need not name beside its eos_token_id (Llama 3 has three).

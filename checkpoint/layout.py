@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.stored import Stored
+from common.errors import UserError
 from model import Config
-from tokenizer import UserError
 
 
 @dataclass(frozen=True)

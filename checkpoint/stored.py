@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tokenizer import UserError, read_json
+from common.errors import UserError
+from common.files import read_json
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What torch.load raises on damaged files: from its zip reader, its unpickler, its rebuilding of tensors

@@ -19,15 +19,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from kernels.triton_decode import combine_kernel, split_kernel
-from kernels.triton_history import dequantize_kernel, history_kernel
-from kernels.triton_linear import norm_kernel, rotate_kernel, swiglu_kernel, vector_kernel
-from kernels.triton_pick import part_kernel, pick_kernel
-from kernels.triton_plan import cuts, fitting, merging, plan
-from kernels.triton_store import append_kernel, quantize_kernel, slots_kernel
-from kernels.triton_tokens import padded, plan_tokens, tokens_kernel
+from engine.kernels.argmax import part_kernel, pick_kernel
+from engine.kernels.gemv import norm_kernel, rotate_kernel, swiglu_kernel, vector_kernel
+from engine.kernels.small_gemm import padded, plan_tokens, tokens_kernel
+from selective_kv.kernels.decode import combine_kernel, split_kernel
+from selective_kv.kernels.decode_config import cuts, fitting, merging, plan
+from selective_kv.kernels.history import dequantize_kernel, history_kernel
+from selective_kv.kernels.store import append_kernel, quantize_kernel, slots_kernel
 
 TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "then": "*bf16",
          "positions": "*i64", "cos": "*fp32", "sin": "*fp32", "partial": "*fp32",

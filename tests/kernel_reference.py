@@ -25,8 +25,8 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 import triton as triton  # noqa: E402, for tests with kernels of their own: a test module cannot skip before its imports
 import triton.language as tl  # noqa: E402, F401
 
-from kernels.regions import Regions  # noqa: E402
-from quantize import INT8, Format, hadamard  # noqa: E402
+from selective_kv.formats import INT8, Format, hadamard  # noqa: E402
+from selective_kv.regions import Regions  # noqa: E402
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="the GPU runs the same tests")),
@@ -154,3 +154,16 @@ def counts(function: str, shapes: Sequence[Any]) -> list[dict[str, int]]:
     if None in found:
         pytest.skip("this Triton has no cuobjdump beside it")
     return found
+
+
+def same_rows(mine: Regions, theirs: Regions, b: int, n_left: int) -> None:
+    """Integers and scales bit for bit; after a rotation an integer may be the neighbour's, now and then."""
+    for got, want in zip(mine.quantised(), theirs.quantised(), strict=True):
+        ints, scales = got.ints[b, :, :n_left].cpu(), got.scales[b, :, :n_left].cpu()
+        if not got.format.rotated:
+            assert torch.equal(ints, want.ints[b, :, :n_left]) and torch.equal(scales, want.scales[b, :, :n_left])
+            continue
+        assert torch.allclose(scales.float(), want.scales[b, :, :n_left].float(), rtol=2e-3, atol=1e-6)
+        values, expected = (want.format.stored(*x) for x in ((ints, scales), (want.ints[b], want.scales[b])))
+        expected = expected[:, :n_left]
+        assert ((values - expected).abs() > 1e-2 * expected.abs().amax(-1, keepdim=True)).float().mean() < 0.02

@@ -6,16 +6,12 @@ A process of its own: it needs Triton without its interpreter, and a driver that
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 class Hopper:
@@ -31,20 +27,19 @@ class Hopper:
 
 driver.set_active(Hopper())  # type: ignore[arg-type]
 
-import kernels  # noqa: E402
-from kernels import triton_plan  # noqa: E402
+import selective_kv.kernels  # noqa: E402
+from selective_kv.kernels import decode_config as triton_plan  # noqa: E402
 
 triton_plan.processor = lambda device: triton_plan.Processor(132, True, 232_448)  # type: ignore[assignment]
 
 from engine import Engine, Sampling, chunk_size  # noqa: E402
-from kernels import triton_kernels  # noqa: E402
-from kernels.launch import compiling  # noqa: E402
-from kv_cache import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache  # noqa: E402
+from engine.precompile import prompt_parts, walk  # noqa: E402
+from kv_cache import ModelCache  # noqa: E402
 from model import Config, Transformer  # noqa: E402
-from model_cache import ModelCache  # noqa: E402
-from precompile import prompt_parts, walk  # noqa: E402
+from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache  # noqa: E402
+from selective_kv.kernels.launch import compiling  # noqa: E402
 
-kernels.for_device = lambda device: triton_kernels
+selective_kv.kernels.what_triton_lacks = lambda device: ""
 CONFIG = Config(100, 512, 2, 8, 2, 1024, 4096, 64)
 POLICIES: list[KVCache] = [FullCache(), SinkWindowCache(4, 16), SelectiveCache(4, 16), SelectiveCache(4, 16, 4, 4)]
 GREEDY, CHUNK = Sampling(temperature=0), 128

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantize import INT8, Format
+from selective_kv.formats import INT8, Format
 
 
 def rotate(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:

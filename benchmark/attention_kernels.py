@@ -1,0 +1,302 @@
+"""Decode attention alone: our kernels beside PyTorch's, at given batch sizes and contexts.
+
+    python scripts/bench_kernels.py --shapes 1x8192 8x32768
+
+One layer of Llama-3.1-8B by default. Every version is first compared with attention in float64 over the
+same (dequantised) values, on fresh random data and poisoned outputs; no speed is printed if that fails.
+Then each is captured in a CUDA graph that walks over copies of the cache larger than the L2, and
+the graphs are replayed in turn, so that a change of clocks hits all of them alike. GB/s counts the payload and scales
+that must be read; the share is of the read rate measured in the same run (row maxima over 4 GiB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cli.options import Parser
+from common.errors import UserError
+from common.files import require_writable, write_whole
+from selective_kv.formats import Format, hadamard
+from selective_kv.regions import Regions
+
+L2_BYTES = 256 << 20  # copies are made until they hold this much: several times any L2
+COPIES = 8  # at least: of a single copy, however large, a part may still lie in the L2 when its turn comes again
+LAUNCHES = 12  # in a graph, at least
+TOLERANCE = 1e-2  # norm of the error over norm of the reference, for bf16 outputs
+
+
+@dataclass(frozen=True)
+class Heads:
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+
+
+@dataclass
+class Version:
+    """One way to compute decode attention. launch(i) runs it once over copy i of the cache."""
+
+    name: str
+    launch: Callable[[int], Tensor]
+    n_copy: int
+    read_bytes: int
+    reference: Callable[[], Tensor]
+    times: list[float]
+    graph: torch.cuda.CUDAGraph | None = None
+    n_launch: int = 0
+    error: float = float("nan")
+
+
+INT8 = (Format(), Format())
+K8V4 = (Format(), Format(4))
+K4V4 = (Format(4, 0, True), Format(4))
+
+
+def random_regions(
+    batch: int, n_token: int, heads: Heads, slots: int, formats: tuple[Format, Format] | None
+) -> Regions:
+    """A cache that holds n_token random tokens per sequence; given formats, `slots` of them in full precision."""
+    shape = (batch, heads.n_kv_head, n_token, heads.head_dim)
+    k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    k[..., 5] *= 4  # an outlier channel
+    if formats is None:
+        return Regions(k, v, None, None, None, None, 0, n_token)
+    ints, scales = [], []
+    for x, form in zip((k, v), formats, strict=True):
+        parts = [form.quantize(part) for part in x[:, :, : n_token - slots].split(1, 0)]
+        ints.append(torch.cat([p[0] for p in parts]))
+        scales.append(torch.cat([p[1] for p in parts]))
+    window = [x[:, :, n_token - slots :].contiguous() for x in (k, v)]
+    rotation = hadamard(heads.head_dim, k.device).to(k.dtype) if formats[0].rotated else None
+    return Regions(window[0], window[1], ints[0], ints[1], scales[0], scales[1], 4, slots - 4, *formats, rotation)
+
+
+def reference(q: Tensor, regions: Regions) -> Tensor:
+    """Attention in float64 over what a full cache holds. q: [batch, n_head, head_dim]."""
+    batch, _, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    n_kv_head = regions.k.shape[1]
+    for b in range(batch):
+        for h in range(n_kv_head):
+            keys, values = regions.k[b, h].double(), regions.v[b, h].double()
+            if regions.k_int is not None:
+                (_, k_int, k_scale, k_form), (_, v_int, v_scale, v_form) = regions.quantised()
+                keys = torch.cat((keys, k_form.dequantize(k_int[b, h], k_scale[b, h]).double()))
+                values = torch.cat((values, v_form.dequantize(v_int[b, h], v_scale[b, h]).double()))
+            tile = q[b].view(n_kv_head, -1, head_dim)[h].double()
+            score = tile @ keys.T * head_dim**-0.5
+            out[b].view(n_kv_head, -1, head_dim)[h] = score.softmax(-1) @ values
+    return out
+
+
+def n_bytes(regions: Regions) -> int:
+    tensors = [t for t in regions if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def our_version(name: str, caches: list[Regions], q: Tensor, positions: Tensor) -> Version:
+    from selective_kv.kernels import (
+        triton_backend as triton_kernels,  # not above: benchmark.py runs where there is no Triton
+    )
+
+    def launch(i: int) -> Tensor:
+        return triton_kernels.decode_attention(q, caches[i], positions)
+
+    return Version(name, launch, len(caches), n_bytes(caches[0]), lambda: reference(q, caches[0]), [])
+
+
+def sdpa_version(name: str, backend: SDPBackend, packed: bool, caches: list[Regions], q: Tensor) -> Version:
+    """packed: the group of query heads as so many query tokens of one head, which is the same sum."""
+    n_kv_head = caches[0].k.shape[1]
+    tile = q.unflatten(1, (n_kv_head, -1)) if packed else q[:, :, None]
+
+    def launch(i: int) -> Tensor:
+        with sdpa_kernel(backend):
+            y = F.scaled_dot_product_attention(tile, caches[i].k, caches[i].v, enable_gqa=not packed)
+        return y.reshape(q.shape)
+
+    return Version(name, launch, len(caches), n_bytes(caches[0]), lambda: reference(q, caches[0]), [])
+
+
+def quantised_formats(head_dim: int) -> dict[str, tuple[Format, Format]]:
+    """K's and V's, by name; without those that vectors of head_dim elements do not suit."""
+    found = {}
+    for name, formats in (("int8", INT8), ("K8V4", K8V4), ("K4V4", K4V4)):
+        try:
+            for form in formats:
+                form.check(head_dim)
+        except ValueError as error:
+            print(f"{name} left out: {error}", file=sys.stderr)
+            continue
+        found[name] = formats
+    return found
+
+
+def versions(batch: int, n_token: int, heads: Heads, slots: int, with_sdpa: bool = True) -> list[Version]:
+    q = torch.randn(batch, heads.n_head, heads.head_dim, device="cuda", dtype=torch.bfloat16)
+    positions = torch.full((batch,), n_token - 1, device="cuda")
+    found = []
+    full: list[Regions] = []
+    for name, formats in (("bf16", None), *quantised_formats(heads.head_dim).items()):
+        caches = [random_regions(batch, n_token, heads, slots, formats)]
+        while len(caches) < COPIES or sum(n_bytes(r) for r in caches) < L2_BYTES:
+            caches.append(random_regions(batch, n_token, heads, slots, formats))
+        found.append(our_version(f"ours {name}", caches, q, positions))
+        full = full or caches
+    if with_sdpa:
+        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+            found.append(sdpa_version(f"SDPA {name}", backend, False, full, q))
+            found.append(sdpa_version(f"SDPA {name} packed", backend, True, full, q))
+    return found
+
+
+def check(version: Version) -> bool:
+    """Compare with float64. Freed memory is poisoned first, so that what is not written shows."""
+    poison = torch.full((1 << 24,), float("nan"), device="cuda")
+    del poison
+    out = version.launch(0).double()
+    expected = version.reference()
+    version.error = ((out - expected).norm() / expected.norm()).item()
+    return version.error < TOLERANCE
+
+
+def capture(version: Version) -> None:
+    """One graph of LAUNCHES or more launches, so that the cost of replaying it is spread thin."""
+    version.launch(0)
+    version.n_launch = max(version.n_copy, LAUNCHES)
+    version.graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(version.graph):
+        for i in range(version.n_launch):
+            version.launch(i % version.n_copy)
+
+
+def time_all(group: list[Version], rounds: int) -> None:
+    """Replay the graphs in turn; microseconds per launch are added to version.times."""
+    for version in group:
+        capture(version)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
+    for _ in range(rounds):
+        for version in group:
+            assert version.graph is not None
+            start.record()
+            version.graph.replay()
+            end.record()
+            end.synchronize()
+            version.times.append(start.elapsed_time(end) * 1e3 / version.n_launch)
+
+
+def read_ceiling() -> float:
+    """Bytes per second: row maxima over 4 GiB."""
+    x = torch.randn(1 << 14, 1 << 16, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
+    rates = []
+    for _ in range(12):
+        start.record()
+        torch.amax(x, 1)
+        end.record()
+        end.synchronize()
+        rates.append(x.numel() * 4 / (start.elapsed_time(end) * 1e-3))
+    return statistics.median(rates[2:])
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """ "8x32768" -> (8, 32768)."""
+    try:
+        batch, n_token = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        batch = n_token = 0
+    if batch < 1 or n_token < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a batch and a context such as 8x32768")
+    return batch, n_token
+
+
+def run(
+    heads: Heads, shapes: Iterable[tuple[int, int]], slots: int = 128, rounds: int = 30, with_sdpa: bool = True
+) -> dict[str, Any]:
+    """Check, time and print every version at every (batch, context). Raises UserError."""
+    if not torch.cuda.is_available():
+        raise UserError("this benchmark times CUDA kernels, and there is no CUDA device")
+    ceiling = read_ceiling()
+    device = torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}; read ceiling {ceiling / 1e12:.2f} TB/s")
+    print(f"{'batch':>5} {'context':>8}  {'version':<20} {'µs':>8} {'GB/s':>6} {'share':>6} {'error':>8}")
+    rows = []
+    for batch, n_token in shapes:
+        group = versions(batch, n_token, heads, slots, with_sdpa)
+        for version in list(group):
+            try:
+                right = check(version)
+            except RuntimeError as error:  # a back end that does not take this shape
+                print(f"{batch:5} {n_token:8}  {version.name:<20} not run: {str(error).splitlines()[0]}")
+                group.remove(version)
+                continue
+            if not right:
+                raise UserError(
+                    f"{version.name} at {batch}x{n_token}: error {version.error:.1e}, so no speed is reported"
+                )
+        time_all(group, rounds)
+        for version in group:
+            times = sorted(version.times)
+            median, rate = statistics.median(times), version.read_bytes / statistics.median(times) * 1e6
+            rows.append({
+                "batch": batch, "context": n_token, "version": version.name, "us": round(median, 2),
+                "us_p10_p90": [round(times[int(len(times) * f)], 2) for f in (0.1, 0.9)],
+                "gb_per_s": round(rate / 1e9), "share_of_ceiling": round(rate / ceiling, 3),
+                "error": version.error,
+            })  # fmt: skip
+            print(
+                f"{batch:5} {n_token:8}  {version.name:<20} {median:8.1f} {rate / 1e9:6.0f} "
+                f"{rate / ceiling:6.1%} {version.error:8.1e}"
+            )
+        ours = {v.name: statistics.median(v.times) for v in group}
+        best = min(t for name, t in ours.items() if name == "ours bf16" or name.startswith("SDPA"))
+        faster = ", ".join(
+            f"{n} {best / ours[f'ours {n}']:.2f}x" for n in ("int8", "K8V4", "K4V4") if f"ours {n}" in ours
+        )
+        print(f"{batch:5} {n_token:8}  against the best bf16: {faster}", end="")
+        peers = [t for name, t in ours.items() if name.startswith("SDPA")]
+        print(f"; our bf16 is {min(peers) / ours['ours bf16']:.2f}x the best SDPA" if peers else "")
+        del group
+        torch.cuda.empty_cache()
+    return {
+        "device": device, "ceiling_tb_s": round(ceiling / 1e12, 3), "shape": vars(heads), "rows": rows,
+        "torch": torch.__version__, "command": sys.argv,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = Parser("bench_kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [(1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 32768), (32, 8192)]
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=default, help="batch x context, e.g. 8x32768")
+    parser.add_argument("--n_head", type=int, default=32)
+    parser.add_argument("--n_kv_head", type=int, default=8)
+    parser.add_argument("--head_dim", type=int, default=128)
+    parser.add_argument("--slots", type=int, default=128, help="tokens that quantised caches keep in full precision")
+    parser.add_argument("--rounds", type=int, default=30, help="replays of each version")
+    parser.add_argument("--no_sdpa", action="store_true", help="only our own kernels")
+    parser.add_argument("--output", type=Path, help="write the JSON line here too")
+    args = parser.parse(sys.argv[1:])
+    heads = Heads(args.n_head, args.n_kv_head, args.head_dim)
+    try:
+        if args.output:
+            require_writable(args.output, "--output")
+        record = run(heads, args.shapes, args.slots, args.rounds, not args.no_sdpa)
+    except UserError as error:
+        print(f"bench_kernels.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    line = json.dumps(record)
+    print(line)
+    if args.output:
+        write_whole(args.output, line + "\n")

@@ -1,0 +1,308 @@
+"""How fast each cache decodes, and in how much memory: caches x batch x context, in one process.
+
+  python scripts/benchmark.py                                              the bundled model, this machine
+  python scripts/benchmark.py --random_weights --model llama-3.1-8b --batch 1 8 --context 256 8192 32768
+  python scripts/benchmark.py --peer transformers                          its caches beside ours
+  python scripts/benchmark.py --kernels                                    one layer's decode attention alone
+  python scripts/benchmark.py --largest_batch --context 8000               how many sequences fit
+
+A gate comes first: each cache's fast path must agree with its slow reference, or nothing is timed. The
+caches are then filled to the context, and their decode steps timed in turn (A B C A B C ...), so that a
+drift of the machine touches all alike. Reported per cache: the median step over the rounds and its
+spread, tokens/s, cache bytes, the share of the measured read ceiling that weights + cache bytes come to,
+on a GPU the peak memory it would take alone with the weights, and, over the contexts, the slope of a step's
+latency and from where on it is no slower than the first.
+
+Filling writes random values instead of reading a prompt: the time of a step does not depend on them.
+`--prefill` reads a real (random) prompt of the context's length instead, and reports how long that took
+and the share of it that went into storing keys and values (quantising them, where a cache does).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# Before torch loads OpenMP: threads that spin long while they wait take the processor from whoever else needs it.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+import torch
+
+from benchmark import attention_kernels as bench_kernels
+from benchmark import layer as bench_attention
+from benchmark import peers
+from benchmark.contestant import Contestant, Timed, gate, read_ceiling
+from checkpoint import Checkpoint, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
+from cli.options import Parser, add_plugin_flag, format_policy, load_plugin, parse_policy, parse_size, positive
+from cli.report import device_memory, make_plan, ran_out, require_suits, size
+from common.errors import UserError
+from common.files import require_writable
+from model import Config, Transformer
+from plots import command as plot
+from selective_kv import KVCache, Shape
+
+DEFAULT_CACHES = [
+    "full",
+    "compress_kv:sink_size=16,window_size=32",
+    "quantize_kv:sink_size=16,window_size=32",
+]
+DEFAULT_STEPS = 16
+
+
+def slope(rows: list[dict[str, Any]]) -> float:
+    """Least-squares microseconds of a step per 1,000 tokens of context."""
+    xs, ys = [r["context"] / 1e3 for r in rows], [r["step_ms"] * 1e3 for r in rows]
+    return statistics.linear_regression(xs, ys).slope if len(set(xs)) > 1 else float("nan")
+
+
+def no_slower_from(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> int | None:
+    """The smallest context measured from which on no step takes longer than the base's; None: at the largest it does.
+
+    rows and base: one row a context, in the same order, contexts rising.
+    """
+    found = None
+    for r, b in zip(reversed(rows), reversed(base), strict=True):
+        if r["step_ms"] > b["step_ms"]:
+            break
+        found = r["context"]
+    return found
+
+
+def largest_batch(config: Config, policy: KVCache, shape: Shape, available: int) -> int:
+    """The most sequences of `shape` whose plan fits; 0 if not one does."""
+
+    def fits(n: int) -> bool:
+        return make_plan(config, policy, replace(shape, batch=n), 1).total <= available
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print(f"{'batch':>5} {'context':>8} {'cache':<44} {'step ms':>9} {'min-max':>15} {'tok/s':>8} "
+          f"{'vs first':>8} {'cache':>11} {'ceiling':>8} {'peak':>11}")  # fmt: skip
+    for r in rows:
+        base = next(b for b in rows if (b["batch"], b["context"]) == (r["batch"], r["context"]))
+        ratio = f"{base['step_ms'] / r['step_ms']:.3f}x" if base["cache"] == rows[0]["cache"] else ""
+        spread = f"{r['step_ms_min']:.2f}-{r['step_ms_max']:.2f}"
+        held, share = "", ""
+        if r["cache_bytes"] is not None:
+            held, share = size(r["cache_bytes"]), f"{r['share_of_ceiling']:.1%}"
+        peak = size(r["peak_memory_bytes"]) if r["peak_memory_bytes"] else ""
+        print(f"{r['batch']:>5} {r['context']:>8} {r['cache']:<44} {r['step_ms']:>9.3f} {spread:>15} "
+              f"{r['tokens_per_s']:>8.1f} {ratio:>8} {held:>11} {share:>8} {peak:>11}")  # fmt: skip
+        if r["prefill_s"]:
+            stored = (
+                "" if r["store_s"] is None else f", {r['store_s'] / r['prefill_s']:.2%} of it storing keys and values"
+            )
+            print(f"{'':>15}time to first token {r['prefill_s']:.3f} s{stored}")
+
+
+def compare(
+    model: Transformer, config: Config, policies: list[KVCache], args: argparse.Namespace, shape: Shape, ceiling: float
+) -> list[dict[str, Any]]:
+    """A row for every cache at every batch and context, interleaved within each."""
+    theirs = None
+    if args.peer:
+        theirs = peers.transformers_model(model)
+        print(f"peer: transformers' logits are {peers.gate(model, theirs):.2g} from ours", file=sys.stderr)
+    rows: list[dict[str, Any]] = []
+    for batch in args.batch:
+        for context in args.context:
+            at = replace(shape, batch=batch, capacity=context + args.steps + 2)
+            contestants: list[Timed] = [Contestant(model, p, at, context, args.prefill) for p in policies]
+            if theirs is not None:
+                made = peers.caches(theirs)
+                contestants += [peers.Peer(n, theirs, make, at, context, args.prefill) for n, make in made.items()]
+            for _ in range(args.rounds):
+                for contestant in contestants:
+                    contestant.round(args.steps)
+            rows += [c.result(model, ceiling) for c in contestants]
+            del contestants
+            release(shape.device)
+    return rows
+
+
+def fill_card(
+    model: Transformer, config: Config, policies: list[KVCache], args: argparse.Namespace, shape: Shape, ceiling: float
+) -> list[dict[str, Any]]:
+    """As many sequences as the plan says fit, per cache and context, really allocated, filled and stepped."""
+    release(shape.device)
+    # What the plan counts weights in: they are there already.
+    available = device_memory(shape.device) + sum(p.nbytes for p in model.parameters())
+    available = min(available, args.memory_budget or available)
+    rows = []
+    for context in args.context:
+        for policy in policies:
+            at = replace(shape, capacity=context + args.steps + 2)
+            n = largest_batch(config, policy, at, available)
+            if not n:
+                raise UserError(
+                    f"{format_policy(policy)}: not one sequence of {context} tokens fits in {size(available)}"
+                )
+            while not (row := step_batch(model, policy, replace(at, batch=n), context, args, ceiling)):
+                print(f"{format_policy(policy)}: the plan says {n} sequences fit, and they do not", file=sys.stderr)
+                n -= 1
+                if not n:
+                    raise UserError(f"{format_policy(policy)}: not one sequence of {context} tokens fits")
+                release(shape.device)
+            rows.append(row)
+            release(shape.device)
+    return rows
+
+
+def step_batch(
+    model: Transformer, policy: KVCache, shape: Shape, context: int, args: argparse.Namespace, ceiling: float
+) -> dict[str, Any] | None:
+    """The row of one cache alone on the device; None if memory does not suffice."""
+    try:
+        contestant = Contestant(model, policy, shape, context)
+        for _ in range(args.rounds):
+            contestant.round(args.steps)
+        return contestant.result(model, ceiling)
+    except RuntimeError as error:
+        if ran_out(error):
+            return None
+        raise
+
+
+def release(device: torch.device) -> None:
+    """Free what is no longer used: engines refer to themselves, and the allocator keeps memory for later."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def make_parser() -> Parser:
+    p = Parser("benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--checkpoint_path", type=Path)
+    p.add_argument("--model", metavar="NAME")
+    p.add_argument("--random_weights", action="store_true")
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--device", default="auto")
+    p.add_argument(
+        "--caches", nargs="+", metavar="CACHE", help=f"the first is the base (default: {' '.join(DEFAULT_CACHES)})"
+    )
+    add_plugin_flag(p)
+    p.add_argument("--batch", nargs="+", type=positive, default=[1])
+    p.add_argument("--context", nargs="+", type=positive, default=[256, 2048, 8000])
+    p.add_argument("--steps", type=positive, help=f"decode steps timed at a time (default: {DEFAULT_STEPS})")
+    p.add_argument("--rounds", type=positive, default=5, help="(default: 5)")
+    p.add_argument("--prefill", action="store_true", help="read a prompt instead of filling with random values")
+    p.add_argument("--peer", choices=("transformers",), help="run its dynamic and quantised caches beside ours")
+    p.add_argument("--kernels", action="store_true", help="decode attention of one layer alone, beside SDPA's")
+    p.add_argument("--largest_batch", action="store_true", help="instead of --batch, as many sequences as fit")
+    p.add_argument("--memory_budget", type=parse_size, metavar="SIZE", help="--largest_batch may take this much in all")
+    p.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line with everything")
+    p.add_argument("--png", type=Path, metavar="FILE", help="draw latency and tokens/s against the context")
+    return p
+
+
+def run_kernels(checkpoint: Checkpoint, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """`--kernels`: the model's attention shape, by bench_kernels.py on a GPU and bench_attention.py on a CPU."""
+    c = checkpoint.config
+    if device.type == "cuda":
+        shapes = [(batch, context) for batch in args.batch for context in args.context]
+        heads = bench_kernels.Heads(c.n_head, c.n_kv_head, c.head_dim)
+        return bench_kernels.run(heads, shapes, rounds=args.rounds)
+    if args.batch != [1]:
+        raise UserError("--kernels measures batch 1 on a CPU")
+    rows = bench_attention.run(args.context, c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim, args.rounds)
+    return {"device": str(device), "rows": rows}
+
+
+def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """The whole model, every cache."""
+    dtype = parse_dtype(args.dtype, checkpoint, device)
+    policies = [parse_policy(text) for text in args.caches]
+    args.context = sorted(set(args.context))
+    config = checkpoint.config
+    for policy in policies:
+        require_suits(policy, config)
+    if len({format_policy(policy) for policy in policies}) < len(policies):
+        raise UserError("--caches names a setting twice")
+    model = load_model(checkpoint, device, dtype, random_weights=args.random_weights)
+    shape = Shape(1, config.n_kv_head, config.head_dim, 1, dtype, device)
+    for policy in policies:
+        # The largest batch is not known yet: 32 sequences take the kernels' plan for many.
+        worst = max(
+            gate(model, policy, replace(shape, batch=n)) for n in ([1, 32] if args.largest_batch else args.batch)
+        )
+        print(f"gate: {format_policy(policy)} within {worst:.2g} of its reference", file=sys.stderr)
+    ceiling = read_ceiling(device)
+    measure = fill_card if args.largest_batch else compare
+    rows = measure(model, config, policies, args, shape, ceiling)
+    print(f"{checkpoint.name}, {str(dtype).removeprefix('torch.')}; read ceiling {ceiling / 1e9:.0f} GB/s")
+    print_table(rows)
+    for r in rows if args.largest_batch else ():
+        base = next(b["batch"] for b in rows if b["context"] == r["context"])
+        print(f"{r['context']} tokens, {r['cache']}: {r['batch']} sequences, {r['batch'] / base:.2f}x the first's")
+    slopes = {}
+    for batch in args.batch if len(args.context) > 1 and not args.largest_batch else ():
+        by_cache: dict[str, list[dict[str, Any]]] = {}
+        for r in rows:
+            if r["batch"] == batch:
+                by_cache.setdefault(r["cache"], []).append(r)
+        base, base_rows = next(iter(by_cache.items()))
+        for name, found in by_cache.items():
+            slopes[f"{name} batch {batch}"] = slope(found)
+            start = no_slower_from(found, base_rows)
+            than = "" if name == base else f"; no slower than {base} from {start} tokens on" if start else \
+                f"; slower than {base} at {found[-1]['context']} tokens"  # fmt: skip
+            print(f"batch {batch}, {name}: {slope(found):.2f} us per 1,000 tokens of context{than}")
+    return {
+        "model": checkpoint.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "read_ceiling_bytes_per_s": ceiling,
+        "rows": rows,
+        "slope_us_per_1000_tokens": slopes,
+    }
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> None:
+    device = parse_device(args.device)
+    if args.random_weights and args.model is None:
+        raise UserError("--random_weights needs --model NAME")
+    others = args.peer or args.largest_batch or args.png or args.prefill or args.caches or args.steps
+    if args.kernels and (others or args.dtype != "auto"):
+        raise UserError("--kernels goes with the model, --device, --batch, --context, --rounds and --json alone")
+    args.caches, args.steps = args.caches or DEFAULT_CACHES, args.steps or DEFAULT_STEPS
+    if args.memory_budget and not args.largest_batch:
+        raise UserError("--memory_budget goes with --largest_batch")
+    if args.largest_batch and (args.peer or args.prefill or args.png):
+        raise UserError("--largest_batch does not go with --peer, --prefill or --png")
+    where = None if args.random_weights else args.checkpoint_path or find_demo()
+    checkpoint = open_checkpoint(where, args.model)
+    for flag, path in (("--json", args.json), ("--png", args.png)):
+        if path:
+            require_writable(path, flag)
+    record = (run_kernels if args.kernels else run_caches)(checkpoint, device, args)
+    record |= {"torch": torch.__version__, "command": ["scripts/benchmark.py", *argv]}
+    if args.json:
+        with args.json.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+    if args.png:
+        plot.draw_speed([record], args.png.parent, args.png.stem)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        load_plugin(argv)
+        run(make_parser().parse(argv), argv)
+    except UserError as error:
+        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

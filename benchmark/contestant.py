@@ -1,0 +1,357 @@
+"""What a benchmark's contestants have in common: the clock, the fill, and the gate before it.
+
+A contestant is one cache, filled to a context and ready to step. `Contestant` is one of ours; `peers.py` has others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kv_cache
+from cli.options import format_policy
+from common.errors import UserError
+from engine import PREFILL_CHUNK, Engine, FusedStep, Sampling
+from engine.kernels import PYTORCH, StepKernels, step_kernels
+from kv_cache import ModelCache
+from model import Transformer
+from selective_kv import KVCache, Shape
+from selective_kv.cache import wide
+from selective_kv.kernels import AttentionKernels, attention_kernels
+from selective_kv.regions import Regions
+
+GATE_TOKENS = 200  # beyond sink and window
+GATE_STEPS = 4
+WARM_TOKENS = PREFILL_CHUNK + 64  # of a prompt, read before it is timed: a chunk, and a second one that looks back
+GATE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative, of an output
+
+
+def read_ceiling(device: torch.device) -> float:
+    """Bytes per second of reading, by the largest of each row of a tensor far larger than any cache."""
+    n = (1 << 32) if device.type == "cuda" else (1 << 28)
+    data = torch.ones(n // 4, device=device).view(1 << 14, -1)
+    return n / min(timed(lambda: data.amax(1), device) for _ in range(10))
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def fill(engine: Engine, context: int) -> None:
+    """As if every sequence had read `context` tokens: random values in all that is held."""
+    for layer in engine.cache.layers:
+        if not hasattr(layer, "regions"):  # a plugin's cache may have none
+            raise UserError(f"{layer.name}: only caches with regions can be filled; --prefill reads a prompt instead")
+        randomize(layer)
+    engine.cache.lengths.fill_(context)
+
+
+def randomize(layer: KVCache) -> None:
+    regions: Regions = layer.regions  # type: ignore[attr-defined]
+    regions.k.normal_()
+    regions.v.normal_()
+    for _, ints, scales, form in regions.quantised():
+        ints.random_(0, 128)
+        scales.uniform_(0.005, 0.015) if form.bits == 8 else scales.uniform_(0.1, 0.2)
+
+
+def copy_values(source: KVCache, target: KVCache) -> None:
+    for mine, theirs in zip(target.regions, source.regions, strict=True):  # type: ignore[attr-defined]
+        if isinstance(mine, Tensor):
+            mine.copy_(theirs)
+
+
+class Checked:
+    """A layer's cache that also asks its reference, with the same q, k and v, and keeps the largest error.
+
+    Layer by layer, because a model's layers amplify what rounding makes of the first one.
+    """
+
+    def __init__(self, policy: KVCache, shape: Shape, attention: AttentionKernels | None) -> None:
+        self.fast, self.reference = dataclasses.replace(policy), dataclasses.replace(policy)
+        for layer in (self.fast, self.reference):
+            layer.allocate(shape)
+        self.reference.use_reference()
+        if attention is not None:
+            self.fast.wrap_kernels(lambda _: attention)
+        self.error = 0.0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Any, rope: Any) -> Tensor:
+        want = self.reference.attend(q, k, v, step, rope)
+        got = self.fast.attend(q, k, v, step, rope)
+        self.error = max(self.error, distance(got, want))
+        return got
+
+
+class Compared:
+    """A step's products that also ask their PyTorch twins, in float32 at least, and keep the largest relative error:
+    a twin that rounds after every operation would be as far from the truth.
+    """
+
+    def __init__(self, kernels: StepKernels) -> None:
+        self.wrapped = kernels
+        self.kernels = dataclasses.replace(kernels, linear=self.linear, qkv=self.qkv)
+        self.error = 0.0
+
+    def linear(self, x: Tensor, weight: Tensor, *args: Any, **around: Any) -> Tensor:
+        given = {name: widened(value) for name, value in around.items()}
+        want = PYTORCH.linear(widened(x), widened(weight), *map(widened, args), **given)  # the residual may be reused
+        got = self.wrapped.linear(x, weight, *args, **around)
+        self.error = max(self.error, distance(got, want))
+        return got
+
+    def qkv(self, *args: Any, **named: Any) -> Tensor:
+        got = self.wrapped.qkv(*args, **named)
+        want = PYTORCH.qkv(*map(widened, args), **{name: widened(value) for name, value in named.items()})
+        self.error = max(self.error, distance(got, want))
+        return got
+
+
+def widened(value: Any) -> Any:
+    """A tensor in float32 or wider, and a tuple of such; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(widened, value))
+    return wide(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over norm of what is wanted; infinite where it is no number."""
+    error = ((got.float() - want.float()).norm() / want.float().norm()).item()
+    return error if math.isfinite(error) else math.inf
+
+
+def gate(
+    model: Transformer,
+    policy: KVCache,
+    shape: Shape,
+    kernels: StepKernels | None = None,
+    attention: AttentionKernels | None = None,
+) -> float:
+    """The largest relative error of what is going to be timed, against the slow path; UserError past what the dtype's
+    rounding explains.
+
+    Attention of every layer: of one sequence over a prompt in two chunks and tokens after it, until some have left
+    the window; then of a whole batch of ragged lengths, and there the products of the fused step as well.
+    shape: its batch counts, its capacity is the gate's own. kernels, attention: the device's, unless given.
+    """
+    if kernels is None:
+        kernels = step_kernels(shape.device)
+    worst = max(gate_sequence(model, policy, shape, attention), gate_batch(model, policy, shape, kernels, attention))
+    most = GATE_ERROR[shape.dtype]
+    if not worst <= most:
+        raise UserError(
+            f"{format_policy(policy)}, batch {shape.batch}: {worst:.2g} from its reference, and {most:g} is allowed"
+        )
+    return worst
+
+
+def checked_cache(
+    model: Transformer, policy: KVCache, shape: Shape, attention: AttentionKernels | None
+) -> tuple[ModelCache, list[Checked]]:
+    cache = ModelCache(policy, 0, shape)
+    layers = [Checked(policy, shape, attention) for _ in range(model.config.n_layer)]
+    cache.layers = layers  # type: ignore[assignment]
+    return cache, layers
+
+
+@torch.inference_mode()
+def gate_sequence(
+    model: Transformer, policy: KVCache, shape: Shape, attention: AttentionKernels | None = None
+) -> float:
+    """A prompt past sink and window in two chunks, and GATE_TOKENS / 4 tokens after it."""
+    n_after = GATE_TOKENS // 4
+    n_prompt = policy.n_exact + GATE_TOKENS - n_after
+    at = dataclasses.replace(shape, batch=1, capacity=n_prompt + n_after)
+    cache, layers = checked_cache(model, policy, at, attention)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, at.capacity), generator=generator).to(shape.device)
+    for part in tokens.split([2 * n_prompt // 3, n_prompt - 2 * n_prompt // 3, *[1] * n_after], 1):
+        model(part, cache.slot(0), last_only=True)
+    return max(layer.error for layer in layers)
+
+
+@torch.inference_mode()
+def gate_batch(
+    model: Transformer, policy: KVCache, shape: Shape, kernels: StepKernels, attention: AttentionKernels | None = None
+) -> float:
+    """GATE_STEPS steps of the whole batch over random values: some sequences within sink and window, most past them."""
+    at = dataclasses.replace(shape, capacity=policy.n_exact + GATE_TOKENS)
+    cache, layers = checked_cache(model, policy, at, attention)
+    if any(not hasattr(layer.fast, "regions") for layer in layers):  # a plugin's cache: only prompts can be read
+        return 0.0
+    for layer in layers:
+        randomize(layer.fast)
+        copy_values(layer.fast, layer.reference)
+    last = at.capacity - GATE_STEPS
+    cache.lengths.copy_(torch.linspace(last, 1 + policy.n_exact // 2, shape.batch).long())
+    compared = Compared(kernels)
+    fused = kernels is not PYTORCH
+    step = FusedStep(model, compared.kernels) if fused else lambda tokens, cache: model(tokens, cache)[:, -1]
+    tokens = torch.arange(shape.batch, device=shape.device)[:, None] % model.config.vocab_size
+    for _ in range(GATE_STEPS):
+        tokens = step(tokens, cache).argmax(-1, keepdim=True)
+    return max(compared.error, *(layer.error for layer in layers))
+
+
+class StoreClock:
+    """The time that the calls which store a chunk's keys and values take, while this is entered."""
+
+    def __init__(self, cache: ModelCache) -> None:
+        self.cache, self.device = cache, cache.shape.device
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.host = 0.0
+
+    def timed_kernels(self, kernels: AttentionKernels) -> AttentionKernels:
+        evict, store_chunk = (functools.partial(self.call, f) for f in (kernels.evict, kernels.store_chunk))
+        return dataclasses.replace(kernels, evict=evict, store_chunk=store_chunk)
+
+    def __enter__(self) -> StoreClock:
+        for layer in self.cache.layers:
+            layer.wrap_kernels(self.timed_kernels)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self.cache.layers:
+            layer.wrap_kernels(lambda _: attention_kernels(self.device))
+
+    def call(self, function: Callable[..., None], *args: Any) -> None:
+        if self.device.type == "cuda":  # read later: a look at the clock must not stop the queue
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            function(*args)
+            end.record()
+            self.events.append((begin, end))
+        else:
+            self.host += timed(lambda: function(*args), self.device)
+
+    def seconds(self) -> float:
+        return self.host + sum(begin.elapsed_time(end) for begin, end in self.events) / 1e3
+
+
+class Peak:
+    """The most device memory that one contestant takes, beside the weights and what others hold. Bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.held, self.most = device, 0, 0
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """All that is allocated and freed in here is this contestant's."""
+        if self.device.type != "cuda":
+            yield
+            return
+        others = torch.cuda.memory_allocated(self.device) - self.held
+        torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        self.most = max(self.most, torch.cuda.max_memory_allocated(self.device) - others)
+        self.held = torch.cuda.memory_allocated(self.device) - others
+
+
+class Timed:
+    """Decode steps of one cache, timed in rounds. cache_bytes: at the context; None where nobody can tell."""
+
+    path = ""
+    cache_bytes: int | None = None
+    prefill_seconds = 0.0  # 0: no prompt was read
+    store_seconds: float | None = None  # of those, storing keys and values
+
+    def __init__(self, name: str, batch: int, context: int, device: torch.device) -> None:
+        self.name, self.batch, self.context, self.device = name, batch, context, device
+        self.seconds: list[float] = []
+        self.peak = Peak(device)
+
+    def advance(self) -> None:
+        """One decode step of the whole batch."""
+        raise NotImplementedError
+
+    def rewind(self) -> None:
+        """Back to the context, where that is possible."""
+
+    @torch.inference_mode()
+    def round(self, steps: int) -> None:
+        """Time `steps` decode steps, after one that does not count."""
+
+        def run() -> None:
+            for _ in range(steps):
+                self.advance()
+
+        with self.peak.watch():
+            self.advance()
+            self.seconds.append(timed(run, self.device) / steps)
+            self.rewind()
+
+    def result(self, model: Transformer, ceiling: float) -> dict[str, Any]:
+        step = statistics.median(self.seconds)
+        read = None if self.cache_bytes is None else weight_bytes(model) + self.cache_bytes
+        return {
+            "cache": self.name,
+            "batch": self.batch,
+            "context": self.context,
+            "step_ms": step * 1e3,
+            "step_ms_min": min(self.seconds) * 1e3,
+            "step_ms_max": max(self.seconds) * 1e3,
+            "tokens_per_s": self.batch / step,
+            "cache_bytes": self.cache_bytes,
+            "read_bytes_per_s": read and read / step,
+            "share_of_ceiling": read and read / step / ceiling,
+            "prefill_s": self.prefill_seconds,
+            "store_s": self.store_seconds,
+            "peak_memory_bytes": self.peak.most and sum(p.nbytes for p in model.parameters()) + self.peak.most,
+            "path": self.path,
+        }
+
+
+def weight_bytes(model: Transformer) -> int:
+    """What a step reads of the weights: all, but of an embedding of its own only rows."""
+    n = sum(p.nbytes for p in model.parameters())
+    return n if model.config.tied_embeddings else n - model.tok_embeddings.weight.nbytes
+
+
+class Contestant(Timed):
+    """One of our caches with its engine."""
+
+    def __init__(self, model: Transformer, policy: KVCache, shape: Shape, context: int, prefill: bool = False) -> None:
+        super().__init__(format_policy(policy), shape.batch, context, shape.device)
+        with self.peak.watch():
+            self.engine = Engine(model, ModelCache(policy, model.config.n_layer, shape), Sampling(temperature=0))
+            if prefill:
+                self.read(model.config.vocab_size)
+            else:
+                fill(self.engine, context)
+        held = dataclasses.replace(shape, capacity=context, device=torch.device("meta"))
+        self.cache_bytes = sum(kv_cache.plan(policy, model.config.n_layer, held).values())
+        self.path = f"{self.engine.cache.layers[0].path}, {self.engine.step_path}"
+
+    def read(self, vocab_size: int) -> None:
+        """A random prompt, timed; a part of it once before, because the first call of a kernel compiles it."""
+        ids = torch.randint(vocab_size, (self.context,), generator=torch.Generator().manual_seed(0)).tolist()
+        self.engine.read([ids[:WARM_TOKENS]] * self.batch)
+        self.engine.reset()
+        with StoreClock(self.engine.cache) as clock:
+            self.prefill_seconds = timed(lambda: self.engine.read([ids] * self.batch), self.device)
+        self.store_seconds = clock.seconds()
+
+    def advance(self) -> None:
+        self.engine.step()
+
+    def rewind(self) -> None:
+        self.engine.cache.lengths.fill_(self.context)

@@ -1,0 +1,109 @@
+"""Turn a Hugging Face folder into gpt-fast's model.pth, which gpt-fast and generate.py both read.
+
+  python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/Meta-Llama-3-8B --out checkpoints/llama3-8b
+
+generate.py needs no conversion; this is for sharing a checkpoint with gpt-fast. q, k and v are fused and
+their rows interleaved for gpt-fast's RoPE; all else is copied from a memory map straight into the file,
+so the memory taken is that of q, k and v alone. Biases and q/k norms, which gpt-fast does not have, keep
+to its naming. The config and the tokenizer go beside model.pth, which appears last and whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import Checkpoint, open_checkpoint
+from checkpoint.layout import slot_names
+from cli.options import Parser
+from common.errors import UserError
+
+COMPANIONS = (
+    "config.json",
+    "params.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+)
+
+
+def interleave(rows: Tensor, head_dim: int) -> Tensor:
+    """Halves to neighbours within each head: a0 a1 b0 b1 becomes a0 b0 a1 b1. rows: [head * head_dim, ...]."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def gpt_fast_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All weights under gpt-fast's names, in the checkpoint's own dtype."""
+    state: dict[str, Tensor] = {}
+    for fill in checkpoint.fills:
+        names, interleaved = slot_names(fill.stored.name)
+        parts = fill.stored.read().split([slot.shape[0] for slot in fill.slots])
+        for name, slot, rows in zip(names, fill.slots, parts, strict=True):
+            if slot.rotated and not interleaved:
+                rows = interleave(rows, checkpoint.config.head_dim)
+            elif rows.untyped_storage().nbytes() > rows.nbytes:
+                rows = rows.clone()  # torch.save would write all of the storage that a view looks at
+            state[name] = rows
+    for n in range(checkpoint.config.n_layer):
+        for kind in ("weight", "bias") if checkpoint.config.qkv_bias else ("weight",):
+            apart = [state.pop(f"layers.{n}.attention.{part}.{kind}") for part in ("wq", "wk", "wv")]
+            state[f"layers.{n}.attention.wqkv.{kind}"] = torch.cat(apart)
+    if checkpoint.config.tied_embeddings:  # gpt-fast ties nothing; one storage, written once
+        state["output.weight"] = state["tok_embeddings.weight"]
+    return state
+
+
+def convert(source: Path, out: Path, model: str | None = None) -> Path:
+    """Write model.pth and what belongs to it into `out`, and return its path. Raises UserError."""
+    checkpoint = open_checkpoint(source, model)
+    if not source.is_dir():
+        raise UserError(f"{source}: not a folder")
+    if checkpoint.gguf is not None:
+        raise UserError(f"{checkpoint.gguf.path}: a GGUF file is loaded as it is, and not converted")
+    file, part = out / "model.pth", out / "model.pth.part"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{out}: not a folder") from None
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}") from None
+    state = gpt_fast_state(checkpoint)
+    try:
+        for name in COMPANIONS:
+            if (source / name).is_file() and not (out / name).exists():
+                shutil.copyfile(source / name, out / name)
+        if checkpoint.tokenizer_path == source / "original" / "tokenizer.model":
+            shutil.copyfile(checkpoint.tokenizer_path, out / "tokenizer.model")
+        torch.save(state, part)
+        part.replace(file)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}") from None
+    except RuntimeError as error:  # what torch.save raises on a full disk
+        raise UserError(f"{part}: {str(error).splitlines()[0]}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return file
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("convert_hf_checkpoint.py", description=__doc__, formatter_class=form)
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the Hugging Face folder")
+    parser.add_argument("--out", type=Path, help="the folder to write to (default: the same)")
+    parser.add_argument("--model_name", metavar="NAME", help="the shape, where there is no config.json")
+    args = parser.parse(sys.argv[1:] if argv is None else argv)
+    try:
+        file = convert(args.checkpoint_dir, args.out or args.checkpoint_dir, args.model_name)
+    except UserError as error:
+        print(f"convert_hf_checkpoint.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{file}: {file.stat().st_size / 2**30:.2f} GiB")

@@ -1,0 +1,196 @@
+"""What goes in and out of the command line: prompts, streamed text, messages, the JSON report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from cli.conversation import Conversation
+from common.errors import UserError
+from common.files import TOO_DEEP
+from engine import Engine, Timing
+from tokenizer import StreamDecoder, Tokenizer
+
+
+def say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompt_file is not None:
+        try:
+            text = args.prompt_file.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        except OSError as error:
+            raise UserError(f"--prompt_file {args.prompt_file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt_file {args.prompt_file}: not UTF-8 at byte {error.start}") from None
+        lines = [(n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        if not lines:
+            raise UserError(f"--prompt_file {args.prompt_file}: no prompt in it")
+        for n, line in lines:
+            prompts.append(_json_prompt(args.prompt_file, n, line) if line.lstrip().startswith("{") else line)
+    for prompt in prompts:
+        if not prompt.strip():
+            raise UserError("--prompt is empty")
+        if any(0xDC80 <= ord(c) <= 0xDCFF for c in prompt):  # how Python hands over stray bytes
+            raise UserError("--prompt is not UTF-8")
+    return prompts
+
+
+def _json_prompt(path: Path, n: int, line: str) -> str:
+    try:
+        prompt = json.loads(line.strip())["prompt"]
+    except RecursionError:
+        raise UserError(f"{path}, line {n}: {TOO_DEEP}") from None
+    except (ValueError, KeyError):
+        raise UserError(f'{path}, line {n}: not a JSON object with "prompt"') from None
+    if not isinstance(prompt, str):
+        raise UserError(f'{path}, line {n}: "prompt" is not text')
+    return prompt
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer | None, n_vocab: int, seed: int, model: str) -> list[int]:
+    """Token ids; a number makes that many random ones, as gpt-fast does. model: how an error names it."""
+    if prompt.isdecimal():
+        if len(prompt) > 9 or int(prompt) > MOST_RANDOM:
+            raise UserError(f"--prompt {prompt[:20]}: at most {MOST_RANDOM:,} random tokens")
+        if int(prompt) < 1:
+            raise UserError("--prompt 0 asks for no tokens")
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(n_vocab, (int(prompt),), generator=generator).tolist()
+    if tokenizer is None:
+        raise UserError(f"{model} has no tokenizer: give --prompt a number of tokens")
+    return tokenizer.encode(prompt)
+
+
+MOST_RANDOM = 1 << 24  # tokens of a made-up prompt
+
+
+class Printer:
+    """Text to standard output in the prompts' order: the first unfinished sequence streams."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompts: list[list[int]], echo: bool) -> None:
+        self.decoders = [StreamDecoder(tokenizer) if tokenizer else None for _ in prompts]
+        self.ended = [False] * len(prompts)
+        self.texts = ["" for _ in prompts]  # without the prompt
+        self.waiting = ["" for _ in prompts]
+        self.current = 0
+        for b, (decoder, prompt) in enumerate(zip(self.decoders, prompts, strict=True)):
+            if decoder is not None:
+                before = "".join(decoder.push(token) for token in prompt)
+                self.waiting[b] = before if echo else ""
+
+    def push(self, row: Iterable[int | None], end_ids: frozenset[int]) -> None:
+        for b, token in enumerate(row):
+            decoder = self.decoders[b]
+            if token is None or self.ended[b]:
+                continue
+            if token in end_ids:
+                self._end(b)
+            elif decoder is not None:
+                self._add(b, decoder.push(token))
+        self._print()
+
+    def finish(self) -> None:
+        for b in range(len(self.ended)):
+            self._end(b)
+        self._print()
+
+    def _add(self, b: int, text: str) -> None:
+        self.texts[b] += text
+        self.waiting[b] += text
+
+    def _end(self, b: int) -> None:
+        decoder = self.decoders[b]
+        if not self.ended[b]:
+            self._add(b, decoder.flush() if decoder is not None else "")
+            self.waiting[b] += "\n"
+            self.ended[b] = True
+
+    def _print(self) -> None:
+        while self.current < len(self.ended):
+            if self.decoders[self.current] is not None:
+                print(self.waiting[self.current], end="", flush=True)
+            self.waiting[self.current] = ""
+            if not self.ended[self.current]:
+                return
+            self.current += 1
+
+
+def shown(argv: Sequence[str]) -> list[str]:
+    """A command line as a record shows it: files by their names alone, flags whole, so that it can be repeated."""
+    parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in argv]
+    return [flag + equals + (Path(value).name if "/" in value else value) for flag, equals, value in parts]
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C must not tear what the first one has to say."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def converse(
+    engine: Engine, tokenizer: Tokenizer, chat: Conversation | None, given: Sequence[str], n_new: int
+) -> Iterator[tuple[Timing, str]]:
+    """A line in, a continuation of at most n_new tokens out; the cache keeps it all, and each turn reads only what is
+    new to it.
+
+    given: the first lines, before those of standard input. Yields what each turn took, and what was written.
+    """
+    endless, capacity = engine.cache.policy.endless, engine.cache.shape.capacity
+    say("Type a line; /reset forgets, Ctrl-D ends.")
+    pending: list[int] = []  # the last token written, which the cache has not read yet
+    n_seen = 0
+    first = iter(given)
+    while True:
+        text = next(first, None)
+        if text is None:
+            print("> ", end="", file=sys.stderr, flush=True)
+            text = sys.stdin.readline()
+            if not text:
+                return
+        text = text.strip("\n")
+        if text == "/reset":
+            engine.reset()
+            pending, n_seen = [], 0
+            if chat is not None:
+                chat.turns = ()
+        if not text.strip() or text == "/reset":
+            continue
+        before = chat.turns if chat is not None else ()
+        if chat is not None:
+            ids = chat.turn(text, pending, engine.end_ids)
+        else:
+            ids = pending + tokenizer.encode(text, bos=n_seen == 0)
+        room = n_new if endless else capacity - n_seen - len(ids) + 1
+        if room < 1:
+            if chat is not None:
+                chat.turns = before
+            say(f"no room: that is {1 - room} tokens past the context of {capacity}; /reset starts anew")
+            continue
+        printer = Printer(tokenizer, [ids], echo=False)
+        rows = 0
+        try:
+            for row in engine.generate([ids], min(n_new, room)):
+                printer.push(row, engine.end_ids)
+                pending = [token for token in row if token is not None]
+                rows += 1
+        except KeyboardInterrupt:
+            yield engine.timing, printer.texts[0]  # what was done of this turn belongs to the report
+            raise
+        printer.finish()
+        n_seen += len(ids) + rows - 1
+        yield engine.timing, printer.texts[0]

@@ -1,0 +1,248 @@
+"""Command lines: one-line errors, and flags made from the fields of cache classes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import math
+import re
+import sys
+import traceback
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.errors import UserError
+from selective_kv import KVCache, caches
+
+
+class Parser(argparse.ArgumentParser):
+    """One line on a mistake, and the nearest name when one is unknown. Options and positionals mix freely."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, _path)  # Path("") would be the working directory
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        for before, word in pairwise(["", *argv]):  # before argparse takes an unknown flag's value for something else
+            flag = word.split("=")[0]
+            if flag.startswith("--") and flag not in (*self._option_string_actions, "--"):
+                near = "" if len(flag.split()) > 1 else _nearest(flag, self._option_string_actions)
+                self.error(f"unknown argument {flag}{near}{self._hint(before)}")
+        return self.parse_intermixed_args(argv)
+
+    def _hint(self, before: str) -> str:
+        """How to give a word that begins with dashes to the flag in front of it, where that one wants a value."""
+        action = self._option_string_actions.get(before)
+        if action is None or action.nargs is not None:  # None: one value, and it must be there
+            return ""
+        return f" (a value that begins with dashes is given as {before}=...)"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = _nearest(str(value), [str(choice) for choice in action.choices or ()])
+            raise argparse.ArgumentError(action, error.message + near) from None
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    """ "; did you mean ...?" with the one name that begins so, or else the likest; "" if none is alike."""
+    longer = [other for other in known if other.startswith(name)]
+    near = longer if len(longer) == 1 else difflib.get_close_matches(name, longer or known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+def parse_size(text: str) -> int:
+    """Bytes: "20GiB", "512 MiB", "1.5e9", "20GB"."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([KMGT])(i?)B?|B?)\s*", text, re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is not None and match[2]:
+        number *= (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper())
+    if not 1 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 20GiB")
+    return int(number)
+
+
+def make_policy(name: str, knobs: Mapping[str, Any]) -> KVCache:
+    """The cache class called `name`, with values given as text or as they are. Raises UserError."""
+    known = caches()
+    if name not in known:
+        raise UserError(f"no cache is called {name!r}: there are {', '.join(known)}{_nearest(name, known)}")
+    fields = {f.name: f for f in dataclasses.fields(known[name])}
+    values: dict[str, Any] = {}
+    for knob, value in knobs.items():
+        if knob not in fields:
+            owners = [n for n, c in known.items() if knob in {f.name for f in dataclasses.fields(c)}]
+            raise UserError(f"--{knob} is a flag of {' and '.join(owners) or 'no cache'}, and the cache is {name}")
+        kind = type(fields[knob].default)
+        try:
+            values[knob] = _convert(value, kind)
+        except ValueError:
+            raise UserError(f"--{knob} takes a value of type {kind.__name__}, not {value!r}") from None
+    try:
+        return known[name](**values)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _convert(value: Any, kind: type) -> Any:
+    if isinstance(value, kind):
+        return value
+    if kind is bool:
+        if value not in ("true", "false"):
+            raise ValueError(value)
+        return value == "true"
+    return kind(value)
+
+
+def parse_policy(text: str) -> KVCache:
+    """A cache setting in one word: "full", "quantize_kv:sink_size=16,window_size=32"."""
+    name, _, rest = text.partition(":")
+    knobs = dict(part.partition("=")[::2] for part in rest.split(",") if part)
+    return make_policy(name, knobs)
+
+
+def format_policy(policy: KVCache) -> str:
+    """What `parse_policy` reads."""
+    values = [(f, getattr(policy, f.name)) for f in dataclasses.fields(policy)]
+    shown = [(f.name, v) for f, v in values if v != f.default or not f.metadata.get("rare")]
+    knobs = ",".join(f"{name}={str(v).lower()}" for name, v in shown)
+    return f"{policy.name}:{knobs}" if knobs else policy.name
+
+
+def add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    """A group of flags per cache class. Raises UserError where a class's field cannot be a flag here.
+
+    A flag that two classes share is one flag, None until given; each group tells what it means there.
+    """
+    owners: dict[str, tuple[type[KVCache], bool]] = {}  # the flags so far: whose, and whether of the kind on or off
+    for name, cls in caches().items():
+        summary = (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        group = parser.add_argument_group(f"{name}: {summary}")
+        for f in dataclasses.fields(cls):
+            flag, options, switch = f"--{f.name}", _flag_options(f), isinstance(f.default, bool)
+            owner, other = owners.get(f.name, (cls, switch))
+            if switch != other:
+                raise UserError(f"{_field(cls, f)}: {owner.__name__} has it too, and only one of them is true or false")
+            if f.name in owners:  # to be shown only: an action of another parser
+                shown = argparse.ArgumentParser(add_help=False).add_argument(flag, **options)
+                group._group_actions.append(shown)
+                continue
+            if f.name in {action.dest for action in parser._actions}:
+                raise UserError(f"{_field(cls, f)}: {parser.prog} has an argument of that name already")
+            owners[f.name] = (cls, switch)
+            group.add_argument(flag, **options)
+
+
+def _flag_options(f: dataclasses.Field[Any]) -> dict[str, Any]:
+    """What argparse is told about the flag of a field. Its value stays text, and the cache class judges it."""
+    help_text = f"{f.metadata.get('help', '')} (default: {f.default})".replace("%", "%%")
+    if isinstance(f.default, bool):
+        return {"action": argparse.BooleanOptionalAction, "default": None, "help": help_text}
+    choices = ",".join(map(str, f.metadata.get("choices") or ()))
+    return {"metavar": f"{{{choices}}}" if choices else type(f.default).__name__.upper(), "help": help_text}
+
+
+def _field(cls: type[KVCache], f: dataclasses.Field[Any]) -> str:
+    return f"class {cls.__name__}, field {f.name}"
+
+
+def policy_from(args: argparse.Namespace) -> KVCache:
+    """The cache that the subcommand `args.cache` names, with the knobs that were given."""
+    names = {f.name for cls in caches().values() for f in dataclasses.fields(cls)}
+    return make_policy(args.cache, {n: getattr(args, n) for n in names if getattr(args, n) is not None})
+
+
+def add_plugin_flag(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--plugin", type=Path, metavar="FILE", help="a Python file that defines caches of your own")
+
+
+def load_plugin(argv: Sequence[str]) -> None:
+    """Import the file given with --plugin, so that its caches are there when flags are made. Raises UserError."""
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--plugin", type=Path, nargs="?")  # that it lacks its value, the whole parser will say
+    path = pre.parse_known_args(argv)[0].plugin
+    if path is None:
+        return
+    name = f"_plugin_{path.stem}"  # its own: a plugin torch.py must not become everybody's torch
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--plugin {path}: not a Python file")
+    taken, before = caches(), _cache_classes()
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+        _check_plugin([cls for cls in _cache_classes() if cls not in before], taken)
+    except (Exception, SystemExit) as error:  # whatever somebody's file may raise
+        del sys.modules[name]
+        raise UserError(f"--plugin {path}: {_reason(error, spec.origin)}") from None
+
+
+def _cache_classes() -> list[type[KVCache]]:
+    found = [KVCache]
+    for cls in found:  # which grows meanwhile
+        found += [child for child in cls.__subclasses__() if child not in found]
+    return found
+
+
+def _check_plugin(classes: Sequence[type[KVCache]], taken: dict[str, type[KVCache]]) -> None:
+    """Raises UserError about the first of a plugin's classes that is no cache, or not findable, or not settable."""
+    named = [cls for cls in classes if cls.name]
+    if not named:
+        raise UserError("it defines no cache: no subclass of KVCache with a name")
+    for cls in named:
+        if not isinstance(cls.name, str) or not re.fullmatch(r"\w[\w.-]*", cls.name):
+            raise UserError(f"class {cls.__name__}: the name {cls.name!r} is not one word")
+        owner = taken.setdefault(cls.name, cls)
+        # The same class twice is a file that is read again, or what dataclass(slots=True) was made from
+        if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise UserError(
+                f"class {cls.__name__}: the name {cls.name!r} is {owner.__name__}'s already: give it one of its own"
+            )
+        if cls.update is KVCache.update and cls.attend is KVCache.attend:
+            raise UserError(f"class {cls.__name__}: it defines no update")
+        if any(isinstance(value, dataclasses.Field) for value in vars(cls).values()):
+            raise UserError(f"class {cls.__name__}: it has fields, but is no @dataclass")
+        for f in dataclasses.fields(cls):
+            if f.default is dataclasses.MISSING:
+                raise UserError(f"{_field(cls, f)}: it has no default")
+            if not isinstance(f.default, (bool, int, float, str)):
+                kind = type(f.default).__name__
+                raise UserError(f"{_field(cls, f)}: its default is a {kind}, and a flag is a bool, int, float or str")
+
+
+def _reason(error: BaseException, file: str | None) -> str:
+    """An error of a plugin's in one line: "line N: Type: message", N the line of `file` that was at work."""
+    if isinstance(error, UserError):
+        return str(error)
+    message = " ".join(str(error).split())
+    lines = [n for frame, n in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:  # it did not come to run
+        lines, message = [error.lineno or 1], error.msg
+    elif isinstance(error, OSError) and not lines:  # the file itself cannot be read
+        return error.strerror or message
+    where = f"line {lines[-1]}: " if lines else ""
+    return f"{where}{type(error).__name__}: {message}"

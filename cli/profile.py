@@ -1,0 +1,98 @@
+"""`--profile NAME`: where prefill and decoding spend time and memory, in `outputs/NAME/`.
+
+Prefill is traced whole, decoding for a few steps after a few more to warm up, so that a long run makes
+no giant file. Profiling looks on; it changes nothing that is generated.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from common.errors import UserError
+from common.files import require_writable
+
+WARM_STEPS = 2
+TRACED_STEPS = 8
+TABLE_ROWS = 40
+
+
+def require_name(name: str) -> None:
+    """Raises UserError unless `name` can only be a folder's inside another, and can be printed."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise UserError(f"--profile {name!r}: a name for a folder in outputs/, not a path")
+    if not name.isprintable():  # control characters, and the bytes that are no UTF-8
+        raise UserError(f"--profile {name!r}: not printable text")
+
+
+class Profiler:
+    """Given to an engine as its `hook`; `write` then puts the report beside the traces."""
+
+    def __init__(self, name: str, device: torch.device, outputs: Path = Path("outputs")) -> None:
+        require_name(name)
+        self.folder = outputs / name
+        require_writable(self.folder / "report.json", "--profile")
+        self.device = device
+        self.phase = ""
+        self.profile: profile | None = None
+        self.n_step = 0
+        self.written: list[str] = []
+        if device.type == "cuda":
+            torch.cuda.memory._record_memory_history(max_entries=100_000)
+
+    def hook(self, event: str) -> None:
+        """The engine's events: "prefill", "decode", "step" after each step, "end". The first run counts."""
+        if event == "prefill" and not self.written:
+            self._begin("prefill")
+        elif event == "decode":
+            self._finish()
+        elif event == "step" and "decode_trace.json" not in self.written:
+            self.n_step += 1
+            if self.n_step == WARM_STEPS:
+                self._begin("decode")
+            elif self.n_step == WARM_STEPS + TRACED_STEPS:
+                self._finish()
+        elif event == "end":
+            self._finish()
+
+    def _begin(self, phase: str) -> None:
+        activities = [ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self.phase = phase
+        self.profile = profile(
+            activities=activities, record_shapes=True, profile_memory=True, with_flops=True, acc_events=True
+        )
+        self.profile.start()
+
+    def _finish(self) -> None:
+        if self.profile is None:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.profile.stop()
+        order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        table = self.profile.key_averages().table(sort_by=order, row_limit=TABLE_ROWS)
+        (self.folder / f"{self.phase}_summary.txt").write_text(table + "\n")
+        self.profile.export_chrome_trace(str(self.folder / f"{self.phase}_trace.json"))
+        self.written += [f"{self.phase}_summary.txt", f"{self.phase}_trace.json"]
+        self.profile = None
+
+    def write(self, report: dict[str, Any]) -> list[str]:
+        """Write what is left, and return lines that say where everything is and what opens it."""
+        self._finish()
+        (self.folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        lines = [
+            "the times above include the profiler's own",
+            f"profile in {self.folder}/: {', '.join([*self.written, 'report.json'])}",
+            "  traces open in https://ui.perfetto.dev or chrome://tracing; summaries are text",
+        ]
+        if self.device.type == "cuda":
+            torch.cuda.memory._dump_snapshot(str(self.folder / "memory_snapshot.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+            lines.append("  memory_snapshot.pickle opens in https://pytorch.org/memory_viz")
+        return lines

@@ -1,0 +1,262 @@
+"""What a run will take, before it starts, and what it took, after it.
+
+The plan's cache bytes come from allocating the cache on the meta device, so they are what will really
+be allocated; the weights' from the model's tensors there. Sizes are bytes, times seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+import kv_cache
+from cli.console import say
+from cli.options import format_policy
+from common.errors import UserError
+from engine import Engine, Timing
+from model import Config, Transformer
+from selective_kv import FullCache, KVCache, Shape
+
+
+def size(n: float) -> str:
+    """Bytes for people: '1.50 GiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"
+
+
+# What a run takes of a GPU past its tensors: loaded kernels, workspaces, a stream, a graph, rounding. 31 sequences that
+# left 0.2 GiB of an H200 did not run (LOG.md, 2026-11-25).
+BEYOND_TENSORS = 1 << 30
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that tensors can still take, as far as the system tells."""
+    if device.type == "cuda":
+        return max(0, torch.cuda.mem_get_info(device)[0] - BEYOND_TENSORS)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":") for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (FileNotFoundError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether a device's memory did not suffice. PyTorch's allocator has a class for that; what is taken past it, a
+    stream for one, says so in words.
+    """
+    words = ("out of memory", "can't allocate memory")  # a GPU's, the CPU's
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
+
+
+def process_age() -> float:
+    """Seconds since this process began; where the system does not say, since this module was imported."""
+    try:
+        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+            started = int(stat.read().rpartition(")")[2].split()[19])  # field 22 of proc(5), clock ticks after boot
+            return float(uptime.read().split()[0]) - started / os.sysconf("SC_CLK_TCK")
+    except FileNotFoundError:
+        return time.monotonic() - _IMPORTED
+
+
+_IMPORTED = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory that a run will take, all in bytes."""
+
+    weights: int
+    cache: dict[str, int]  # by region
+    full_cache: int  # what the full cache would take for the same sequences
+    activations: int
+    capacity: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + sum(self.cache.values()) + self.activations
+
+    def lines(self) -> list[str]:
+        regions = ", ".join(f"{name} {size(n)}" for name, n in self.cache.items())
+        cache = sum(self.cache.values())
+        what = f"{self.batch} x {self.capacity} tokens ({regions})" if self.cache else "this cache does not say"
+        return [
+            f"weights      {size(self.weights):>12}",
+            f"cache        {size(cache):>12}  {what}",
+            f"  full cache {size(self.full_cache):>12}  this one takes {cache / self.full_cache:.1%} of it",
+            f"activations  {size(self.activations):>12}  at most, estimated",
+            f"total        {size(self.total):>12}",
+        ]
+
+
+def weight_bytes(config: Config, dtype: torch.dtype) -> int:
+    with torch.device("meta"):
+        model = Transformer(config)
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+
+
+def activation_bytes(config: Config, shape: Shape, n_token: int) -> int:
+    """What n_token tokens take on their way through a layer, estimated from above.
+
+    The feed-forward's part and attention's are never there together; but a CPU's allocator does not give
+    the one's memory to the other.
+    """
+    size = shape.dtype.itemsize
+    heads = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    feed_forward = (2 * config.dim + 4 * config.ffn_dim) * size
+    # q, k and v as they come and rotated; parts of the output in float32, and what merges them
+    attention = (2 * config.dim + 2 * heads) * size + 6 * config.n_head * config.head_dim * 4
+    per_token = feed_forward + attention if shape.device.type == "cpu" else 1.1 * max(feed_forward, attention)
+    return round(n_token * per_token)
+
+
+def make_plan(config: Config, policy: KVCache, shape: Shape, chunk: int) -> Plan:
+    """chunk: the most prompt tokens read at once."""
+    logits = shape.batch * config.vocab_size * 4 * 4  # float32 logits and what sampling makes of them
+    return Plan(
+        weights=weight_bytes(config, shape.dtype),
+        cache=kv_cache.plan(policy, config.n_layer, shape),
+        full_cache=sum(kv_cache.plan(FullCache(), config.n_layer, shape).values()),
+        activations=activation_bytes(config, shape, max(min(chunk, shape.capacity), shape.batch)) + logits,
+        capacity=shape.capacity,
+        batch=shape.batch,
+    )
+
+
+def choose_bits(config: Config, policy: KVCache, shape: Shape, chunk: int, budget: int) -> KVCache:
+    """The cache with the most bits whose plan fits. Raises UserError if the fewest do not."""
+    tried = []
+    for name, one in policy.by_quality():
+        try:
+            total = make_plan(config, one, shape, chunk).total
+        except ValueError as error:  # a head_dim that 4 bits are not for
+            tried.append(f"{name}: {error}")
+            continue
+        tried.append(f"{name} need {size(total)}")
+        if total <= budget:
+            say(f"--bits auto: {'; '.join(tried)}, and {size(budget)} are there")
+            return one
+    raise UserError(f"--bits auto: {'; '.join(tried)}, and {size(budget)} are there")
+
+
+def require_suits(policy: KVCache, config: Config) -> None:
+    """Raises UserError if the cache cannot hold this model's vectors: 4 bits of a head_dim that they are not for."""
+    length = policy.n_exact + 1  # where the first token has left
+    shape = Shape(1, config.n_kv_head, config.head_dim, length, torch.bfloat16, torch.device("meta"))
+    try:
+        kv_cache.plan(policy, 1, shape)
+    except ValueError as error:
+        raise UserError(f"{format_policy(policy)}: {error}") from None
+
+
+def require_fit(config: Config, policy: KVCache, shape: Shape, chunk: int, available: int) -> None:
+    """Raises UserError, naming the largest context that fits, if the plan needs more than `available`."""
+    plan = make_plan(config, policy, shape, chunk)
+    if plan.total <= available:
+        return
+    fits, too_many = 0, shape.capacity
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        total = make_plan(config, policy, replace(shape, capacity=middle), chunk).total
+        fits, too_many = (middle, too_many) if total <= available else (fits, middle)
+    rest = f"the largest context that fits is {fits} tokens" if fits else "not even one token fits"
+    raise UserError(
+        f"this run needs {size(plan.total)} (weights {size(plan.weights)}, cache "
+        f"{size(sum(plan.cache.values()))}) and {size(available)} are free: {rest}"
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes taken so far: of the device by tensors, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def make_report(engine: Engine, name: str, timing: Timing) -> dict[str, Any]:
+    """What a run took, for JSON. name: the model's; timing: of the run, or of all turns of a conversation.
+
+    Bandwidth counts what a decode step must read: every weight (of the embedding, the rows used) and the
+    cache's bytes at the mean length of the run, not its capacity.
+    """
+    model, cache = engine.model, engine.cache
+    lengths = cache.lengths.tolist()
+    policy, shape = cache.policy, cache.shape
+    weights = sum(p.nbytes for p in model.parameters())
+    if not model.config.tied_embeddings:
+        weights -= model.tok_embeddings.weight.nbytes
+    n_layer = model.config.n_layer
+
+    def held(p: KVCache, n: float) -> int:
+        at = replace(shape, batch=1, capacity=max(1, int(n)))
+        return sum(kv_cache.plan(p, n_layer, at).values())
+
+    n_step = (timing.n_written - timing.n_first) / shape.batch
+    read_cache = sum(held(policy, length - n_step / 2) for length in lengths)
+    seconds_per_step = timing.decode_seconds / n_step if n_step >= 1 else 0.0
+    return {
+        "model": name,
+        "cache": {"name": policy.name, **asdict(policy)},
+        "setting": format_policy(policy),
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(shape.device) if shape.device.type == "cuda" else str(shape.device),
+        "path": f"{cache.layers[0].path}, {engine.step_path}",
+        "torch": torch.__version__,
+        "batch": shape.batch,
+        "tokens_read": timing.n_read,
+        "tokens_written": timing.n_written,
+        "time_to_first_token_s": timing.first_token_seconds,
+        "prefill_s": timing.prefill_seconds,
+        "decode_s": timing.decode_seconds,
+        "decode_tokens_per_s": timing.decode_tokens_per_second,
+        "cache_bytes": cache.nbytes(),
+        "full_cache_bytes": sum(kv_cache.plan(FullCache(), n_layer, shape).values()),
+        "cache_bytes_held": sum(held(policy, n) for n in lengths),
+        "full_cache_bytes_held": sum(held(FullCache(), n) for n in lengths),
+        "weight_bytes": sum(p.nbytes for p in model.parameters()),
+        "peak_memory_bytes": peak_memory(shape.device),
+        "bandwidth_bytes_per_s": (weights + read_cache) / seconds_per_step if seconds_per_step else 0.0,
+    }
+
+
+def startup(age: float, loading: float, timing: Timing) -> dict[str, float]:
+    """What a report says of the way to the first token. age: of the process when the prompt's reading began;
+    loading: seconds of it that went into the weights."""
+    return {"load_weights_s": loading, "start_to_first_token_s": age + timing.first_token_seconds}
+
+
+def report_lines(r: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    name, _, knobs = r["setting"].partition(":")  # the rare knobs only where they are set
+    cache, full = sum(r["cache_bytes"].values()), r["full_cache_bytes"]
+    regions = ", ".join(f"{name} {size(n)}" for name, n in r["cache_bytes"].items())
+    allocated = f"{size(cache)} allocated ({regions}); the full cache: {size(full)} ({cache / full:.1%})"
+    held = f"{size(r['cache_bytes_held'])} held at the end; the full cache: {size(r['full_cache_bytes_held'])}"
+    first = f"time to first token {r['time_to_first_token_s']:.3f} s, {r['tokens_read']} tokens read; "
+    first += f"{r['start_to_first_token_s']:.2f} s after the program began, {r['load_weights_s']:.2f} loading weights"
+    where = "device" if r["device"] != "cpu" else "process"
+    return [
+        f"{r['model']}, {r['dtype']} on {r['device']}; cache {name}"
+        + (f" ({knobs.replace('=', ' ').replace(',', ', ')})" if knobs else "")
+        + f"; {r['path']}",
+        first if r["tokens_written"] else f"no token written, {r['tokens_read']} tokens read",
+        f"decode {r['decode_tokens_per_s']:.2f} tokens/s, {r['tokens_written']} tokens written",
+        *([f"cache {allocated}", f"cache {held}"] if r["cache_bytes"] else ["cache bytes: this cache does not say"]),
+        f"peak memory {size(r['peak_memory_bytes'])} ({where}); "
+        f"bandwidth {r['bandwidth_bytes_per_s'] / 1e9:.2f} GB/s, weights and cache",
+    ]

@@ -1,0 +1,17 @@
+"""Tokens through a model and its cache: prefill, the decode step, sampling, and the clock beside them."""
+
+from engine.engine import LAG, PREFILL_CHUNK, Engine, Timing, chunk_size
+from engine.fused import FusedStep
+from engine.sampling import BAD, LEAST_TEMPERATURE, Sampling
+
+__all__ = [
+    "BAD",
+    "LAG",
+    "LEAST_TEMPERATURE",
+    "PREFILL_CHUNK",
+    "Engine",
+    "FusedStep",
+    "Sampling",
+    "Timing",
+    "chunk_size",
+]

@@ -1,0 +1,247 @@
+"""Prefill and decoding: tokens through a model and its cache, and the clock beside them.
+
+Prompts are read a sequence at a time, each into its own slot (no padding, so every sequence is exact);
+the batch then decodes together, a token per sequence and step. On a CUDA device one captured graph
+serves every length: sampling is in it, lengths live on the device, and the host only replays it and
+picks up tokens that are already there, `LAG` steps behind.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import first_bad_parameter
+from common.errors import UserError
+from engine.fused import FusedStep
+from engine.kernels import PYTORCH, step_kernels
+from engine.sampling import BAD, Sampling
+from kv_cache import ModelCache
+from model import Transformer
+from selective_kv import KVCache
+
+LAG = 2  # steps that the host may be ahead of the tokens it has seen: enough to never let the GPU wait
+PREFILL_CHUNK = 8192  # tokens of a prompt read at once; bounds the activations of a long one
+
+
+@dataclass
+class Timing:
+    """Seconds and counts of one run; decoding apart from prefill, and each synchronised at its ends."""
+
+    n_read: int = 0
+    n_written: int = 0
+    prefill_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    n_first: int = 0
+
+    def __add__(self, other: Timing) -> Timing:
+        """Of two runs together; the time to first token is the first one's."""
+        both = Timing(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Timing)})
+        both.first_token_seconds = self.first_token_seconds or other.first_token_seconds
+        return both
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Over all sequences; the first token of each belongs to prefill."""
+        n_decoded = self.n_written - self.n_first
+        return n_decoded / self.decode_seconds if self.decode_seconds else 0.0
+
+
+def chunk_size(policy: KVCache, context: int, most: int) -> int:
+    """How many tokens of a prompt are read at once, where `most` are allowed."""
+    if policy.endless:  # positions within the cache must stay inside the trained context
+        return min(most, max(1, context - policy.n_exact))
+    return most
+
+
+@dataclass
+class Engine:
+    """A model, its cache, and one decode step of the whole batch, captured where that is possible."""
+
+    model: Transformer
+    cache: ModelCache
+    sampling: Sampling
+    end_ids: frozenset[int] = frozenset()
+    prefill_chunk: int = PREFILL_CHUNK
+    capture: bool = True  # record the step as a CUDA graph where the cache's kernels allow it
+    fuse: bool = True  # small operations into the matrix products, where there are kernels for that
+    lag: int = -1  # steps ahead of the tokens seen; -1: the device's best. 0 if the cache is used on after an end token
+    timing: Timing = field(default_factory=Timing)
+    hook: Callable[[str], None] | None = None  # called with "prefill", "decode", "step", "end"; for profiling
+
+    def __post_init__(self) -> None:
+        device = self.cache.shape.device
+        self.forward: Callable[[Tensor], Tensor] = lambda tokens: self.model(tokens, self.cache)[:, -1]
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(self.sampling.seed)
+        self.tokens = torch.zeros(self.cache.shape.batch, 1, dtype=torch.int64, device=device)  # fed next
+        self.picked = torch.zeros(self.cache.shape.batch, dtype=torch.int64, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.step_path = "eager step"
+        kernels = step_kernels(device)
+        if self.fuse and kernels is not PYTORCH:
+            fused = FusedStep(self.model, kernels)
+            self.forward = lambda tokens: fused(tokens, self.cache)
+            self.step_path = "fused step"
+        if self.lag < 0:
+            self.lag = LAG if device.type == "cuda" else 0
+        if self.capture and self.cache.layers[0].capturable:
+            self._capture()
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        """Record a step. The tokens that warming up writes are forgotten again by `reset`."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self._step()
+        self.graph, self.step_path = graph, self.step_path.replace("eager", "captured") + " (CUDA graph)"
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every sequence and start the random numbers anew: the same prompt gives the same tokens."""
+        self.cache.reset()
+        self.generator.manual_seed(self.sampling.seed)
+
+    def _step(self) -> None:
+        self._choose(self.forward(self.tokens))
+
+    def _choose(self, logits: Tensor) -> None:
+        self.picked.copy_(self.sampling.pick(logits, self.generator))
+        torch.clamp(self.picked, min=0, out=self.tokens[:, 0])  # BAD must not index the embedding
+
+    def step(self) -> None:
+        """Feed `tokens`, choose the next ones. Nothing here waits for the device."""
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._step()
+
+    @torch.inference_mode()
+    def read(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Prefill: append each prompt to its sequence and choose every sequence's next token."""
+        self._notify("prefill")
+        chunk = chunk_size(self.cache.policy, self.model.config.context, self.prefill_chunk)
+        last = []
+        for b, prompt in enumerate(prompts):
+            ids = torch.tensor([list(prompt)], dtype=torch.int64).to(self.device)
+            slot = self.cache.slot(b)
+            for part in ids.split(chunk, dim=1):
+                logits = self.model(part, slot, last_only=True)
+                self.timing.n_read += part.shape[1]
+            last.append(logits[:, -1])
+        self._choose(torch.cat(last))
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[int | None]]:
+        """Yield, per step, each sequence's new token; None once it has ended. End tokens are yielded.
+
+        prompts: one non-empty list of ids per sequence of the cache; they follow what the cache holds.
+        Stops when every sequence has ended, or after max_new_tokens. Raises UserError when the model's
+        numbers are no longer finite, naming where that began.
+        """
+        timing = self.timing = Timing()
+        self._synchronize()
+        began = time.perf_counter()
+        self.read(prompts)
+        self._synchronize()
+        timing.prefill_seconds = time.perf_counter() - began
+        ended = [False] * len(prompts)
+        waiting: deque[_Pending] = deque([_Pending(self.picked)])
+        written = array("q")  # eight bytes a token: a text without end must not fill the memory
+        timing.n_first, n_queued = len(prompts), 1
+        decode_began = time.perf_counter()
+        self._notify("decode")
+        try:
+            while True:
+                while n_queued < max_new_tokens and len(waiting) <= self.lag and not all(ended):
+                    with torch.inference_mode():
+                        self.step()
+                    waiting.append(_Pending(self.picked))
+                    n_queued += 1
+                    self._notify("step")
+                if not waiting or all(ended):  # steps under way when the last sequence ended do not count
+                    return
+                row = waiting.popleft().tokens()
+                if timing.n_written == 0:
+                    timing.first_token_seconds = time.perf_counter() - began
+                if BAD in row:
+                    raise UserError(self._diagnose(prompts, written))
+                written.extend(row)
+                timing.n_written += len(row) - sum(ended)
+                timing.decode_seconds = time.perf_counter() - decode_began
+                yield [None if e else t for t, e in zip(row, ended, strict=True)]
+                ended = [e or t in self.end_ids for t, e in zip(row, ended, strict=True)]
+        finally:
+            self._notify("end")
+
+    def _notify(self, event: str) -> None:
+        if self.hook is not None:
+            self.hook(event)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def _diagnose(self, prompts: Sequence[Sequence[int]], written: Sequence[int]) -> str:
+        """Read the prompts and feed the tokens again, looking at every tensor, for the first that is not finite.
+
+        written: a token per sequence, step after step.
+        """
+        bad = first_bad_parameter(self.model)
+        if bad is not None:
+            return f"the logits are not finite: the weight {bad} holds a NaN or an infinity"
+        found: list[str] = []
+
+        def look(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+            def hook(module: nn.Module, args: tuple[object, ...], out: object) -> None:
+                if not found and isinstance(out, Tensor) and not out.isfinite().all():
+                    found.append(name)
+
+            return hook
+
+        handles = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules() if name]
+        self.cache.reset()
+        with torch.inference_mode():
+            self.read(prompts)
+            for row in torch.tensor(written, dtype=torch.int64).view(-1, len(prompts), 1):
+                if found:
+                    break
+                self.model(row.to(self.device), self.cache)
+        for handle in handles:
+            handle.remove()
+        where = f"the output of {found[0]} is the first" if found else "they were when all was read again"
+        return f"the logits are not finite: {where} ({str(self.cache.shape.dtype).split('.')[-1]} is the dtype)"
+
+
+class _Pending:
+    """A step's tokens on their way to the host."""
+
+    def __init__(self, picked: Tensor) -> None:
+        self.event: torch.cuda.Event | None = None
+        if picked.is_cuda:
+            self.host = torch.empty(picked.shape, dtype=picked.dtype, pin_memory=True)
+            self.host.copy_(picked, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host = picked.clone()
+
+    def tokens(self) -> list[int]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.tolist()

@@ -1,0 +1,63 @@
+"""A decode step whose small operations are fused into its matrix products."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from engine.kernels import StepKernels
+from kv_cache import ModelCache
+from model import Attention, Block, Transformer
+
+
+class FusedStep:
+    """A decode step of the whole model in seven launches a layer: `model.py`'s maths, its small operations fused
+    into the matrix products by `StepKernels.qkv` and `StepKernels.linear`.
+
+        qkv(x, norm before it, RoPE after it)      attend: append, split, combine
+        x = linear(y) + x      h = linear(x, norm before it, SwiGLU after it)      x = linear(h) + x
+
+    The cache sees what it always sees. `model.py` stays the definition, and reads the prompts.
+    """
+
+    def __init__(self, model: Transformer, kernels: StepKernels) -> None:
+        self.model, self.kernels = model, kernels
+
+    def __call__(self, tokens: Tensor, cache: ModelCache) -> Tensor:
+        """tokens: int64 [batch, 1]. Returns logits [batch, vocab_size]."""
+        model, linear = self.model, self.kernels.linear
+        step = cache.begin(1)
+        rope = model.rope(step.positions)
+        turn = rope.cos[:, 0, 0], rope.sin[:, 0, 0]
+        n_head, n_kv_head = model.config.n_head, model.config.n_kv_head
+        x = model.tok_embeddings(tokens[:, 0])
+        for block, layer_cache in zip(model.layers, cache.layers, strict=True):
+            assert isinstance(block, Block)
+            attention, feed_forward = block.attention, block.feed_forward
+            wqkv, norm = attention.wqkv, block.attention_norm
+            qkv = self.kernels.qkv(
+                x,
+                wqkv.weight,
+                wqkv.bias,
+                norm.weight,
+                model.config.norm_eps,
+                *turn,
+                n_head,
+                attention.n_qk,
+                self._norms(attention),
+            )
+            q, k, v = qkv[:, :, None].split([n_head, n_kv_head, n_kv_head], 1)
+            then = replace(step, then=attention.wo.weight)
+            y = layer_cache.attend(q, k, v, then, rope).reshape(len(x), -1)
+            x = linear(y, attention.wo.weight, residual=x)
+            norm = block.ffn_norm
+            h = linear(x, feed_forward.w13.weight, norm=norm.weight, eps=model.config.norm_eps, swiglu=True)
+            x = linear(h, feed_forward.w2.weight, residual=x)
+        cache.advance(step)
+        return linear(x, model.output.weight, norm=model.norm.weight, eps=model.config.norm_eps)
+
+    def _norms(self, attention: Attention) -> tuple[Tensor, Tensor, float] | None:
+        if not self.model.config.qk_norm:
+            return None
+        return attention.q_norm.weight, attention.k_norm.weight, self.model.config.norm_eps

@@ -1,0 +1,149 @@
+"""The Triton kernels of a run, compiled side by side while its weights are being read.
+
+What a run launches is found by running it: a model of one layer on the meta device, where tensors have shapes and
+strides but no memory, reads the prompts and takes a step, and each launch only compiles (`kernels.launch`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cli.console import say
+from engine import FusedStep, Sampling, chunk_size
+from kv_cache import ModelCache
+from model import Config, Transformer
+from selective_kv import Chunk, KVCache, Shape
+from selective_kv.kernels import uses_triton
+from selective_kv.kernels.launch import compiling
+
+META = torch.device("meta")
+MOST_WORKERS = 16
+Part = tuple[int, int, int]  # of a prompt: its sequence, its first position, how many tokens
+
+
+@contextmanager
+def compiled_ahead(
+    config: Config, policy: KVCache, shape: Shape, sampling: Sampling, lengths: Sequence[int], chunk: int
+) -> Iterator[None]:
+    """Compile in the background; at the end wait for it. Nothing happens where no Triton kernel will run.
+
+    lengths: tokens of the prompts; none: a conversation, of which nothing is known. chunk: as in `Engine`.
+    An error here is only told: where it matters, the launch that needs the kernel raises it again.
+    """
+    if shape.device.type != "cuda":
+        yield
+        return
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            if uses_triton(shape.device):
+                parts = prompt_parts(lengths or [shape.capacity], chunk_size(policy, config.context, chunk))
+                compile_all(lambda: walk(config, policy, shape, sampling, parts), shape.device)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="compile ahead", daemon=True)
+    thread.start()
+    try:
+        yield
+        thread.join()
+    except KeyboardInterrupt:
+        if thread.is_alive():  # a compiler cannot be stopped, and the interpreter's own exit would wait for it
+            os._exit(130)
+        raise
+    if failed:
+        say(f"kernels could not be compiled ahead, and are at their first use: {failed[0]!r}")
+
+
+def prompt_parts(lengths: Sequence[int], chunk: int) -> list[Part]:
+    """The parts that `Engine.read` reads of prompts of these lengths, but one of each kind.
+
+    A kernel's binary depends on how pointers are aligned, and so on the sequence modulo 4 (a scale has 4 bytes), on
+    whether anything came before, and on whether there is one token or more. Of more, the longest part needs the most.
+    """
+    longest: dict[tuple[int, int, bool], Part] = {}
+    for b, length in enumerate(lengths):
+        for start in range(0, length, chunk):
+            part = b, start, min(chunk, length - start)
+            kind = b % 4, start, part[2] == 1
+            longest[kind] = max(longest.get(kind, part), part, key=lambda p: p[2])
+    return list(longest.values())
+
+
+class _Past(ModelCache):
+    """A cache on the meta device, whose lengths cannot be asked for: `start` says where a chunk begins."""
+
+    start = 0
+
+    def begin(self, n_token: int) -> Chunk:
+        own = torch.arange(n_token, device=META)
+        return super().begin(1) if n_token == 1 else Chunk(self.lengths[:, None] + own, self.row, self.start)
+
+
+@torch.inference_mode()
+def walk(config: Config, policy: KVCache, shape: Shape, sampling: Sampling, parts: Sequence[Part]) -> None:
+    """Call every kernel that a run does, on the meta device: only in `compiling`."""
+    from engine.kernels.triton_backend import TRITON as STEP
+    from selective_kv.kernels.triton_backend import TRITON
+
+    with META:
+        model = Transformer(replace(config, n_layer=1)).to(shape.dtype)
+    cache = _Past(policy, 1, replace(shape, device=META))
+    if not cache.layers[0].wrap_kernels(lambda _: TRITON):  # a plugin's own attention
+        return
+    tokens = torch.zeros(shape.batch, 1, dtype=torch.int64, device=META)
+    logits = FusedStep(model, STEP)(tokens, cache)
+    if sampling.temperature == 0:
+        STEP.greedy(logits)
+    for row, start, n_token in parts:
+        view: Any = cache.slot(row)
+        view.start = start
+        model(torch.zeros(1, n_token, dtype=torch.int64, device=META), view, last_only=True)
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile kernels and load them, and what came of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        workers = min(MOST_WORKERS, os.cpu_count() or 1)
+        super().__init__(workers, "compile ahead", torch.cuda.set_device, (device,))  # current is a thread's own
+        self.results: list[Future[Any]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def compile_and_load() -> Any:
+            kernel = fn(*args, **kwargs)
+            load(kernel)
+            return kernel
+
+        self.results.append(super().submit(compile_and_load))
+        return self.results[-1]
+
+
+def load(kernel: Any) -> None:
+    """Make a compiled kernel's launcher, which may take a C compiler, and put it on the GPU: `run` does both."""
+    _ = kernel.run
+
+
+def compile_all(walk: Callable[[], None], device: torch.device) -> None:
+    """Compile what `walk` launches, side by side where Triton can. Raises the first error when all have been tried."""
+    torch.cuda.set_device(device)
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode
+    except ImportError:  # an older Triton: one after the other
+        with compiling(load):
+            walk()
+        return
+    with _Compilers(device) as compilers:
+        with AsyncCompileMode(compilers, ignore_errors=True), compiling():
+            walk()
+        for result in compilers.results:
+            result.result()

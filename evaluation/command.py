@@ -1,0 +1,223 @@
+"""What each cache costs in quality, through the cache: perplexity, divergence, passkeys, ROUGE-L.
+
+  python scripts/evaluate.py perplexity --text val_books.txt.xz --context 8192 --windows 8
+  python scripts/evaluate.py divergence --text my.txt --caches quantize_kv:sink_size=16,window_size=32
+  python scripts/evaluate.py passkey --lengths 1024 8192 --trials 4
+  python scripts/evaluate.py rouge --text stories.jsonl --context 8192
+
+The full cache is always the reference, and always run. Texts are scored as token-by-token decoding would
+leave the cache (scoring.py: the exact parallel form, or `--sequential`). Without a text the model writes
+one with the full cache, whose entropy the same run tells. A table goes to standard output; with
+`--json FILE` a record with everything needed to repeat it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+# Before torch loads OpenMP: threads that spin long while they wait take the processor from whoever else needs it.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+import numpy as np
+import torch
+
+from cli.console import shown
+from cli.options import Parser, add_plugin_flag, format_policy, load_plugin, positive
+from common.errors import UserError
+from common.files import require_writable, write_whole
+from evaluation import scoring
+from evaluation.passkeys import score_passkeys
+from evaluation.subject import Subject, Text, progress
+from evaluation.summaries import score_summaries
+from evaluation.tables import print_passkeys, print_scores, print_summaries
+from selective_kv import FullCache, KVCache
+
+ROOT = Path(__file__).parents[1]
+CACHES = [
+    "quantize_kv:sink_size=16,window_size=32",
+    "quantize_kv:sink_size=4,window_size=256",
+    "compress_kv:sink_size=16,window_size=32",
+    "compress_kv:sink_size=4,window_size=256",
+]
+BUCKETS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+SETTINGS = {  # what a record names of the command line, defaults included
+    "perplexity": ("context", "windows", "sequential"),
+    "divergence": ("context", "windows", "sequential"),
+    "passkey": ("lengths", "depths", "trials"),
+    "rouge": ("context", "documents", "max_new_tokens"),
+}
+Save = Callable[[list[dict[str, Any]]], None]  # called with the rows that are done
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """The mean and its standard error over windows; none from a single one."""
+    t = torch.tensor(values, dtype=torch.float64)
+    return t.mean().item(), (t.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
+
+
+def score_texts(subject: Subject, save: Save) -> list[dict[str, Any]]:
+    """One row per text and setting, with everything that perplexity and divergence report."""
+    rows: list[dict[str, Any]] = []
+    texts = subject.texts()
+    bar = progress(None, sum(len(t.windows) for t in texts) * len(subject.policies), "scoring")
+    for text in texts:
+        done = list(rows)
+        scored: list[list[scoring.Scored]] = [[] for _ in subject.policies]
+        n_bytes = 0
+        for window in text.windows:  # the reference's states of one window at a time
+            tokens = window.to(subject.device)
+            full = scoring.reader(FullCache(), subject.args.sequential)(subject.model, FullCache(), tokens)
+            for results, policy in zip(scored, subject.policies, strict=True):
+                read = scoring.reader(policy, subject.args.sequential)
+                states = full if policy.name == FullCache.name else read(subject.model, policy, tokens)
+                results.append(scoring.score(subject.model, tokens, states, full))
+                bar.update()
+            n_bytes += subject.text_bytes(window[1:])
+            rows = done + [
+                row_of(text, subject, policy, results, scored[0], n_bytes)
+                for policy, results in zip(subject.policies, scored, strict=True)
+            ]
+            save(rows)
+    bar.close()
+    return rows
+
+
+def row_of(
+    text: Text, subject: Subject, policy: KVCache, results: list[scoring.Scored], full: list[scoring.Scored],
+    n_bytes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """NLLs are summed, divided, and exponentiated once. Errors are over windows, a rise's over paired ones."""
+    nll = torch.cat([r.nll for r in results])
+    kl = torch.cat([r.kl for r in results if r.kl is not None])
+    mean, error = mean_and_error([r.nll.mean().item() for r in results])
+    rise, rise_error = mean_and_error(
+        [(r.nll.mean() - f.nll.mean()).item() for r, f in zip(results, full, strict=True)]
+    )
+    same, same_error = mean_and_error([r.same_top.mean().item() for r in results if r.same_top is not None])
+    return {
+        "text": text.name, "sha256": text.sha256, "sampled": text.sampled, "cache": format_policy(policy),
+        "tokens": len(nll), "windows": len(results), "perplexity": math.exp(mean), "nll": mean, "nll_error": error,
+        "bits_per_byte": nll.sum().item() / math.log(2) / n_bytes if n_bytes else None,
+        "perplexity_rise": math.expm1(rise), "perplexity_rise_error": rise_error,
+        "kl": kl.mean().item(),
+        "kl_error": mean_and_error([r.kl.mean().item() for r in results if r.kl is not None])[1],
+        "kl_p99": float(np.quantile(kl.numpy(), 0.99)), "same_top": same, "same_top_error": same_error,
+        "by_position": by_position(results), **subject.memory(policy, subject.args.context),
+    }  # fmt: skip
+
+
+def by_position(results: list[scoring.Scored]) -> dict[str, dict[str, float | None]]:
+    """Mean NLL, with its error over windows, and KL of the tokens in each stretch of a window."""
+    found: dict[str, dict[str, float | None]] = {}
+    n_token = max(len(r.nll) for r in results)
+    for lo, hi in pairwise(BUCKETS):
+        if lo > n_token:
+            break
+        here = slice(max(lo, 1) - 1, hi - 1)  # token 0 has no score
+        mean, error = mean_and_error([r.nll[here].mean().item() for r in results])
+        kl = torch.stack([r.kl[here].mean() for r in results if r.kl is not None]).mean().item()
+        found[f"{lo}-{hi}"] = {"nll": mean, "nll_error": error, "kl": kl}
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's, where git is there to ask."""
+    if shutil.which("git") is None:
+        return None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
+
+
+def record(subject: Subject, argv: list[str]) -> dict[str, Any]:
+    """What it takes to repeat a run; its rows come into it as they are made."""
+    kind = subject.args.kind
+    return {
+        "kind": kind, "model": subject.name, "dtype": str(subject.dtype).removeprefix("torch."),
+        "device": str(subject.device), "seed": subject.args.seed, "torch": torch.__version__,
+        "python": sys.version.split()[0], "commit": commit(),
+        "settings": {name: getattr(subject.args, name) for name in SETTINGS[kind]},
+        "command": ["scripts/evaluate.py", *shown(argv)],
+    }  # fmt: skip
+
+
+def make_parser() -> Parser:
+    p = Parser("evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("kind", choices=("perplexity", "divergence", "passkey", "rouge"))
+    p.add_argument("--checkpoint_path", type=Path, help="(default: the bundled model)")
+    p.add_argument("--model", metavar="NAME")
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--caches", nargs="+", default=CACHES, metavar="CACHE", help="beside the full cache")
+    add_plugin_flag(p)
+    p.add_argument("--text", type=Path, nargs="+", default=[], help="plain or .xz; passkey: filler; rouge: JSONL")
+    p.add_argument("--context", type=positive, default=2048, help="tokens of a window (default: 2048)")
+    p.add_argument("--windows", type=positive, default=4, help="windows of each text, evenly spread (default: 4)")
+    p.add_argument("--sequential", action="store_true", help="token by token through the cache: slow, the same")
+    p.add_argument("--lengths", nargs="+", type=positive, default=[1024, 2048, 4096])
+    p.add_argument("--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    p.add_argument("--trials", type=positive, default=4, help="passkeys a cell (default: 4)")
+    p.add_argument("--documents", type=positive, default=25, help="rouge: how many (default: 25)")
+    p.add_argument("--max_new_tokens", type=positive, default=128, help="rouge: of a summary (default: 128)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    return p
+
+
+def unfinished(path: Path) -> Path:
+    """Where a record stands until it is whole: a crash loses none of it, and none of an older one."""
+    return path.with_name(f"{path.stem}.unfinished{path.suffix}")
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> None:
+    if any(not 0 <= depth <= 1 for depth in args.depths):
+        raise UserError("--depths lie between 0 and 1")
+    args.lengths, args.depths = sorted(set(args.lengths)), sorted(set(args.depths))
+    if args.kind in ("perplexity", "divergence") and args.context < 2:
+        raise UserError("--context 1: the first token has no score")
+    if args.json:
+        require_writable(args.json, "--json")
+    subject = Subject(args)
+    if args.kind != "passkey" and args.context > subject.config.context:
+        raise UserError(f"--context {args.context} is past the model's context of {subject.config.context}")
+    about = record(subject, argv)
+
+    def save(rows: list[dict[str, Any]], path: Path | None = None) -> None:
+        if args.json:
+            whole = about | {"finished": path is not None, "rows": rows}
+            write_whole(path or unfinished(args.json), json.dumps(whole) + "\n")
+
+    if args.kind == "passkey":
+        rows = score_passkeys(subject, save)
+        print_passkeys(rows)
+    elif args.kind == "rouge":
+        rows = score_summaries(subject, save)
+        print_summaries(rows)
+    else:
+        rows = score_texts(subject, save)
+        print_scores(rows, args.kind)
+    if args.json:
+        save(rows, args.json)
+        unfinished(args.json).unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        load_plugin(argv)
+        run(make_parser().parse(argv), argv)
+    except UserError as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; with --json FILE, what was done is in FILE's .unfinished.json", file=sys.stderr)
+        sys.exit(130)

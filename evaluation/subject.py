@@ -1,0 +1,202 @@
+"""What is evaluated: a model, the cache settings to compare, and the texts to score them on."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import lzma
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import kv_cache
+from checkpoint import check_tokenizer, end_ids, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
+from cli.options import parse_policy
+from cli.report import require_suits
+from common.errors import UserError
+from engine import PREFILL_CHUNK, Engine, Sampling
+from evaluation import scoring
+from kv_cache import ModelCache
+from selective_kv import FullCache, KVCache, SelectiveCache, Shape
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Text:
+    """Windows of token ids, and where they come from. sha256: of the text, or of the ids that the model wrote."""
+
+    name: str
+    sha256: str
+    windows: list[Tensor]
+    sampled: bool
+
+
+class Subject:
+    """The model under test, its tokenizer, and the settings to compare, the full cache first."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = parse_device(args.device)
+        checkpoint = open_checkpoint(args.checkpoint_path or find_demo(), args.model)
+        tokenizer = checkpoint.tokenizer()
+        if tokenizer is None:
+            raise UserError(f"{checkpoint.path}: no tokenizer with the weights")
+        self.name, self.config = checkpoint.name, checkpoint.config
+        self.tokenizer: Tokenizer = tokenizer
+        check_tokenizer(self.config, self.tokenizer)
+        self.end_ids = end_ids(checkpoint, self.tokenizer)
+        self.dtype = parse_dtype(args.dtype, checkpoint, self.device)
+        others = [parse_policy(text) for text in args.caches]
+        self.policies: list[KVCache] = [FullCache(), *(p for p in others if p.name != FullCache.name)]
+        for policy in self.policies:
+            require_suits(policy, self.config)
+        self.model = load_model(checkpoint, self.device, self.dtype)
+
+    def shape(self, capacity: int, batch: int = 1) -> Shape:
+        c = self.config
+        return Shape(batch, c.n_kv_head, c.head_dim, capacity, self.dtype, self.device)
+
+    def memory(self, policy: KVCache, n_token: int) -> dict[str, float]:
+        """Bytes of a sequence's cache, and bits per element of what is quantised, scales included."""
+        regions = kv_cache.plan(policy, self.config.n_layer, self.shape(n_token))
+        held = {"cache_bytes": float(sum(regions.values()))}
+        if regions.get("quantised") and isinstance(policy, SelectiveCache):
+            bits = [f.bits_per_element(self.config.head_dim) for f in policy.formats()]
+            held["bits_per_quantised_element"] = sum(bits) / 2
+        return held
+
+    def encode(self, text: str) -> list[int]:
+        """Without a beginning-of-text token."""
+        return self.tokenizer.encode(text, bos=False)
+
+    def texts(self) -> list[Text]:
+        """Texts to score, cut into windows."""
+        if not self.args.text:
+            return [self.own_text(self.args.windows, self.args.context)]
+        found = []
+        for path in self.args.text:
+            text = read_text(path)
+            ids = torch.tensor(self.encode(text))
+            cut = list(scoring.windows(ids, self.args.context, self.args.windows))
+            if not cut:
+                raise UserError(f"{path}: {len(ids)} tokens, and a window has {self.args.context}")
+            found.append(Text(path.name, sha256_of(text), cut, False))
+        return found
+
+    def own_text(self, n: int, context: int) -> Text:
+        """What the model itself writes with the full cache: a rise over its entropy is all the cache's doing."""
+        engine = Engine(
+            self.model, ModelCache(FullCache(), self.config.n_layer, self.shape(context, n)),
+            Sampling(temperature=1.0, seed=self.args.seed),
+        )  # fmt: skip
+        start = [self.tokenizer.bos_id if self.tokenizer.bos_id is not None else 0]
+        bar = progress(engine.generate([start] * n, context - 1), context - 1, "writing")
+        columns = torch.tensor([row for row in bar], dtype=torch.int64).T
+        windows = [torch.cat((torch.tensor(start), column)) for column in columns]
+        return Text("(the model's own)", hashlib.sha256(columns.numpy().tobytes()).hexdigest(), windows, True)
+
+    def text_bytes(self, ids: Tensor) -> int:
+        return sum(len(self.tokenizer.token_bytes(i)) for i in ids.tolist())
+
+    def engines_after(self, ids: Sequence[int], capacity: int) -> Iterator[tuple[KVCache, Engine]]:
+        """Every setting's engine after it has read `ids`, one at a time.
+
+        A prompt that is one chunk sees only itself, so its keys and values are the same whatever the cache: the
+        full cache reads it, and the others take them from its slots as they would have stored them.
+        """
+        full = self.engine(FullCache(), capacity)
+        full.read([ids])
+        for policy in self.policies:
+            if policy.name == FullCache.name:
+                yield policy, full
+            elif scoring.ParallelCache.can(policy) and len(ids) <= self.chunk(policy):
+                engine = self.engine(policy, capacity)
+                adopt(engine.cache, full.cache, len(ids))
+                yield policy, engine
+            else:
+                engine = self.engine(policy, capacity)
+                engine.read([ids])
+                yield policy, engine
+
+    def engine(self, policy: KVCache, capacity: int) -> Engine:
+        cache = ModelCache(policy, self.config.n_layer, self.shape(capacity))
+        return Engine(self.model, cache, Sampling(temperature=0), self.end_ids, capture=False, lag=0)
+
+    def chunk(self, policy: KVCache) -> int:
+        """The most tokens of a prompt that an engine reads at once."""
+        return min(PREFILL_CHUNK, self.config.context - policy.n_exact) if policy.endless else PREFILL_CHUNK
+
+
+@torch.inference_mode()
+def adopt(cache: ModelCache, full: ModelCache, n_token: int) -> None:
+    """Store the first n_token tokens that a full cache of one sequence holds, as a prompt read at once."""
+    for layer, source in zip(cache.layers, full.layers, strict=True):
+        held = source.regions  # type: ignore[attr-defined]
+        k, v = held.k[:, :, :n_token], held.v[:, :, :n_token]
+        layer.kernels.store_chunk(layer.regions, k, v, 0)  # type: ignore[attr-defined]
+    cache.lengths.fill_(n_token)
+
+
+def progress(items: Any, total: int, what: str) -> Any:
+    return tqdm(items, total=total, desc=what, disable=not sys.stderr.isatty(), leave=False)
+
+
+def sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_plain(path: Path) -> str:
+    """A file's text, decompressed if it is an .xz. Raises UserError, also where there is none in it."""
+    try:
+        data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (lzma.LZMAError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    if not text.strip():
+        raise UserError(f"{path}: an empty text")
+    return text
+
+
+def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """JSONL: the objects and the numbers of their lines. Raises UserError, naming the line, where one is no object."""
+    found = []
+    for n, line in enumerate(read_plain(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            raise UserError(f"{path}, line {n}: not JSON") from None
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}, line {n}: not a JSON object")
+        found.append((n, fields))
+    return found
+
+
+TEXT_FIELDS = ("text", "document", "prompt")
+
+
+def text_field(path: Path, n: int, fields: dict[str, Any]) -> str:
+    """The text of a line. Raises UserError, naming the line, where there is none."""
+    name = next((name for name in TEXT_FIELDS if name in fields), None)
+    if name is None:
+        raise UserError(f"{path}, line {n}: the field {' or '.join(map(repr, TEXT_FIELDS))} is missing")
+    if not isinstance(fields[name], str) or not fields[name].strip():
+        raise UserError(f"{path}, line {n}: {name!r} is not a text")
+    return fields[name]
+
+
+def read_text(path: Path) -> str:
+    """A text to score. JSONL (by its name): the texts of its lines, one after the other."""
+    if ".jsonl" not in path.suffixes[-2:]:
+        return read_plain(path)
+    return "\n\n".join(text_field(path, n, fields) for n, fields in read_lines(path))

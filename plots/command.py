@@ -1,0 +1,145 @@
+"""Pictures from result files alone: python scripts/plot.py results/*.json outputs/frontier/*.json --out assets
+
+Each picture is made where its data is among the files, as PNG and SVG, and reads in black and white:
+
+  memory-...  weights, cache and the rest as the context grows; per model and device      benchmark.py, generate.py
+  cache-...   cache bytes against context: the files' (points), planned (lines)           benchmark.py, generate.py
+  table       perplexity, divergence, passkeys, ROUGE-L and tokens/s per cache; per model            any of them
+  frontier    mean KL against cache bytes, a panel per text              evaluate.py divergence or perplexity
+  position    mean KL by position in the window                          evaluate.py divergence or perplexity
+  speed-...   a decode step against the context, and over the first cache's; per model and device    benchmark.py
+  passkeys    share recalled by length and depth, a map per cache                         evaluate.py passkey
+
+Where no file has bytes, memory and cache show the plan of Llama 3.1 8B. A line on standard error says what is
+left out of a picture. generate.py's reports are what `--json` writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from cli.console import say
+from cli.options import Parser
+from common.errors import UserError
+from common.files import require_writable
+from plots.memory import draw_footprints
+from plots.pictures import draw_frontier, draw_passkeys, draw_position, draw_tables, look, plt, save, thousands
+from plots.records import Record, read, short
+
+
+def slug(*words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+
+def draw_speed(records: Sequence[dict[str, Any]], out: Path, name: str = "speed") -> None:
+    """benchmark.py's picture of its own record."""
+    save(speed_figure(records), out, name)
+
+
+def speed_figure(records: Sequence[dict[str, Any]]) -> Figure:
+    """benchmark.py's steps against the context, and each cache's speed over the first one's, a row per batch."""
+    rows = [row for record in records for row in record["rows"]]
+    batches = list(dict.fromkeys(r["batch"] for r in rows))
+    every = list(dict.fromkeys(r["cache"] for r in rows))  # the same marker in every panel
+    figure, axes = plt.subplots(len(batches), 2, figsize=(9.5, 2.9 * len(batches)), squeeze=False)
+    for (latency, ratio), batch in zip(axes, batches, strict=True):
+        caches: dict[str, dict[int, float]] = {}
+        for r in rows:
+            if r["batch"] == batch:
+                caches.setdefault(r["cache"], {})[r["context"]] = r["step_ms"]
+        base = next(iter(caches.values()))
+        if len({c for steps in caches.values() for c in steps}) == 1:
+            draw_bars(latency, ratio, caches, batch)
+            continue
+        for setting, steps in caches.items():
+            i = every.index(setting)
+            grey, line, _, _ = look(setting)
+            style = {"marker": "os^vDP*"[i % 7], "color": grey, "markerfacecolor": "white" if i % 2 else grey}
+            contexts = sorted(steps)
+            latency.plot(contexts, [steps[c] for c in contexts], line, label=short(setting), **style)
+            shared = [c for c in contexts if c in base]
+            ratio.plot(shared, [base[c] / steps[c] for c in shared], line, **style)
+        for axis, label in ((latency, "ms a step"), (ratio, f"speed over {short(next(iter(caches)))}")):
+            axis.set(xscale="log", xlabel=f"context, tokens; batch {batch}", ylabel=label)
+            ticks = sorted({c for steps in caches.values() for c in steps})
+            axis.set_xticks(ticks, [thousands(c) for c in ticks], fontsize=8)
+            axis.minorticks_off()
+            axis.grid(True, alpha=0.3)
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+    handles, labels = max((pair[0].get_legend_handles_labels() for pair in axes), key=lambda found: len(found[0]))
+    if handles:
+        figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def draw_bars(latency: Any, ratio: Any, caches: dict[str, dict[int, float]], batch: int) -> None:
+    """One context only: a bar per cache, the first at the top."""
+    names, steps = [short(setting) for setting in caches], [next(iter(found.values())) for found in caches.values()]
+    context = thousands(next(iter(next(iter(caches.values())))))
+    for axis, values, label in ((latency, steps, "ms a step"), (ratio, [steps[0] / t for t in steps], "speed over")):
+        axis.barh(names, values, color="#dddddd", edgecolor="black")
+        for y, value in enumerate(values):
+            axis.text(value, y, f" {value:.2f}", va="center", fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.15 * max(values))
+        label += f" {names[0]}" if axis is ratio else ""
+        axis.set_xlabel(f"{label}; {context} tokens of context, batch {batch}")
+        axis.tick_params(axis="y", labelsize=8)
+
+
+def draw_speeds(records: Sequence[Record]) -> dict[str, Figure]:
+    """A picture per model and device, and per dtype where one device has measured several."""
+    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for record in records:
+        if record.kind == "benchmark":
+            where, dtype = (record.fields["model"], record.fields["device"]), record.fields.get("dtype", "")
+            found.setdefault(where, {}).setdefault(dtype, []).append(record.fields)
+    figures = {}
+    for where, by_dtype in found.items():
+        for dtype, group in by_dtype.items():
+            name = slug("speed", *where, *([dtype] if len(by_dtype) > 1 else []))
+            steps = [(row["cache"], row["batch"], row["context"]) for record in group for row in record["rows"]]
+            if len(set(steps)) < len(steps):
+                say(f"{name}: files repeat {len(steps) - len(set(steps))} measurements; the last of each is drawn")
+            figures[name] = speed_figure(group)
+    return figures
+
+
+def draw(records: Sequence[Record]) -> dict[str, Figure]:
+    """All pictures that the records have data for: name -> figure."""
+    tables = draw_tables(records)
+    figures = draw_speeds(records) | draw_footprints(records)
+    figures |= {"table" if len(tables) == 1 else slug("table", model): table for model, table in tables.items()}
+    frontier, position = draw_frontier(records), draw_position(records)
+    if frontier and position:
+        figures |= {"frontier": frontier, "position": position}
+    else:
+        say("no frontier and no position: `scripts/evaluate.py divergence --json FILE` makes their data")
+    if any(r.kind == "passkey" for r in records):
+        figures["passkeys"] = draw_passkeys(records)
+    else:
+        say("no passkeys: `scripts/evaluate.py passkey --json FILE` makes their data")
+    return figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = Parser("plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("files", type=Path, nargs="*", help="what evaluate.py, benchmark.py, generate.py and sweep.py wrote")
+    p.add_argument("--out", type=Path, default=Path("outputs/pictures"))
+    args = p.parse(sys.argv[1:] if argv is None else argv)
+    try:
+        records = read(args.files)
+        require_writable(args.out / "table.png", "--out")
+        for name, figure in draw(records).items():  # all are drawn before the first is written
+            save(figure, args.out, name)
+    except UserError as error:
+        print(f"plot.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,364 @@
+"""What a cache costs in quality, as pictures: frontier, position, passkeys, table. They read in black and white.
+
+A picture is a function from checked records (records.py) to a figure; plot.py is the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from cli.console import say
+from common.errors import UserError
+from common.files import part_of
+from plots.records import Record, Row, Run, choose, family, order, passkey_grids, score_runs, short, trials_of
+
+LOOKS = {  # grey, line, marker, hatch: told apart without colour
+    "full": ("#222222", "-", "o", ""),
+    "compress_kv": ("#888888", ":", "s", "///"),
+    "quantize_kv": ("#555555", "--", "^", "..."),
+}
+MARKERS = "s^vDoP*Xphd<>"
+DIRECTIONS = ((0.7, 0.7), (1, 0), (-0.7, -0.7), (-1, 0), (0, 1), (0, -1), (0.7, -0.7), (-0.7, 0.7))
+MIB = 1 << 20
+LEAST_KL = 1e-9  # nothing smaller is measured, and a logarithmic axis has no zero
+CLOSER = 0.95
+MOST_LINES = 8  # of one panel: more are not told apart
+
+
+def look(setting: str) -> tuple[str, str, str, str]:
+    return LOOKS.get(setting.partition(":")[0], ("#000000", "-.", "d", "xx"))
+
+
+def marker(i: int, size: float = 6) -> dict[str, Any]:
+    """The i-th of 26 markers: every shape filled, then every shape empty."""
+    return {"marker": MARKERS[i % len(MARKERS)], "color": "#333333", "markersize": size,
+            "markerfacecolor": "white" if i // len(MARKERS) % 2 else "#999999"}  # fmt: skip
+
+
+def save(figure: Figure, out: Path, name: str) -> None:
+    """As PNG and SVG, each there whole or not at all. Raises UserError."""
+    for ending in ("png", "svg"):
+        path = out / f"{name}.{ending}"
+        part = part_of(path)
+        metadata = {"Date": None} if ending == "svg" else None
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            figure.savefig(part, format=ending, dpi=110, bbox_inches="tight", metadata=metadata)
+            part.replace(path.resolve())
+        except OSError as error:
+            raise UserError(f"--out {path}: {error.strerror}") from None
+        finally:
+            part.unlink(missing_ok=True)
+    plt.close(figure)
+    print(f"{out / name}.png, .svg")
+
+
+def thousands(context: int) -> str:
+    return str(context) if context % 1024 else f"{context // 1024}k"
+
+
+# --- Frontier ---------------------------------------------------------------------------------------
+
+
+def frontier_of(rows: Mapping[str, Row]) -> list[str]:
+    """The settings whose KL is at least 5% below that of every smaller one, fewest bytes first.
+
+    Less is within the errors of a few windows: a sink of 4 or of 16 would then both be named.
+    """
+    found: list[str] = []
+    for setting in sorted(rows, key=lambda s: (rows[s]["cache_bytes"], rows[s]["kl"])):
+        if not found or rows[setting]["kl"] < CLOSER * rows[found[-1]]["kl"]:
+            found.append(setting)
+    return found
+
+
+def compared(run: Run, rows: Mapping[str, Row]) -> dict[str, Row]:
+    """The settings beside the full cache that say how many bytes they take."""
+    silent = [short(s) for s, r in rows.items() if r["cache_bytes"] <= 0]
+    if silent:
+        say(f"frontier: {', '.join(silent)} on {run.text}: their caches do not say their bytes, left out")
+    return {s: rows[s] for s in sorted(rows, key=order) if s != "full" and rows[s]["cache_bytes"] > 0}
+
+
+def draw_frontier(records: Iterable[Record]) -> Figure | None:
+    """Quality against memory, a panel per run. A marker per family; what is on the frontier is numbered and named.
+
+    None: the files compare nothing with the full cache.
+    """
+    runs = {run: rows for run, rows in score_runs(records).items() if compared(run, rows)}
+    if not runs:
+        return None
+    shown = {run: compared(run, rows) for run, rows in runs.items()}
+    families = list(dict.fromkeys(family(s) for s in sorted({s for rows in shown.values() for s in rows}, key=order)))
+    best = {s: rows[s]["cache_bytes"] for rows in shown.values() for s in frontier_of(rows)}
+    numbers = {s: str(i) for i, s in enumerate(sorted(best, key=lambda s: (best[s], order(s))), 1)}  # along the line
+    across = min(3, len(runs))
+    down = -(-len(runs) // across)
+    size = (4.0 * across, 3.6 * down) if len(runs) > 1 else (6.5, 4.6)
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, sharex=True, sharey=True)
+    for axis in axes.flat[len(runs) :]:
+        axis.axis("off")
+    several = len({run.model for run in runs}) > 1
+    for axis, (run, rows) in zip(axes.flat, runs.items(), strict=False):
+        scatter(axis, shown[run], families)
+        full = rows["full"]["cache_bytes"] / MIB
+        axis.axvline(full, color="black", linewidth=1)
+        axis.text(full, 0.97, "full ", transform=axis.get_xaxis_transform(), ha="right", va="top", fontsize=8)
+        axis.set_title(f"{run.model}, {run.title}" if several else run.title, fontsize=9)
+        axis.set(xscale="log", yscale="log")
+        axis.margins(x=0.12, y=0.12)
+        axis.tick_params(labelbottom=True)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_xlabel("cache, MiB", fontsize=9)
+        axis.grid(True, alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("mean KL from the full cache, nats", fontsize=9)
+    figure.tight_layout()
+    for axis, rows in zip(axes.flat, shown.values(), strict=False):
+        spread_numbers(axis, rows, numbers)
+    handles = frontier_legend(families, numbers)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 0.98)}
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncols": across + 1}
+    figure.legend(handles=handles, fontsize=8, **(below if across > 1 else beside))
+    return figure
+
+
+def scatter(axis: Axes, rows: Mapping[str, Row], families: Sequence[str]) -> None:
+    """A series of points per family, and the lower left frontier as steps."""
+    line = [at(rows[s]) for s in frontier_of(rows)]
+    axis.step(*zip(*line, strict=True), where="post", color="#aaaaaa", linewidth=1, zorder=1)
+    for i, name in enumerate(families):
+        points = [at(row) for setting, row in rows.items() if family(setting) == name]
+        if points:
+            axis.plot(*zip(*points, strict=True), linestyle="", label=name, **marker(i))
+
+
+def at(row: Row) -> tuple[float, float]:
+    return row["cache_bytes"] / MIB, max(row["kl"], LEAST_KL)
+
+
+def spread_numbers(axis: Axes, rows: Mapping[str, Row], numbers: Mapping[str, str]) -> None:
+    """Each numbered point's number beside it, where neither a point nor another number is; a hair leads to it."""
+    figure = axis.figure
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    scale, inside = figure.dpi / 72, axis.get_window_extent(renderer)
+    ways = [(r * x, r * y) for r in range(9, 80, 5) for x, y in DIRECTIONS]
+    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in (axis.transData.transform(at(r)) for r in rows.values())]
+    for setting in sorted(set(rows) & set(numbers), key=lambda s: at(rows[s])):
+        point = axis.transData.transform(at(rows[setting]))
+        text = axis.annotate(
+            numbers[setting], at(rows[setting]), xytext=(0, 0), textcoords="offset points", fontsize=8, ha="center",
+            va="center", arrowprops={"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
+        )  # fmt: skip
+        width, height = Text.get_window_extent(text, renderer).padded(1).size
+        for x, y in ways:
+            left, bottom = point + scale * np.array([x, y]) - (width / 2, height / 2)
+            moved = Bbox.from_bounds(left, bottom, width, height)
+            if moved.count_overlaps(taken) == 0 and inside.contains(*moved.min) and inside.contains(*moved.max):
+                break
+        text.set_position((x, y))
+        taken.append(moved)
+
+
+def frontier_legend(families: Sequence[str], numbers: Mapping[str, str]) -> list[Line2D]:
+    """What the markers are, then which settings the numbers are."""
+    marks = [Line2D([], [], linestyle="", label=name, **marker(i)) for i, name in enumerate(families)]
+    named = [Line2D([], [], linestyle="", marker=f"${n}$", color="black", markeredgewidth=0.2,
+                    markersize=3 + 3 * len(n), label=short(s))
+             for s, n in numbers.items()]  # fmt: skip
+    step = Line2D([], [], color="#aaaaaa", linewidth=1, label="frontier: 5% closer than all that are smaller")
+    return [*marks, step, *named]
+
+
+# --- Position ---------------------------------------------------------------------------------------
+
+
+def draw_position(records: Iterable[Record]) -> Figure | None:
+    """Divergence by position in the window, of the first text. Of many settings, some of its frontier's."""
+    runs = {run: rows for run, rows in score_runs(records).items() if set(rows) - {"full"}}
+    if not runs:
+        return None
+    run, rows = next(iter(runs.items()))
+    if len(runs) > 1:
+        say(f"position: drawn for {run.title} alone, the first of {len(runs)} runs")
+    settings = sorted(set(rows) - {"full"}, key=order)
+    shown = selection({s: rows[s] for s in settings})
+    if len(shown) < len(settings):
+        lost = [short(s) for s in settings if s not in shown]
+        say(f"position: {len(shown)} of {len(settings)} settings drawn; left out: {', '.join(lost)}")
+    figure, axis = plt.subplots(figsize=(6, 3.4))
+    for i, setting in enumerate(shown):
+        grey, line, _, _ = look(setting)
+        by = rows[setting]["by_position"]
+        style: dict[str, Any] = {"marker": "s^vD"[i % 4], "color": grey, "markerfacecolor": "white" if i // 4 else grey}
+        axis.plot(
+            list(by), [max(cell["kl"], LEAST_KL) for cell in by.values()], linestyle=line, label=short(setting), **style
+        )
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set(yscale="log", xlabel=f"position in the window; {run.title}", ylabel="mean KL, nats")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))  # beside: the lines need all the room
+    axis.grid(True, alpha=0.3)
+    return figure
+
+
+def selection(rows: Mapping[str, Row]) -> list[str]:
+    """All settings, or where they are many the frontier's, evenly thinned with its ends; in the settings' order."""
+    if len(rows) <= MOST_LINES:
+        return list(rows)
+    best = frontier_of(rows)
+    if len(best) > MOST_LINES:
+        best = [best[round(i * (len(best) - 1) / (MOST_LINES - 1))] for i in range(MOST_LINES)]
+    return sorted(best, key=order)
+
+
+# --- Passkeys ---------------------------------------------------------------------------------------
+
+
+def draw_passkeys(records: Iterable[Record]) -> Figure:
+    """A map of lengths and depths per cache, four side by side; of one cache in two grids, two maps."""
+    grids = passkey_grids(records)
+    maps = [(grid[0], setting, rows[setting]) for grid, rows in grids.items() for setting in sorted(rows, key=order)]
+    across = min(4, len(maps))
+    down = -(-len(maps) // across)
+    figure, axes = plt.subplots(down, across, figsize=(2.8 * across, 2.5 * down), squeeze=False)
+    for axis in axes.flat[len(maps) :]:
+        axis.axis("off")
+    several = len({model for model, _, _ in maps}) > 1
+    for axis, (model, setting, row) in zip(axes.flat, maps, strict=False):
+        draw_map(axis, row)
+        name = f"{model}, {short(setting)}" if several else short(setting)
+        axis.set_title(f"{name}\n{recalled_of(row)}", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("length, tokens", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("depth", fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def draw_map(axis: Axes, row: Row) -> None:
+    lengths, depths = list(row["recalled"]), list(next(iter(row["recalled"].values())))
+    shares = [[row["recalled"][n][d] for d in depths] for n in lengths]
+    axis.imshow(shares, cmap="Greys_r", vmin=0, vmax=1, aspect="auto")
+    for y, cells in enumerate(shares):
+        for x, share in enumerate(cells):
+            colour = "white" if share < 0.5 else "black"
+            axis.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
+    axis.set_xticks(range(len(depths)), [f"{float(d):.0%}" for d in depths], fontsize=7)
+    axis.set_yticks(range(len(lengths)), lengths, fontsize=7)
+    # Borders: cells of one share would be one field.
+    axis.set_xticks([x + 0.5 for x in range(len(depths) - 1)], minor=True)
+    axis.set_yticks([y + 0.5 for y in range(len(lengths) - 1)], minor=True)
+    axis.grid(True, which="minor", color="#888888", linewidth=0.6)
+    axis.tick_params(which="minor", length=0)
+
+
+def recalled_of(row: Row) -> str:
+    """ "100% of 60 keys", with the interval where the file has one."""
+    trials = trials_of(row)
+    share = f"{row['mean']:.0%}" + (f" of {trials} keys" if trials else "")
+    return f"{share} [{row['low']:.0%}, {row['high']:.0%}]" if "low" in row and "high" in row else share
+
+
+# --- Table ------------------------------------------------------------------------------------------
+
+COLUMNS = ("cache", "perplexity", "mean KL", "same top", "passkeys", "ROUGE-L", "to full", "tokens/s")
+Cells = dict[str, dict[str, str]]  # setting -> column -> text
+
+
+def draw_tables(records: Sequence[Record]) -> dict[str, Figure]:
+    """Every figure of every cache side by side, as far as the files have them: model -> table."""
+    kinds = ("perplexity", "divergence", "passkey", "rouge", "report")
+    records = [r for r in records if r.kind in kinds]
+    models = dict.fromkeys(r.fields.get("model", "") for r in records)
+    return {model: draw_table([r for r in records if r.fields.get("model", "") == model]) for model in models}
+
+
+def draw_table(records: Sequence[Record]) -> Figure:
+    """One model's. Each column is of one run: figures of others do not compare. The caption says of which."""
+    cells: Cells = {}
+    parts = (add_scores, add_passkeys, add_rouge, add_speed)
+    notes = [note for add in parts if (note := add(records, cells))]
+    columns = [c for c in COLUMNS if any(c in row for row in cells.values())]
+    settings = sorted(cells, key=order)
+    label = max(len(short(s)) for s in settings)
+    figure, axis = plt.subplots(figsize=(0.075 * label + 1.1 * len(columns), 0.3 + 0.3 * len(cells)))
+    axis.axis("off")
+    table = axis.table(
+        [[cells[s].get(c, "") for c in columns] for s in settings],
+        rowLabels=[short(s) for s in settings], colLabels=columns, loc="center", cellLoc="right",
+    )  # fmt: skip
+    table.auto_set_font_size(False)
+    table.set_fontsize(9)
+    table.scale(1, 1.4)
+    model = records[0].fields.get("model", "")
+    caption = "\n".join([*([model] if model else []), *notes])
+    axis.annotate(caption, (0, 0), xycoords=table, xytext=(0, -6), textcoords="offset points", va="top", fontsize=8)
+    return figure
+
+
+def add_scores(records: Iterable[Record], cells: Cells) -> str | None:
+    runs = score_runs(records)
+    if not runs:
+        return None
+    first = next(iter(runs))  # other texts are in the frontier
+    same = {run: rows for run, rows in runs.items() if (run.text, run.sha256) == (first.text, first.sha256)}
+    run, rows = choose(f"table, {first.text}", same, lambda r: (r.tokens, len(same[r])))
+    for setting, r in rows.items():
+        cells.setdefault(setting, {}).update({
+            "cache": f"{r['cache_bytes'] / MIB:.2f} MiB", "perplexity": f"{r['perplexity']:.4f}",
+            "mean KL": f"{r['kl']:.1e}" if r["kl"] else "0", "same top": f"{r['same_top']:.2%}",
+        })  # fmt: skip
+    return f"cache, perplexity, KL, same top: {run.title}"
+
+
+def add_passkeys(records: Iterable[Record], cells: Cells) -> str | None:
+    grids = passkey_grids(records)
+    if not grids:
+        return None
+    grid, rows = choose("table, passkeys", grids, lambda g: (len(grids[g]), sum(map(float, g[1]))))
+    for setting, r in rows.items():
+        cells.setdefault(setting, {})["passkeys"] = f"{r['mean']:.1%}"
+    return f"passkeys: in {', '.join(grid[1])} tokens"
+
+
+def add_rouge(records: Iterable[Record], cells: Cells) -> str | None:
+    runs: dict[tuple[str, str, int], dict[str, Row]] = {}
+    for record in records:
+        for r in record.rows if record.kind == "rouge" else ():
+            run = (r["text"], r.get("sha256", ""), int(r.get("documents", 0)))
+            runs.setdefault(run, {})[r["cache"]] = r
+    if not runs:
+        return None
+    (text, _, documents), rows = choose("table, ROUGE-L", runs, lambda run: (run[2], len(runs[run])))
+    for setting, r in rows.items():
+        means = {"ROUGE-L": r["rouge_l"]["mean"], "to full": r["rouge_l_to_full"]["mean"]}
+        cells.setdefault(setting, {}).update({column: f"{mean:.4f}" for column, mean in means.items()})
+    return f"ROUGE-L: {text}, {documents} documents"
+
+
+def add_speed(records: Iterable[Record], cells: Cells) -> str | None:
+    runs: dict[tuple[str, str, int, int], dict[str, Row]] = {}
+    for record in records:
+        if record.kind == "report":
+            r = record.fields
+            runs.setdefault((r["device"], r["dtype"], r["batch"], r["tokens_read"]), {})[r["setting"]] = r
+    if not runs:
+        return None
+    (device, dtype, batch, read), rows = choose("table, tokens/s", runs, lambda run: (len(runs[run]), run[3]))
+    for setting, r in rows.items():
+        cells.setdefault(setting, {})["tokens/s"] = f"{r['decode_tokens_per_s']:.1f}"
+    return f"tokens/s: {device}, {dtype}, batch {batch}, after {read:,} tokens"

@@ -1,0 +1,170 @@
+"""The cache contract and the three caches.
+
+A `KVCache` is one layer's memory of past keys and values. It is a dataclass: its fields are its knobs,
+and they become the flags of a `generate.py` subcommand named after the class's `name`. A model holds one per layer
+(the application's `kv_cache.ModelCache`), and the lengths that they share. It calls `attend` and knows no more.
+
+What a query at position p sees, with S = sink_size and W = window_size:
+
+    cache          name           full precision              quantised   gone
+    full           full           all                         -           -
+    sink + window  compress_kv    pos < S and pos > p - W     -           the rest
+    selective      quantize_kv    pos < S and pos > p - W     the rest    -      (8 or 4 bits: formats.py)
+
+A chunk of tokens sees itself causally in full precision, and what the cache held when the chunk's
+first token came. A token is written once, and quantised once: when it leaves the window.
+
+To write a cache of your own, subclass `KVCache` and define `update`: return the dense keys, values and
+positions that a chunk may look at. That is also the slow, obvious reference of the caches here, which
+their fast paths are tested against (`use_reference`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from selective_kv.kernels import AttentionKernels
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one layer's cache must hold. capacity: the most tokens that a sequence will ever have."""
+
+    batch: int
+    n_kv_head: int
+    head_dim: int
+    capacity: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens about to be read, [batch, token]: sequences `row` to `row + batch - 1` of the cache."""
+
+    positions: Tensor  # int64 [batch, token], on the device
+    row: int = 0
+    start: int | None = None  # positions[:, 0] where it is one number that the host knows: never in decoding
+    then: Tensor | None = None  # a weight that the model reads after attention: kernels may bring it nearer
+
+
+class RopeLike(Protocol):
+    @property
+    def frequencies(self) -> Tensor: ...
+
+    def back_to(self, last: int) -> tuple[Tensor, Tensor]: ...
+
+
+def knob(default: Any, help: str, least: int | None = None, choices: Sequence[Any] = (), rare: bool = False) -> Any:
+    """A dataclass field that becomes a command-line flag. least: the smallest value allowed; rare: a setting's
+    name leaves it out where it has its default."""
+    return field(default=default, metadata={"help": help, "least": least, "choices": tuple(choices), "rare": rare})
+
+
+@dataclass
+class KVCache:
+    """One layer's cache. Subclasses set `name` to be found, and define `update`; the rest is optional."""
+
+    name: ClassVar[str] = ""
+    endless: ClassVar[bool] = False  # True: may read more tokens than the model's context
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), f.metadata.get("least")
+            if least is not None and value < least:
+                raise ValueError(f"--{f.name} must be at least {least}, not {value}")
+            if f.metadata.get("choices") and value not in f.metadata["choices"]:
+                raise ValueError(f"--{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, not {value}")
+
+    @property
+    def n_exact(self) -> int:
+        """How many tokens are kept in full precision; 0: no such limit. It must fit the model's context."""
+        return 0
+
+    def by_quality(self) -> list[tuple[str, KVCache]]:
+        """This cache in each number of bits that it has, most first, and their names: what `--bits auto` tries."""
+        return []
+
+    def use_reference(self) -> None:
+        """Take the slow, obvious path from now on; a cache without another takes it anyway."""
+
+    def wrap_kernels(self, wrap: Callable[[AttentionKernels], AttentionKernels]) -> bool:
+        """Call what `wrap` makes of this layer's kernels from now on: how they are timed, compared and compiled.
+
+        Returns False, having done nothing, for a cache that calls none.
+        """
+        return False
+
+    @property
+    def path(self) -> str:
+        """How attention is computed, in a few words for the report."""
+        return "reference attention"
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a decode step can be recorded as a CUDA graph: no look at the device from the host."""
+        return False
+
+    def allocate(self, shape: Shape) -> None:
+        """Make room. On the meta device this costs nothing and `nbytes` then is the plan."""
+
+    def reset(self) -> None:
+        """Forget everything. (Fixed storage need not be cleared: positions say what is valid.)"""
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes really allocated, by region."""
+        return {}
+
+    def update(self, row: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Take in a chunk of sequence `row` and return all that the chunk may look at, itself included.
+
+        k, v: [n_kv_head, token, head_dim], keys already rotated; start: the first token's position.
+        Returns dense k and v [n_kv_head, key, head_dim] and the keys' positions, int64 [key].
+        """
+        raise NotImplementedError
+
+    def place(self, k: Tensor, positions: Tensor, start: int, rope: RopeLike) -> Tensor:
+        """A chance to rotate the dense keys that `update` returned to other positions."""
+        return k
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, rope: RopeLike) -> Tensor:
+        """The reference: dense keys and values, then attention, a sequence at a time.
+
+        q: [batch, n_head, token, head_dim]; k, v: [batch, n_kv_head, token, head_dim]. Returns like q.
+        """
+        out = torch.empty_like(q)
+        group = q.shape[1] // k.shape[1]
+        for b in range(q.shape[0]):
+            pos = chunk.positions[b]
+            start = int(pos[0])
+            keys, values, key_pos = self.update(chunk.row + b, k[b], v[b], start)
+            keys = self.place(keys, key_pos, start, rope)
+            seen = key_pos[None, :] <= pos[:, None]  # [token, key]
+            keys, values = (t.repeat_interleave(group, 0).to(q.dtype) for t in (keys, values))
+            out[b] = F.scaled_dot_product_attention(q[b], keys, values, attn_mask=seen)
+        return out
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or wider as it is: what a reference computes in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def caches() -> dict[str, type[KVCache]]:
+    """Every cache class that has a name, the user's own included: name -> class."""
+    found: dict[str, type[KVCache]] = {}
+    waiting: list[type[KVCache]] = [KVCache]
+    while waiting:
+        cls = waiting.pop(0)
+        waiting += cls.__subclasses__()
+        if cls.name:
+            found[cls.name] = cls
+    return found

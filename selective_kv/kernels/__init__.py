@@ -1,0 +1,90 @@
+"""What the caches call: one contract (`contract.py`), in Triton for a GPU and in PyTorch for everything else.
+
+`attention_kernels` chooses by device. Either implementation can stand in for the other, and tests compare them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import shutil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selective_kv.kernels import flash
+from selective_kv.kernels.contract import AttentionKernels
+from selective_kv.kernels.pytorch import PYTORCH
+from selective_kv.regions import Regions
+
+__all__ = ["PYTORCH", "AttentionKernels", "attention_kernels", "chunk_attention", "uses_triton"]
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device; where a GPU cannot run them, a warning says why, once.
+
+    SELECTIVE_KV_KERNELS=pytorch in the environment asks for the PyTorch twins, to compare or to debug.
+    """
+    if device.type != "cuda" or os.environ.get("SELECTIVE_KV_KERNELS") in ("pytorch", "eager"):
+        return False
+    missing = what_triton_lacks(device)
+    if missing:
+        _warn_once(f"{missing}: decoding falls back on PyTorch kernels, slowly")
+    return not missing
+
+
+def attention_kernels(device: torch.device) -> AttentionKernels:
+    """What a cache on this device calls: Triton's where there is a GPU that can run them, PyTorch's elsewhere."""
+    if not uses_triton(device):
+        return PYTORCH
+    from selective_kv.kernels.triton_backend import TRITON
+
+    return TRITON
+
+
+def what_triton_lacks(device: torch.device) -> str:
+    """Why the Triton kernels cannot run on a CUDA device; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):  # no asynchronous copies, no bfloat16 matrix units
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}, below 8.0"
+        )
+    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
+        return "Triton needs a C compiler to launch its kernels, and there is none (CC names one)"
+    return ""
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    """Every layer's cache asks for its kernels, and one line is enough. The library never prints."""
+    logging.getLogger("selective_kv").warning(line)
+
+
+def chunk_attention(
+    kernels: AttentionKernels,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regions: Regions,
+    start: int,
+    sink_turn: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention of a chunk over itself, causally, and over what the cache held when it began.
+
+    q: [batch, n_head, token, head_dim]; k, v: [batch, n_kv_head, token, head_dim]; start: the chunk's
+    first position; sink_turn: as for `decode_attention`. Writes nothing: `store_chunk` follows.
+    Returns [batch, n_head, token, head_dim].
+    """
+    if start == 0:
+        group = q.shape[1] // k.shape[1]
+        if q.device.type == "cpu" and group > 1:  # there, enable_gqa leaves the fast kernel
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    held, held_lse = kernels.history_attention(q, regions, start, sink_turn)
+    own, own_lse = flash.attend(q, k, v, causal=True)
+    return flash.merge(held, held_lse, own, own_lse)[0].to(q.dtype)

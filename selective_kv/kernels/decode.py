@@ -1,0 +1,384 @@
+"""Decode attention in Triton: one query token per sequence over sink, window and int8 middle.
+
+Mechanism. Flash-decoding (Dao et al. 2023): `n_split` programs share the tokens of one sequence and KV head, each of
+their warps writes a partial softmax, and a second small launch merges them. Lengths are read on the device and the
+grid does not depend on them, so one CUDA graph serves every length; programs without tokens only ask for what is read
+after attention, and the second launch reads only what was written.
+
+Full-precision slots and then quantised rows are one range of work, measured in bytes and cut evenly: the program at
+the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing
+has left the window, the result is the full cache's, bit for bit.
+
+Layout rule: slots [0, min(n, sink + window)) and rows [0, n - sink - window) hold tokens; both are contiguous,
+and a softmax does not mind a ring's order. `triton_tiles.py` tells what happens to a block of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from selective_kv.kernels.basics import INTERPRET, in_order
+from selective_kv.kernels.decode_config import Plan, cuts, fitting, merging, plan, processor, sharing
+from selective_kv.kernels.hadamard import butterfly_halves
+from selective_kv.kernels.launch import launch
+from selective_kv.kernels.online_softmax import (
+    NEGATIVE,
+    float_tile,
+    int_tile,
+    new_state,
+    turned,
+    two_terms,
+    weighted_values,
+)
+from selective_kv.kernels.split_kv import fetch, first_blocks, partition, written
+from selective_kv.regions import Regions
+
+# any value: one binary
+COUNTS = ("group", "sink_size", "n_slot", "n_row", "n_split", "then_bytes", "then_each")
+
+# Bytes of what is read after attention that are asked for meanwhile: more crowds out what is read first; and by one
+# program, whose own result is waited for.
+MOST_THEN, MOST_THEN_EACH = 4 << 20, 16 << 10
+
+
+@triton.jit
+def load_q(q, stride_h, head, n_head, d, there):
+    """float32 [D, N]: one query head per column, zeros where there is no such head or dim."""
+    at = head[None, :] * stride_h + d[:, None]
+    return tl.load(q + at, there[:, None] & (head < n_head)[None, :], 0.0).to(tl.float32)
+
+
+@triton.jit
+def float_share(
+    x, partner, k, v, cos, sin, lo, hi, sink_size, n_dropped, step,
+    HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
+    TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Slots lo to hi - 1. x: queries, float32 [D, HEADS]; partner: the same with the halves of D swapped; cos, sin:
+    pointers to this sequence's [HEAD_DIM], see `decode_attention`.
+
+    Returns of each warp weighted sums of values [WARPS, D, HEADS], largest scores in log2 units and sums of weights,
+    [WARPS, HEADS].
+    """
+    DIM: tl.constexpr = x.shape[0]
+    HEADS: tl.constexpr = x.shape[1]
+    BLOCK: tl.constexpr = WARPS * SLICE
+    dtype: tl.constexpr = tl.float32 if INTERPRET else k.dtype.element_ty
+    tok = (tl.arange(0, WARPS) * SLICE)[:, None] + tl.arange(0, SLICE)[None, :]
+    state = (
+        tl.full((WARPS, HEADS), NEGATIVE, tl.float32),
+        tl.zeros((WARPS, SLICE, HEADS), tl.float32),
+        tl.zeros((WARPS, DIM, HEADS), tl.float32),
+    )
+    queries = x
+    if TURN_SINKS:  # a query for sinks beside the one for all others: matrix units have columns to spare
+        back = x
+        if n_dropped > 0:
+            back = turned(x, partner, cos, sin, tl.arange(0, DIM), HEAD_DIM)
+        queries = tl.reshape(tl.join(x, back), (DIM, 2 * HEADS))
+    queries = tl.broadcast_to(queries.to(dtype)[None], (WARPS, DIM, queries.shape[1]))
+    for start in tl.range(lo, hi, BLOCK, num_stages=STAGES):
+        state = float_tile(state, queries, step, k, v, tok + start, hi, sink_size, HEAD_DIM, TURN_SINKS, INTERPRET)
+    top, total, out = state
+    return out, top * step, tl.sum(total, 1)
+
+
+@triton.jit
+def int_share(
+    x, q, q_stride, head, n_head, k, v_pair, k_scale, v_scale, lo, hi, scale,
+    HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, ROTATED: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Rows lo to hi - 1. x: queries, float32 [D, HEADS], and q where they come from.
+
+    Returns of each warp weighted sums of values as [WARPS, dims / 2, HEADS, 2], twice (see `weighted_values`),
+    largest scores in log2 units and sums of weights, [WARPS, HEADS].
+    """
+    DIM: tl.constexpr = x.shape[0]
+    HEADS: tl.constexpr = x.shape[1]
+    if K_BITS == 8:
+        unit = tl.maximum(tl.max(tl.abs(x), 0), 1e-20) / 127.0
+        terms, added = two_terms(x, unit, HEADS)
+        both = (tl.broadcast_to(terms[None], (WARPS, DIM, 2 * HEADS)),)
+        sums = (added,)
+    else:
+        half = tl.arange(0, DIM // 2)
+        low = load_q(q, q_stride, head, n_head, half, half < HEAD_DIM // 2)
+        high = load_q(q, q_stride, head, n_head, half + HEAD_DIM // 2, half < HEAD_DIM // 2)
+        if ROTATED:
+            low, high = butterfly_halves(low, high, DIM // 2, HEADS)
+            scale *= HEAD_DIM**-0.5  # the terms stand for the queries' directions, `step` for their lengths
+        unit = tl.maximum(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 0), 1e-20) / 127.0
+        low_terms, low_sum = two_terms(low, unit, HEADS)
+        high_terms, high_sum = two_terms(high, unit, HEADS)
+        both = (
+            tl.broadcast_to(low_terms[None], (WARPS, DIM // 2, 2 * HEADS)),
+            tl.broadcast_to(high_terms[None], (WARPS, DIM // 2, 2 * HEADS)),
+        )
+        sums = (low_sum, high_sum)
+    step = (unit / 254.0 * scale)[None, :]  # [1, HEADS]
+    tok = (tl.arange(0, WARPS) * SLICE)[:, None] + tl.arange(0, SLICE)[None, :]
+    state = new_state(WARPS, SLICE, DIM, HEADS, V_BITS, V_GROUPS)
+    for start in tl.range(lo, hi, WARPS * SLICE, num_stages=STAGES):
+        state = int_tile(
+            state, both, sums, step, k, v_pair, k_scale, v_scale, tok + start, hi, HEAD_DIM, HEADS, K_BITS, V_BITS,
+            K_GROUPS, V_GROUPS, INTERPRET,
+        )  # fmt: skip
+    low, high = weighted_values(state, V_BITS, V_GROUPS)
+    return low, high, state[0] * step, tl.sum(state[1], 1)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def split_kernel(
+    q, k, v, k_int, v_pair, k_scale, v_scale, positions, cos, sin, partial, statistics, then,
+    q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, n_row, group, sink_size, n_slot, n_split, then_bytes,
+    then_each, softmax_scale,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+    FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
+    ROTATED: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, AHEAD: tl.constexpr,
+    TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Program (column, sequence, split): a share of the tokens of one sequence, one KV head (column //
+    TILES) and HEADS of its query heads. K_BITS 0: nothing is quantised.
+
+    partial: float32 [sequence, column, n_split + 1, WARPS, HEADS, HEAD_DIM], weighted sums of values; statistics:
+    float32 [sequence, column, n_split + 1, WARPS, HEADS, 2], the largest score in log2 units and the sum of weights.
+    What comes of a program's slots stands at `split` and what comes of its rows at split + 1: one program has both.
+    Its warps have their own: to merge them here would cost every program barriers, and costs the next launch a load.
+    AHEAD: rows and slots that are on their way to the L2 before the last launch ends. then: a weight
+    that is read after attention; each program asks for then_each of its bytes when it has nothing else to read.
+    """
+    column, split = tl.program_id(0), tl.program_id(2)
+    batch, kv_head = tl.program_id(1).to(tl.int64), (column // TILES).to(tl.int64)
+    HAS_INT: tl.constexpr = K_BITS > 0
+    FLOAT_BLOCK: tl.constexpr = WARPS * FLOAT_SLICE
+    INT_BLOCK: tl.constexpr = WARPS * INT_SLICE
+    K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8  # bytes
+    V_ROW: tl.constexpr = HEAD_DIM * V_BITS // 8
+    if OVERLAP:
+        gdc_launch_dependents()  # the merging programs may take their places; they wait for these to end
+    # Positions are older than the step's first launch, so that who takes what is known before the wait.
+    n_token = tl.load(positions + batch) + 1
+    each, n_full, float_blocks, n_int, int_blocks = partition(
+        n_token, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, FLOAT_COST, INT_COST, HAS_INT
+    )
+    lo, row_lo = first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    hi, row_hi = first_blocks(split + 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    lo, hi = lo * FLOAT_BLOCK, tl.minimum(hi * FLOAT_BLOCK, n_full)
+    row_lo, row_hi = row_lo * INT_BLOCK, tl.minimum(row_hi * INT_BLOCK, n_int)
+    slot_at = batch * slot_stride_b + kv_head * slot_stride_h
+    row_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_row
+    if OVERLAP:
+        if AHEAD > 0 and lo < hi:
+            ITEM: tl.constexpr = k.dtype.element_ty.primitive_bitwidth // 8
+            SLOT: tl.constexpr = HEAD_DIM * ITEM
+            fetch(k + slot_at + lo * HEAD_DIM, k + slot_at + hi * HEAD_DIM, AHEAD * SLOT)
+            fetch(v + slot_at + lo * HEAD_DIM, v + slot_at + hi * HEAD_DIM, AHEAD * SLOT)
+        if HAS_INT and AHEAD > 0 and row_lo < row_hi:
+            first, end = row_at + row_lo, row_at + row_hi
+            fetch(k_int + first * K_ROW, k_int + end * K_ROW, AHEAD * K_ROW)
+            fetch(v_pair + first * (V_ROW // 2), v_pair + end * (V_ROW // 2), AHEAD * V_ROW)
+            fetch(k_scale + first * K_GROUPS, k_scale + end * K_GROUPS, AHEAD * K_GROUPS * 4)
+            fetch(v_scale + first * V_GROUPS, v_scale + end * V_GROUPS, AHEAD * V_GROUPS * 4)
+        # Asking for the shares, the compiler has them before the wait and not after it. One program waits whatever its
+        # share is: that this launch has ended must mean that all before it have, or memory is used again too early.
+        if (lo < hi) | (row_lo < row_hi) | (split == 0):
+            gdc_wait()  # for the token's own query, key and value
+    DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 32))
+    q += batch * q_stride_b + kv_head * group * q_stride_h
+    log2_scale = softmax_scale * 1.4426950408889634  # exp2 is an instruction, exp is not
+    # Rows first, and everything a branch needs made in it anew: one loop leaves the other few registers.
+    if HAS_INT and row_lo < row_hi:
+        d, part = tl.arange(0, DIM), tl.arange(0, HEADS)
+        head = column % TILES * HEADS + part  # within the group
+        x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
+        sums, high_sums, largest, weights = int_share(
+            x, q, q_stride_h, head, group, k_int + row_at * K_ROW, v_pair + row_at * (V_ROW // 2),
+            k_scale + row_at * K_GROUPS, v_scale + row_at * V_GROUPS, row_lo, row_hi, log2_scale,
+            HEAD_DIM, WARPS, INT_SLICE, INT_STAGES, K_BITS, V_BITS, K_GROUPS, V_GROUPS, ROTATED, INTERPRET,
+        )  # fmt: skip
+        dim = (2 * tl.arange(0, sums.shape[1])[:, None, None] + tl.arange(0, 2)[None, None, :])[None]
+        result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split + 1) * WARPS + tl.arange(0, WARPS)
+        at = result[:, None] * HEADS + part[None, :]
+        to = partial + at[:, None, :, None] * HEAD_DIM + dim
+        if V_BITS == 8:
+            tl.store(to, sums, dim < HEAD_DIM)
+        else:
+            tl.store(to, sums)
+            tl.store(to + HEAD_DIM // 2, high_sums)
+        tl.store(statistics + 2 * at, largest)
+        tl.store(statistics + 2 * at + 1, weights)
+    if lo < hi:
+        d, part = tl.arange(0, DIM), tl.arange(0, HEADS)
+        head = column % TILES * HEADS + part
+        x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
+        partner = x
+        if TURN_SINKS:
+            swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
+            partner = load_q(q, q_stride_h, head, group, swapped, d < HEAD_DIM)
+        out, best, total = float_share(
+            x, partner, k + slot_at, v + slot_at, cos + batch * HEAD_DIM, sin + batch * HEAD_DIM, lo, hi, sink_size,
+            n_token - n_slot, log2_scale, HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, INTERPRET,
+        )  # fmt: skip
+        result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split) * WARPS + tl.arange(0, WARPS)
+        at = result[:, None] * HEADS + part[None, :]
+        tl.store(partial + at[:, None, :] * HEAD_DIM + d[None, :, None], out, (d < HEAD_DIM)[None, :, None])
+        tl.store(statistics + 2 * at, best)
+        tl.store(statistics + 2 * at + 1, total)
+    if OVERLAP:
+        ROUND: tl.constexpr = WARPS * 32 * 128  # a line a thread
+        program = (tl.program_id(1) * tl.num_programs(2) + split) * tl.num_programs(0) + column
+        start = program.to(tl.int64) * then_each
+        end = tl.minimum(start + then_each, then_bytes)
+        for offset in range(start, end, ROUND):
+            fetch(then.to(tl.int64) + offset, then.to(tl.int64) + end, ROUND)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def combine_kernel(
+    partial, statistics, positions, out, group, n_slot, n_split,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, FLOAT_BLOCK: tl.constexpr,
+    INT_BLOCK: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, CHUNK: tl.constexpr,
+    DIMS: tl.constexpr, HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Program (KV head, sequence, query head of the group and block of DIMS dims): merge the partial softmaxes.
+
+    out: [sequence, query head, HEAD_DIM]. CHUNK: at least (n_split + 1) * WARPS. One warp: a barrier would cost more
+    than it brings. Every layer waits for what comes after the wait, and for nothing that comes before: masks and
+    addresses are made there, and loads need no mask: where nothing was written, they have entry 0 again, for no weight.
+    """
+    BLOCKS: tl.constexpr = HEAD_DIM // DIMS
+    kv_head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    member, block = tl.program_id(2) // BLOCKS, tl.program_id(2) % BLOCKS
+    n_token = tl.load(positions + batch) + 1
+    each, _, float_blocks, _, int_blocks = partition(
+        n_token, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, FLOAT_COST, INT_COST, HAS_INT
+    )
+    entry = tl.arange(0, CHUNK)
+    split = entry // WARPS
+    wrote = written(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST) & (split <= n_split)
+    column = (batch * tl.num_programs(0) + kv_head) * TILES + member // HEADS
+    at = column * (n_split + 1) * WARPS * HEADS + member % HEADS
+    entry = tl.where(wrote, entry, 0)[:, None] * HEADS  # program 0 has a slot if any has
+    d = tl.arange(0, DIMS)[None, :]
+    partial += at * HEAD_DIM + block * DIMS + (entry * HEAD_DIM + d)
+    statistics += at * 2 + (entry * 2 + tl.arange(0, 2)[None, :])
+    out += ((batch * tl.num_programs(0) + kv_head) * group + member) * HEAD_DIM + block * DIMS
+    row = tl.arange(0, triton.cdiv(128, DIMS))[:, None]  # as many as make the layout of `partial`, which y has
+    to = out + row * 0 + d
+    if n_token <= 0:  # a sequence without a token: zeros, and there is nothing to read
+        if OVERLAP:
+            gdc_wait()
+            gdc_launch_dependents()
+        tl.store(to, tl.zeros(to.shape, out.dtype.element_ty), row == 0)
+        return
+    if OVERLAP:
+        if each >= 0:  # always: as above, `each` is known when the splits end
+            gdc_wait()
+        gdc_launch_dependents()  # not before: the next launch would take room and reads from the splits
+    best, weights = tl.split(tl.load(statistics))
+    values = tl.load(partial)
+    # Of integers a warp finds the largest in one instruction, of floats in five exchanges.
+    top = in_order(tl.max(in_order(best.to(tl.int32, bitcast=True)), 0)).to(tl.float32, bitcast=True)
+    factor = tl.where(wrote, tl.exp2(best - top), 0.0)
+    y = tl.sum(values * factor[:, None], 0) * (1.0 / tl.sum(weights * factor, 0))
+    tl.store(to, tl.broadcast_to(y[None, :], to.shape).to(out.dtype.element_ty), row == 0)
+
+
+def decode_attention(
+    q: Tensor,
+    regions: Regions,
+    positions: Tensor,
+    sink_turn: tuple[Tensor, Tensor] | None = None,
+    then: Tensor | None = None,
+    configure: Callable[..., Plan] = plan,
+) -> Tensor:
+    """Attention of one new token per sequence, already appended, over all that its cache holds.
+
+    q: [batch, n_head, head_dim]; positions: int64 [batch], written before the launch that comes before this
+    one: they are read while that is still at work. sink_turn: cos and sin, float32 [batch,
+    head_dim], as `model.Rope` has them: when given, sinks are seen at their distance within the cache, as if
+    what was dropped had never been (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them.
+    It is read after whatever comes before this launch, and only where something was dropped. then: a weight that is
+    read next, and may be brought nearer in the meantime.
+    Returns [batch, n_head, head_dim] in q's dtype. No host synchronisation.
+    """
+    n_row, group = q.shape[0] * regions.k.shape[1], q.shape[1] // regions.k.shape[1]
+    bits = regions.k_format.bits + regions.v_format.bits
+    here, itemsize = processor(q.device), regions.k.element_size()
+    p = configure(n_row, group, q.shape[2], itemsize, here.multiprocessors, regions.k_int is not None and bits < 16)
+    p = fitting(p, here.shared, q.shape[2], itemsize, bits)
+    return run(q, regions, positions, sink_turn, p, then)
+
+
+def as_words(scales: Tensor) -> Tensor:
+    """Scales of 4 bytes per group: float32 as they are, pairs of float16 as int32."""
+    return scales if scales.dtype == torch.float32 else scales.view(torch.int32)
+
+
+def run(
+    q: Tensor,
+    regions: Regions,
+    positions: Tensor,
+    sink_turn: tuple[Tensor, Tensor] | None,
+    p: Plan,
+    then: Tensor | None = None,
+) -> Tensor:
+    """`decode_attention` by a given plan."""
+    batch, n_head, head_dim = q.shape
+    cos, sin = sink_turn or (positions, positions)  # the latter are never looked at
+    assert q.stride(2) == 1 and positions.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    n_kv_head, n_slot = regions.k.shape[1:3]
+    group = n_head // n_kv_head
+    tiles = triton.cdiv(group, p.heads)
+    n_column = n_kv_head * tiles
+    here = processor(q.device)
+    overlap = here.overlap
+    n_split = p.splits or sharing(p, batch * n_column, here.multiprocessors)
+
+    k_int, v_int, k_scale, v_scale = regions.k_int, regions.v_int, regions.k_scale, regions.v_scale
+    k_bits = v_bits = 0
+    if k_int is None or v_int is None or k_scale is None or v_scale is None:
+        k_int = v_int = k_scale = v_scale = regions.k  # never looked at
+    else:
+        k_bits, v_bits = regions.k_format.bits, regions.v_format.bits
+        assert k_int.is_contiguous() and v_int.is_contiguous() and k_scale.is_contiguous() and v_scale.is_contiguous()
+        k_int, v_int = k_int.view(torch.int8), v_int.view(torch.int16)
+        k_scale, v_scale = as_words(k_scale), as_words(v_scale)
+    has_int = k_bits > 0
+    n_row = k_int.shape[2]
+    cut = cuts(p, regions.k.element_size(), k_bits + v_bits)
+    partials = batch, n_column, n_split + 1, p.warps, p.heads
+    partial = torch.empty(*partials, head_dim, dtype=torch.float32, device=q.device)
+    statistics = torch.empty(*partials, 2, dtype=torch.float32, device=q.device)
+    out = torch.empty(batch, n_head, head_dim, dtype=q.dtype, device=q.device)
+    grid = (n_column, batch, n_split)  # also where there are fewer blocks: the rest can ask for what is read next
+    then_bytes = 0 if then is None or not overlap else min(then.nbytes, MOST_THEN)
+    launch(split_kernel, grid)(
+        q, regions.k, regions.v, k_int, v_int, k_scale, v_scale, positions,
+        cos, sin, partial, statistics, q if then is None else then,
+        *q.stride()[:2], *regions.k.stride()[:2], n_row, group, regions.sink_size, n_slot, n_split, then_bytes,
+        min(MOST_THEN_EACH, 128 * triton.cdiv(then_bytes, 128 * math.prod(grid))), head_dim**-0.5,
+        HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
+        INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
+        V_BITS=v_bits, K_GROUPS=regions.k_format.n_group(head_dim), V_GROUPS=regions.v_format.n_group(head_dim),
+        ROTATED=regions.rotation is not None, FLOAT_COST=cut["FLOAT_COST"], INT_COST=cut["INT_COST"],
+        AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_turn is not None,
+        INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
+    )  # fmt: skip
+    block = merging((n_split + 1) * p.warps, head_dim)
+    launch(combine_kernel, (n_kv_head, batch, group * (head_dim // block["DIMS"])))(
+        partial, statistics, positions, out, group, n_slot, n_split,
+        HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, **cut, **block, HAS_INT=has_int, OVERLAP=overlap,
+        launch_pdl=overlap, num_warps=1,
+    )  # fmt: skip
+    return out

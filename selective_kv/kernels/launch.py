@@ -1,0 +1,77 @@
+"""How a Triton kernel is launched here, and how, instead, it is only compiled. Needs no Triton itself."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+_thread = threading.local()
+ALWAYS_THERE = 48 << 10  # bytes of shared memory that a program may have without asking
+PREFER_NONE = 0  # CU_FUNC_CACHE_PREFER_NONE
+
+
+@contextmanager
+def compiling(loaded: Callable[[Any], None] = lambda kernel: None) -> Iterator[None]:
+    """In here, and in this thread, `launch` compiles and launches nothing. Arguments may be on the meta device.
+
+    loaded: called with what Triton has for each launch: None in the interpreter, where there is nothing to compile.
+    """
+    _thread.compiled = loaded
+    try:
+        yield
+    finally:
+        del _thread.compiled
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """`kernel[grid]`, to be called with the kernel's arguments."""
+    loaded = getattr(_thread, "compiled", None)
+    return partial(_launch, kernel[grid]) if loaded is None else partial(_compile, kernel, grid, loaded)
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], loaded: Callable[[Any], None], *args: Any, **kwargs: Any) -> None:
+    loaded(kernel.warmup(*args, grid=grid, **kwargs))
+
+
+def _launch(run: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    divide_as_needed(run(*args, **kwargs))
+
+
+def divide_as_needed(kernel: Any) -> None:
+    """Let the GPU divide a processor's memory between shared memory and L1 for a kernel as it finds it.
+
+    Triton (3.6) asks for as much shared memory as there is wherever a program has more than 48 KiB. A processor that
+    has to be divided anew must first be empty, so such a launch cannot begin while the one before is at work, nor the
+    next one beside it: 15 us a layer on an H200, 13% of a step (LOG.md, 2026-11-25). A driver that will not undo it is
+    told of, once: the numbers are the same.
+
+    kernel: what a launch returned; the first one of a kernel was still by Triton's way. None: the interpreter's.
+    """
+    function = getattr(kernel, "function", None)
+    if function is None or getattr(kernel, "divided", False) or kernel.metadata.shared <= ALWAYS_THERE:
+        return
+    kernel.divided = True
+    driver = _driver()
+    if driver is not None:
+        status = driver.cuFuncSetCacheConfig(ctypes.c_void_p(function), PREFER_NONE)
+        if status:
+            _warn_once(f"cuFuncSetCacheConfig failed with {status}: decoding may take longer than it needs to")
+
+
+@cache
+def _warn_once(line: str) -> None:
+    logging.getLogger("selective_kv").warning(line)
+
+
+@cache
+def _driver() -> ctypes.CDLL | None:
+    """NVIDIA's driver; None on a GPU of another make."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None

@@ -1,0 +1,66 @@
+"""Who takes what of a sequence's tokens in decoding, and how a program has its share brought nearer ahead of time.
+
+Full-precision slots and then quantised rows lie on one line, as long as their bytes are many. n_split programs
+cut it evenly, at the beginnings of blocks: none has more than its part and a block, and the one at the border has some
+of both. All of it follows from the number of tokens, so that every program knows it by itself, and the programs that
+merge know as well which partial results exist.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from selective_kv.kernels.basics import prefetch
+
+
+@triton.jit
+def partition(
+    n_token, n_slot, n_split,
+    FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr,
+    HAS_INT: tl.constexpr,
+):  # fmt: skip
+    """What n_split programs share of a sequence of n_token tokens: one range of work, slots before rows.
+
+    A block of slots is FLOAT_COST long there and one of rows INT_COST; program s takes the blocks that begin in
+    [s * each, (s + 1) * each), see `first_blocks`. Returns each, the number of slots and of their blocks, the number
+    of rows and of their blocks. Exact while the whole range is below 2**29. As long as there are no rows, `each` is
+    a number of blocks and depends on neither n_slot nor the costs: the shares are the full cache's.
+    """
+    n_full = tl.minimum(n_token, n_slot).to(tl.int32)
+    float_blocks = tl.cdiv(n_full, FLOAT_BLOCK)
+    n_int, int_blocks = n_full * 0, n_full * 0
+    work, unit = float_blocks, FLOAT_COST
+    if HAS_INT:
+        n_int = tl.maximum(n_token - n_slot, 0).to(tl.int32)
+        int_blocks = tl.cdiv(n_int, INT_BLOCK)
+        work = tl.where(n_int > 0, float_blocks * FLOAT_COST + int_blocks * INT_COST, work)
+        unit = tl.where(n_int > 0, 1, FLOAT_COST)
+    each = ((work + n_split - 1).to(tl.uint32) // n_split.to(tl.uint32)).to(tl.int32)  # unsigned: half as long
+    return each * unit, n_full, float_blocks, n_int, int_blocks
+
+
+@triton.jit
+def first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr):
+    """Where the shares of `split` and of all programs after it begin: a block of slots and a block of rows."""
+    at = split * each
+    row_at = tl.maximum(at - float_blocks * FLOAT_COST, 0)
+    return tl.minimum(tl.cdiv(at, FLOAT_COST), float_blocks), tl.minimum(tl.cdiv(row_at, INT_COST), int_blocks)
+
+
+@triton.jit
+def written(entry, each, float_blocks, int_blocks, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr):
+    """Whether a partial result stands at `entry`: that of the slots of program `entry` or of the rows of the one
+    before. There are never both: rows come after all slots.
+    """
+    first, row_first = first_blocks(entry, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    after, _row_after = first_blocks(entry + 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    _before, row_before = first_blocks(entry - 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    return (first < after) | (row_before < row_first)
+
+
+@triton.jit
+def fetch(start, end, N_BYTES: tl.constexpr):
+    """Have some N_BYTES from `start` on brought to the L2, but nothing from `end` on. start, end: pointers."""
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(N_BYTES, 128))
+    prefetch(tl.minimum(start.to(tl.int64) + tl.arange(0, LINES) * 128, end.to(tl.int64) - 1))

@@ -1,0 +1,63 @@
+"""Sink and window: the first tokens and the most recent ones; the middle is dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from selective_kv.cache import RopeLike, knob
+from selective_kv.region_cache import RegionCache
+
+
+def rotate(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
+    """Turn x [..., head_dim] by `offset` more positions of RoPE."""
+    angle = frequencies * offset  # float64: a million positions are many turns
+    cos, sin = angle.cos().float(), angle.sin().float()
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+@dataclass
+class SinkWindowCache(RegionCache):
+    """Keep the first tokens and the most recent ones; drop the middle.
+
+    StreamingLLM (Xiao et al. 2023, arXiv:2309.17453). Constant memory and speed, however long the text;
+    what left the window is forgotten.
+    """
+
+    name: ClassVar[str] = "compress_kv"
+
+    sink_size: int = knob(16, "first tokens kept for ever: a few keep the model stable, more cost little", 0)
+    window_size: int = knob(32, "most recent tokens kept: memory grows with it, and what the model remembers", 1)
+    positions: str = knob(
+        "cache",
+        "'cache' counts positions within the cache, so that text can run past the trained context; "
+        "'original' keeps each token's own position",
+        choices=("cache", "original"),
+    )
+
+    @property
+    def endless(self) -> bool:  # type: ignore[override]
+        return self.positions == "cache"
+
+    @property
+    def n_exact(self) -> int:
+        return self.sink_size + self.window_size
+
+    def sizes(self, capacity: int) -> tuple[int, int]:
+        return self.sink_size, self.window_size
+
+    def sink_turn(self, rope: RopeLike) -> tuple[Tensor, Tensor] | None:
+        if self.positions == "original" or not self.sink_size:
+            return None
+        return rope.back_to(self.regions.k.shape[2] - 1)  # the last position within the cache
+
+    def place(self, k: Tensor, positions: Tensor, start: int, rope: RopeLike) -> Tensor:
+        n_dropped = self.regions.n_left(start + 1)
+        if self.positions == "original" or n_dropped == 0:
+            return k
+        sink = self.regions.sink_size
+        return torch.cat((rotate(k[:, :sink], n_dropped, rope.frequencies), k[:, sink:]), 1)

@@ -1,0 +1,245 @@
+"""The benchmark: its gate, its figures, and transformers beside us."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from torch import Tensor
+
+from benchmark import command as benchmark
+from benchmark import contestant as contest
+from benchmark import peers
+from checkpoint import load_model, open_checkpoint
+from cli.report import make_plan
+from common.errors import UserError
+from engine.kernels import PYTORCH as STEP
+from model import Config, Transformer
+from selective_kv import FullCache, KVCache, SelectiveCache, Shape
+from selective_kv.kernels import PYTORCH
+from selective_kv.kernels import pytorch as eager
+
+CPU = torch.device("cpu")
+
+
+def run(folder: Path, *more: str) -> list[dict[str, Any]]:
+    """The records that a benchmark of a tiny model wrote."""
+    if not (folder / "model").exists():
+        families.make("llama3", folder / "model")
+    out = folder / "out.json"
+    quick = ["--rounds", "2", "--device", "cpu", "--json", str(out)]
+    quick += [] if "--kernels" in more else ["--steps", "2"]
+    benchmark.main(["--checkpoint_path", str(folder / "model"), *quick, *more])
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_peer_is_the_same_model_in_the_same_memory(family: str, tmp_path: Path) -> None:
+    families.make(family, tmp_path)
+    model = load_model(open_checkpoint(tmp_path), CPU, torch.float32)
+    theirs = peers.transformers_model(model)
+    assert peers.gate(model, theirs) < 1e-5
+    ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert {p.untyped_storage().data_ptr() for p in theirs.parameters()} <= ours
+
+
+def test_a_peer_with_other_weights_is_refused(tmp_path: Path) -> None:
+    families.make("llama3", tmp_path)
+    model = load_model(open_checkpoint(tmp_path), CPU, torch.float32)
+    theirs = peers.transformers_model(model)
+    theirs.model.norm.weight = torch.nn.Parameter(2 * theirs.model.norm.weight)
+    with pytest.raises(UserError, match="from ours"):
+        peers.gate(model, theirs)
+
+
+def test_every_cache_and_the_peer_are_timed_at_every_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--context", "80", "60", "--peer", "transformers", "--png", str(tmp_path / "speed.png")]
+    (record,) = run(tmp_path, *more)
+    names = [r["cache"] for r in record["rows"]]
+    assert [r["context"] for r in record["rows"]] == sorted(r["context"] for r in record["rows"])
+    for name in ("full", "compress_kv", "quantize_kv", "transformers dynamic", "transformers quantized fp8 8 bit"):
+        assert sum(n.startswith(name) for n in names) == 2, name
+    full = [r["cache_bytes"] for r in record["rows"] if r["cache"] == "full"]
+    assert full == [2 * 3 * 2 * 8 * 4 * n for n in (60, 80)]  # K and V, layers, KV heads, head_dim, float32
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert "us per 1,000 tokens" in capsys.readouterr().out
+
+
+def test_a_prompt_is_read_and_what_storing_took_is_told(tmp_path: Path) -> None:
+    (record,) = run(tmp_path, "--context", "100", "--prefill")
+    for row in record["rows"]:
+        assert 0 < row["store_s"] < row["prefill_s"]
+
+
+def test_kernels_alone(tmp_path: Path) -> None:
+    (record,) = run(tmp_path, "--kernels", "--context", "100")
+    assert {"full", "quantize_kv", "SDPA, packed group"} <= set(record["rows"][0]["ms"])
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(tmp_path: Path) -> None:
+    (record,) = run(tmp_path, "--largest_batch", "--context", "200", "--memory_budget", "3MB")
+    config = open_checkpoint(tmp_path / "model").config
+    policies: list[KVCache] = [FullCache(), SelectiveCache(16, 32)]
+    for policy in policies:
+        row = next(r for r in record["rows"] if r["cache"].startswith(policy.name))
+        shape = Shape(row["batch"], config.n_kv_head, config.head_dim, 204, torch.float32, CPU)
+        assert make_plan(config, policy, shape, 1).total <= 3e6
+        assert make_plan(config, policy, replace(shape, batch=row["batch"] + 1), 1).total > 3e6
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), torch.AcceleratorError("CUDA error: out of memory")])
+def test_a_plan_that_is_wrong_is_told_and_one_sequence_less_is_tried(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Tight(contest.Contestant):
+        def __init__(self, model: Any, policy: KVCache, shape: Shape, context: int) -> None:
+            if shape.batch > 7:
+                raise error
+            super().__init__(model, policy, shape, context)
+
+    monkeypatch.setattr(benchmark, "Contestant", Tight)
+    monkeypatch.setattr(benchmark, "largest_batch", lambda *_: 9)
+    (record,) = run(tmp_path, "--largest_batch", "--context", "60", "--caches", "full")
+    assert [r["batch"] for r in record["rows"]] == [7]
+    err = capsys.readouterr().err
+    assert "says 9 sequences fit" in err and "says 8 sequences fit" in err
+
+
+@pytest.mark.parametrize("budget", [0, 10**5, 10**7])
+def test_largest_batch_is_the_largest(budget: int) -> None:
+    config = Config(97, 48, 2, 6, 2, 80, 256)
+    shape = Shape(1, 2, 8, 100, torch.float32, CPU)
+    fits = [n for n in range(1, 400) if make_plan(config, FullCache(), replace(shape, batch=n), 1).total <= budget]
+    assert benchmark.largest_batch(config, FullCache(), shape, budget) == max(fits, default=0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "base", "expected"),
+    [([1, 2, 3], [1, 2, 3], 10), ([2, 2, 3], [1, 2, 3], 20), ([2, 1, 4], [1, 2, 3], None), ([1, 3, 2], [1, 2, 3], 30)],
+)
+def test_no_slower_from(ours: list[float], base: list[float], expected: int | None) -> None:
+    def rows(steps: list[float]) -> list[dict[str, Any]]:
+        return [{"context": 10 * i, "step_ms": ms} for i, ms in enumerate(steps, 1)]
+
+    assert benchmark.no_slower_from(rows(ours), rows(base)) == expected
+
+
+def tiny(folder: Path) -> tuple[Transformer, Shape]:
+    families.make("llama3", folder)
+    return load_model(open_checkpoint(folder), CPU, torch.float32), Shape(1, 2, 8, 1, torch.float32, CPU)
+
+
+def test_a_wrong_kernel_is_never_timed(tmp_path: Path) -> None:
+    model, shape = tiny(tmp_path)
+    wrong = replace(PYTORCH, decode_attention=lambda *a: 1.01 * PYTORCH.decode_attention(*a))
+    with pytest.raises(UserError, match="from its reference"):
+        contest.gate(model, SelectiveCache(4, 8), shape, attention=wrong)
+
+
+def test_the_gate_goes_past_any_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of 200 tokens never left a window of 256, and what reads integers could be as wrong as it liked."""
+    model, shape = tiny(tmp_path)
+    assert contest.gate(model, SelectiveCache(4, 256), shape) < 1e-5
+    monkeypatch.setattr(eager, "_decode_quantised", lambda tile, *_: 1e3 * torch.ones_like(tile))
+    with pytest.raises(UserError, match="from its reference"):
+        contest.gate(model, SelectiveCache(4, 256), shape)
+
+
+def test_the_gate_looks_at_every_sequence_of_a_batch(tmp_path: Path) -> None:
+    model, shape = tiny(tmp_path)
+
+    def wrong(q: Tensor, *rest: Any) -> Tensor:
+        out = PYTORCH.decode_attention(q, *rest)
+        out[3:4] *= 1.05  # of one sequence in four
+        return out
+
+    kernels = replace(PYTORCH, decode_attention=wrong)
+    contest.gate(model, SelectiveCache(4, 8), shape, attention=kernels)
+    with pytest.raises(UserError, match="batch 4: "):
+        contest.gate(model, SelectiveCache(4, 8), replace(shape, batch=4), attention=kernels)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
+def test_the_gate_looks_at_the_fused_step(tmp_path: Path) -> None:
+    """Its products are timed too: a wrong one is refused, though every attention is right."""
+    from engine.kernels.triton_backend import TRITON
+
+    model, shape = tiny(tmp_path)
+    assert contest.gate(model, SelectiveCache(4, 8), shape, TRITON) < 1e-5
+    wrong = replace(TRITON, linear=lambda *a, **k: 1.01 * TRITON.linear(*a, **k))
+    with pytest.raises(UserError, match="from its reference"):
+        contest.gate(model, SelectiveCache(4, 8), shape, wrong)
+
+
+def test_the_gate_measures_products_against_float32() -> None:
+    """A twin that rounds as often would hide, or double, what a kernel's own rounding is."""
+    torch.manual_seed(0)
+    x, norm, weight = (torch.randn(*shape).bfloat16() for shape in ((3, 64), (64,), (96, 64)))
+    cos, sin = torch.rand(3, 16), torch.rand(3, 16)
+    compared = contest.Compared(STEP)
+    compared.linear(x, weight, norm=norm, eps=1e-5)
+    assert 1e-4 < compared.error < 1e-2
+    compared.error = 0.0
+    compared.qkv(x, weight, None, norm, 1e-5, cos, sin, 2, 4, (torch.ones(16).bfloat16(),) * 2 + (1e-5,))
+    assert 1e-4 < compared.error < 1e-2
+
+
+def test_peak_memory_is_one_contestants_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contestants stand side by side; what one takes must not be counted as another's."""
+    now, most = 100, 0  # the weights, say
+
+    def take(n: int, n_passing: int = 0) -> None:
+        nonlocal now, most
+        most = max(most, now + n + n_passing)
+        now += n
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: now)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: most)
+
+    def reset(*_: object) -> None:
+        nonlocal most
+        most = now
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    a, b = contest.Peak(torch.device("cuda")), contest.Peak(torch.device("cuda"))
+    with a.watch():
+        take(30, 5)
+    with b.watch():
+        take(50)
+    with a.watch():
+        take(0, 7)
+    assert (a.most, b.most) == (37, 50)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--random_weights"],
+        ["--kernels", "--peer", "transformers"],
+        ["--largest_batch", "--prefill"],
+        ["--kernels", "--batch", "2"],
+        ["--caches", "quantise_kv"],
+        ["--largest_batch", "--memory_budget", "1kB"],
+        ["--context", "0"],
+        ["--caches", "full", "quantize_kv", "quantize_kv:sink_size=16"],
+        ["--caches", "quantize_kv:k_bits=4"],  # of head_dim 8
+        ["--memory_budget", "1GiB"],
+        ["--kernels", "--steps", "3"],
+        ["--kernels", "--dtype", "float32"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    families.make("llama3", tmp_path / "model")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run(tmp_path, *argv)
+    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("gate:")]
+    assert exit_.value.code == 2 and len(err) == 1 and not (tmp_path / "out.json").exists()

@@ -1,0 +1,139 @@
+"""The scripts that write gpt-fast's format and that fetch a model, on local folders."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import families
+import pytest
+import torch
+from checkpoints import (
+    SMALL,
+    forward,
+    fused,
+    load,
+    random_gpt_fast,
+    write_hugging_face_config,
+)
+from huggingface_hub import errors
+
+from checkpoint import convert as convert_hf_checkpoint
+from checkpoint import download
+from common.errors import UserError
+
+
+def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    families.make("llama2", tmp_path)
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "tokenizer.model").write_bytes(b"tiktoken")
+    convert_hf_checkpoint.main(["--checkpoint_dir", str(tmp_path)])  # into the same folder, as gpt-fast's
+    assert "model.pth" in capsys.readouterr().out
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"tiktoken"
+    with pytest.raises(SystemExit) as caught:
+        convert_hf_checkpoint.main(["--checkpoint_dir", str(tmp_path / "gone")])
+    assert caught.value.code == 2 and "no such file or folder" in capsys.readouterr().err
+
+
+def test_convert_of_what_is_interleaved_already(tmp_path: Path) -> None:
+    """Meta's names with q, k and v apart become gpt-fast's with the three fused; no row moves."""
+    state = random_gpt_fast(SMALL)
+    torch.save(state, tmp_path / "consolidated.00.pth")
+    write_hugging_face_config(tmp_path)
+    written = torch.load(convert_hf_checkpoint.convert(tmp_path, tmp_path / "out"), weights_only=True)
+    expected = fused(state, SMALL)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+def test_convert_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    families.make("llama2", tmp_path / "hf")
+
+    def full_disk(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file\nbacktrace")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match=r"failed writing file$"):
+        convert_hf_checkpoint.convert(tmp_path / "hf", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("model.pth*"))
+
+
+@pytest.mark.parametrize("out", ["file", "file/inside", "n" * 300, "n" * 5000])
+def test_convert_into_what_is_no_folder(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--out README.md` ended in a traceback, from tidying up."""
+    families.make("llama2", tmp_path / "hf")
+    (tmp_path / "file").write_text("mine")
+    capsys.readouterr()  # transformers' progress
+    with pytest.raises(SystemExit) as caught:
+        convert_hf_checkpoint.main(["--checkpoint_dir", str(tmp_path / "hf"), "--out", str(tmp_path / out)])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.count("\n") == 1
+    assert re.search("not a folder|Not a directory|File name too long", err, re.IGNORECASE)
+    assert {f.name for f in tmp_path.iterdir()} == {"hf", "file"} and (tmp_path / "file").read_text() == "mine"
+
+
+def test_convert_of_a_file(tmp_path: Path) -> None:
+    families.make("llama2", tmp_path)
+    with pytest.raises(UserError, match=r"model.safetensors: not a folder$"):
+        convert_hf_checkpoint.convert(tmp_path / "model.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize("script", [convert_hf_checkpoint, download])
+@pytest.mark.parametrize("argv", [[], ["--ou", "x"], ["--out"], ["--out", ""], ["--nothing"]])
+def test_argument_errors_are_one_line(script: ModuleType, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        script.main(argv)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"{script.__name__}.py: error: ")
+
+
+def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    families.make("llama2", tmp_path / "hub")
+
+    def snapshot(repo_id: str, *, local_dir: Path, allow_patterns: list[str], token: str | None) -> None:
+        assert (repo_id, token) == ("owner/name", "secret")
+        local_dir.mkdir()
+        for pattern in allow_patterns:
+            for file in (tmp_path / "hub").glob(pattern):
+                shutil.copyfile(file, local_dir / file.name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    out = tmp_path / "out"
+    download.main(["--repo_id", "owner/name", "--out", str(out), "--hf_token", "secret"])
+    assert forward(load(out)).isfinite().all()
+
+
+RESPONSE = SimpleNamespace(headers={}, request=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (lambda: errors.GatedRepoError("no", response=RESPONSE), "is gated: accept its licence"),
+        (lambda: errors.RepositoryNotFoundError("no", response=RESPONSE), "no such model on the Hub"),
+        (lambda: errors.HFValidationError("no"), "not a repository's name"),
+        (lambda: errors.LocalEntryNotFoundError("no connection\nmore"), "not downloaded: no connection$"),
+        (lambda: OSError(28, "No space left on device"), "No space left"),
+    ],
+)
+def test_download_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    error: Callable[[], Exception],
+    message: str,
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(SystemExit) as caught:
+        download.main(["--repo_id", "owner/name", "--out", str(tmp_path)])
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 1
+    assert re.search(message, lines[0])

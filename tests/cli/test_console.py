@@ -1,0 +1,45 @@
+"""Files of prompts: a line is what ends with a newline, and JSON where it begins with a brace."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from cli.console import read_prompts
+from common.errors import UserError
+
+
+def prompts_of(tmp_path: Path, content: bytes) -> list[str]:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    return read_prompts(Namespace(prompt=[], prompt_file=path))
+
+
+def test_lines_end_with_a_newline_only(tmp_path: Path) -> None:
+    """A form feed or U+2028 inside a line made several prompts of it, and broke valid JSON."""
+    plain = "one\x0ctwo\u2028three\x85four\r\n\n \t \r\n last "
+    assert prompts_of(tmp_path, plain.encode()) == ["one\x0ctwo\u2028three\x85four", " last "]
+    assert prompts_of(tmp_path, '{"prompt": "a\u2028b"}\r\n{"prompt": "c\\nd"}'.encode()) == ["a\u2028b", "c\nd"]
+
+
+@pytest.mark.parametrize("before", ["\ufeff", "  ", "\t", "\ufeff ", "\u00a0"])
+def test_json_behind_a_mark_or_blanks_is_json(tmp_path: Path, before: str) -> None:
+    assert prompts_of(tmp_path, f'{before}{{"prompt": "a"}} \n{{"prompt": "b"}}\n'.encode()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'\n  {"prompt": "a"\n', "line 2: not a JSON object"),
+        (b'{"prompt": 1' + b"0" * 5000 + b"}", "line 1: not a JSON object"),  # more digits than Python reads
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "line 1: the JSON is nested too deeply"),
+        (b"\xef\xbb\xbfabc\xff", "not UTF-8 at byte 6"),
+        (b"\xef\xbb\xbf\n", "no prompt in it"),
+    ],
+)
+def test_files_that_are_wrong(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        prompts_of(tmp_path, content)
+    assert "\n" not in str(caught.value) and "prompts.txt" in str(caught.value)

@@ -1,0 +1,187 @@
+"""On a CUDA device: the captured step, the kernels behind it, and the command line's default there."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import STORIES, needs
+
+from benchmark import command as benchmark
+from benchmark import contestant as contest
+from checkpoint import load_model, open_checkpoint
+from engine import Engine, Sampling
+from engine.precompile import compiled_ahead
+from generate import main as generate_main
+from kv_cache import ModelCache
+from model import Config, Transformer
+from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+POLICIES: list[KVCache] = [FullCache(), SelectiveCache(4, 16), SinkWindowCache(4, 16), SelectiveCache(0, 1)]
+
+
+def generate(
+    policy: KVCache, prompts: list[list[int]], n: int, path: str = "captured", **options: int
+) -> list[list[int]]:
+    checkpoint = open_checkpoint(None, "llama-3.2-1b")
+    config = checkpoint.config
+    shape = Shape(len(prompts), config.n_kv_head, config.head_dim, 400, torch.bfloat16, CUDA)
+    cache = ModelCache(policy, config.n_layer, shape)
+    if path == "reference":
+        for layer in cache.layers:
+            layer.use_reference()
+    engine = Engine(small_model(), cache, Sampling(temperature=0), capture=path == "captured", **options)
+    assert (engine.graph is not None) == (path == "captured")
+    return [[t for t in row if t is not None] for row in engine.generate(prompts, n)]
+
+
+@functools.cache
+def small_model() -> Transformer:
+    return load_model(open_checkpoint(None, "llama-3.2-1b"), CUDA, torch.bfloat16, random_weights=True)
+
+
+PROMPTS = [list(range(5, 5 + n)) for n in (1, 3, 40, 129)]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_the_captured_step_writes_what_the_eager_step_writes(policy: KVCache) -> None:
+    assert generate(policy, PROMPTS, 60) == generate(policy, PROMPTS, 60, "eager")
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_the_kernels_agree_with_the_reference(policy: KVCache) -> None:
+    """Attention by attention, on the q, k and v of a model: what `gate` allows before anything is timed."""
+    config = open_checkpoint(None, "llama-3.2-1b").config
+    shape = Shape(1, config.n_kv_head, config.head_dim, contest.GATE_TOKENS, torch.bfloat16, CUDA)
+    contest.gate(small_model(), policy, shape)
+
+
+def test_the_host_may_run_ahead_and_an_end_token_still_ends() -> None:
+    rows = generate(FullCache(), [PROMPTS[2]], 30)
+    end = rows[10][0]
+    first = next(i for i, row in enumerate(rows) if row[0] == end)
+    checkpoint = open_checkpoint(None, "llama-3.2-1b")
+    config = checkpoint.config
+    shape = Shape(1, config.n_kv_head, config.head_dim, 400, torch.bfloat16, CUDA)
+    for lag in (0, 1, 5):
+        cache = ModelCache(FullCache(), config.n_layer, shape)
+        engine = Engine(small_model(), cache, Sampling(temperature=0), frozenset({end}), lag=lag)
+        assert [row[0] for row in engine.generate([PROMPTS[2]], 30)] == [r[0] for r in rows[: first + 1]]
+
+
+def test_sampling_in_a_captured_step_is_seeded() -> None:
+    checkpoint = open_checkpoint(None, "llama-3.2-1b")
+    config = checkpoint.config
+    shape = Shape(2, config.n_kv_head, config.head_dim, 100, torch.bfloat16, CUDA)
+    texts = []
+    for seed in (1, 1, 2):
+        cache = ModelCache(FullCache(), config.n_layer, shape)
+        engine = Engine(small_model(), cache, Sampling(1.0, top_k=50, top_p=0.9, seed=seed))
+        runs = []
+        for _ in range(2):
+            runs.append(list(engine.generate(PROMPTS[:2], 20)))
+            engine.reset()
+        assert runs[0] == runs[1]
+        texts.append(runs[0])
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("policy", [FullCache(), SelectiveCache(4, 16)], ids=str)
+def test_a_decode_step_takes_no_memory_and_waits_for_nothing(policy: KVCache) -> None:
+    checkpoint = open_checkpoint(None, "llama-3.2-1b")
+    config = checkpoint.config
+    shape = Shape(1, config.n_kv_head, config.head_dim, 400, torch.bfloat16, CUDA)
+    engine = Engine(small_model(), ModelCache(policy, config.n_layer, shape), Sampling(0))
+    engine.read([PROMPTS[2]])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error")  # raises on any operation that waits
+    try:
+        for _ in range(20):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() == before
+
+
+@needs(STORIES)
+@pytest.mark.parametrize("policy", [FullCache(), SelectiveCache(4, 300), SinkWindowCache(4, 300)], ids=str)
+def test_stories260k_writes_the_golden_ids(policy: KVCache) -> None:
+    golden = json.loads((STORIES / "golden.json").read_text())["greedy_ids"]
+    checkpoint = open_checkpoint(STORIES, None)
+    model = load_model(checkpoint, CUDA, torch.float32)
+    shape = Shape(2, 4, 8, len(golden) + 8, torch.float32, CUDA)
+    engine = Engine(model, ModelCache(policy, checkpoint.config.n_layer, shape), Sampling(temperature=0))
+    rows = list(engine.generate([golden[:1], golden[:30]], len(golden) - 1))
+    assert [golden[0], *(row[0] for row in rows)] == golden
+    assert [*golden[:30], *(row[1] for row in rows)][: len(golden)] == golden
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("policy", [FullCache(), SelectiveCache(4, 16, 4, 4)], ids=str)
+def test_after_compiling_ahead_a_run_compiles_nothing(
+    policy: KVCache, batch: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import triton
+
+    config = Config(1000, 384 + 128 * batch, 2, 8, 2, 1024, 4096, 64)  # a width that no other test has
+    with torch.device("meta"):
+        model = Transformer(config).to(torch.bfloat16)
+    model.materialize(CUDA).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.02)
+    device = torch.device("cuda", torch.cuda.current_device())
+    shape = Shape(batch, config.n_kv_head, config.head_dim, 400, torch.bfloat16, device)
+    greedy, compiled = Sampling(temperature=0), []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **it: compiled.append(it["fn"].name))
+    with compiled_ahead(config, policy, shape, greedy, [300] * batch, 128):
+        pass
+    assert capfd.readouterr().err == ""
+    assert compiled
+    compiled.clear()
+    engine = Engine(model, ModelCache(policy, config.n_layer, shape), greedy, prefill_chunk=128)
+    assert engine.graph is not None
+    assert len(list(engine.generate([list(range(300))] * batch, 5))) == 5
+    assert compiled == []
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_second_gpu_writes_what_the_first_does(capfd: pytest.CaptureFixture[str]) -> None:
+    """The kernels, the graph and its events once went to the first device whatever --device said."""
+    texts = []
+    try:
+        for device in ("cuda:1", "cuda:0"):
+            generate_main(["--device", device, "--temperature", "0", "--max_new_tokens", "40", "quantize_kv"])
+            texts.append(capfd.readouterr().out)
+    finally:
+        torch.cuda.set_device(0)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "more", [["--prefill"], ["--peer", "transformers"], ["--largest_batch", "--memory_budget", "6GiB"], ["--kernels"]]
+)
+def test_the_benchmark_in_every_mode(more: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    argv = ["--random_weights", "--model", "llama-3.2-1b", "--device", "cuda", "--context", "2000", "--rounds", "2"]
+    caches = [] if "--kernels" in more else ["--steps", "4", "--caches", "full", "quantize_kv"]
+    benchmark.main([*argv, *caches, *more, "--json", str(out)])
+    rows = {r.get("cache", r.get("version")): r for r in json.loads(out.read_text())["rows"]}
+    if "--kernels" not in more:
+        assert rows["full"]["peak_memory_bytes"] > rows["full"]["cache_bytes"] + 2 * 1.2e9
+    if "--prefill" in more:
+        assert all(0 < r["store_s"] < r["prefill_s"] for r in rows.values())
+    if "--peer" in more:
+        assert rows["transformers dynamic"]["cache_bytes"] >= rows["full"]["cache_bytes"]
+    if "--largest_batch" in more:
+        assert rows["quantize_kv:sink_size=16,window_size=32"]["batch"] > 1.7 * rows["full"]["batch"]

@@ -1,0 +1,262 @@
+"""evaluate.py as its users call it: tables, records, mistakes. What it computes is tested in test_scoring.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, SENTENCES
+
+pytest.importorskip("rouge_score", reason="evaluate.py needs rouge_score")
+from evaluation import command as evaluate
+from evaluation import passkeys as retrieval
+from evaluation import scoring, subject, summaries
+
+TEXT = "\n".join(SENTENCES * 2)
+CACHES = ["--caches", "quantize_kv:sink_size=2,window_size=8", "compress_kv:sink_size=2,window_size=8"]
+
+
+BLANK = """
+from dataclasses import dataclass
+from typing import ClassVar
+from selective_kv import SelectiveCache
+
+@dataclass
+class Blank(SelectiveCache):
+    "Sees nothing from position 50 on."
+    name: ClassVar[str] = "blank_kv"
+
+    def attend(self, q, k, v, chunk, rope):
+        return super().attend(q, k, v, chunk, rope) * (chunk.positions < 50)[:, None, :, None]
+"""
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt.xz"
+    path.write_bytes(lzma.compress(TEXT.encode()))
+    return path
+
+
+def record(tmp_path: Path, *argv: object) -> dict:  # type: ignore[type-arg]
+    out = tmp_path / "new" / "out.json"
+    evaluate.main([*map(str, argv), "--json", str(out)])
+    assert [f.name for f in out.parent.iterdir()] == ["out.json"]
+    return json.loads(out.read_text())
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main([*map(str, argv)])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2 and out == "" and err.count("\n") == 1
+    return err
+
+
+def test_perplexity_and_divergence_of_a_text(
+    tiny: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--checkpoint_path", tiny, "--text", text, "--context", 100, "--windows", 3, *CACHES]
+    r = record(tmp_path, "perplexity", *base)
+    full, quantised, dropped = r["rows"]
+    assert full["cache"] == "full" and full["kl"] == 0 and full["perplexity_rise"] == 0 and full["same_top"] == 1
+    assert full["tokens"] == 297 and full["windows"] == 3
+    assert abs(quantised["perplexity_rise"]) < 0.01 and 0 < quantised["kl"] < 1e-2 < dropped["kl"]
+    assert quantised["bits_per_quantised_element"] == 8 + 32 / 8  # head_dim 8
+    assert full["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert r["command"][0] == "scripts/evaluate.py" and str(tmp_path) not in json.dumps(r)
+    assert TEXT[:40] not in json.dumps(r)  # figures travel, texts do not
+    sequential = record(tmp_path, "perplexity", *base, "--sequential")
+    for a, b in zip(r["rows"], sequential["rows"], strict=True):
+        assert abs(a["nll"] - b["nll"]) < 1e-3
+    out = capsys.readouterr().out
+    assert "bits/byte" in out and "quantize_kv:sink_size=2,window_size=8" in out
+    record(tmp_path, "divergence", *base)
+    assert "mean KL" in capsys.readouterr().out
+
+
+def test_a_cache_of_ones_own_is_scored_through_itself(tiny: Path, tmp_path: Path, text: Path) -> None:
+    """Token by token: nobody knows its parallel form, even where it is derived from a cache that has one."""
+    plugin, out = tmp_path / "mine.py", tmp_path / "out.json"
+    plugin.write_text(BLANK)
+    argv = ["--checkpoint_path", tiny, "--text", text, "--context", 100, "--windows", 1, "--plugin", plugin]
+    argv += ["--caches", "quantize_kv", "blank_kv", "--json", out]
+    command = [sys.executable, ROOT / "scripts" / "evaluate.py", "divergence", *map(str, argv)]
+    subprocess.run(command, check=True, capture_output=True)  # a process of its own: the class stays known in this one
+    kl = {r["cache"].partition(":")[0]: r["kl"] for r in json.loads(out.read_text())["rows"]}
+    assert kl["quantize_kv"] < 1e-2 < kl["blank_kv"]
+
+
+def test_without_a_text_the_model_writes_one(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["divergence", "--checkpoint_path", tiny, "--context", 60, "--windows", 2, *CACHES]
+    a, b = record(tmp_path, *base), record(tmp_path, *base)
+    assert a["rows"] == b["rows"] and a["rows"][0]["sampled"]
+    assert "the text's entropy" in capsys.readouterr().out
+
+
+def test_passkeys_read_the_cache(tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights recall nothing; what counts is that every cell is tried, and the question finds only the cache."""
+    asked: list[tuple[str, int, int]] = []
+    original = subject.Engine.read
+
+    def spy(self, prompts):  # type: ignore[no-untyped-def]
+        asked.append((self.cache.policy.name, int(self.cache.lengths[0]), len(prompts[0])))
+        return original(self, prompts)
+
+    monkeypatch.setattr(subject.Engine, "read", spy)
+    base = ["--checkpoint_path", tiny, "--text", text, "--lengths", 200, 240, 200, "--depths", 0, 1, "--trials", 2]
+    r = record(tmp_path, "passkey", *base, *CACHES)
+    questions = [(name, before + n) for name, before, n in asked if before]
+    assert len(questions) == 2 * 2 * 2 * 3 and {n for _, n in questions} == {200, 240}
+    assert {name for name, _ in questions} == {"full", "quantize_kv", "compress_kv"}
+    for row in r["rows"]:
+        assert set(row["recalled"]) == {"200", "240"} and row["trials"] == 8
+        assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 1 and row["text"] == text.name
+    assert r["settings"] == {"lengths": [200, 240], "depths": [0, 1], "trials": 2}
+
+
+def test_a_prompt_taken_from_the_full_cache_is_the_prompt_read(tiny: Path) -> None:
+    """One prefill for all settings: keys and values of a prompt that is one chunk do not depend on the cache."""
+    args = evaluate.make_parser().parse(["passkey", "--checkpoint_path", str(tiny), "--device", "cpu", *CACHES])
+    tested = subject.Subject(args)
+    ids = list(range(3, 90))
+    for policy, engine in tested.engines_after(ids, 120):
+        alone = tested.engine(policy, 120)
+        alone.read([ids])
+        for mine, theirs in zip(engine.cache.layers, alone.cache.layers, strict=True):
+            for a, b in zip(mine.regions[:6], theirs.regions[:6], strict=True):  # type: ignore[attr-defined]
+                assert (a is None and b is None) or (a == b).all()
+        rows = [list(e.generate([[7, 8]], 6)) for e in (engine, alone)]
+        assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"), [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (81, 263, 0.2553, 0.3662)]
+)
+def test_wilsons_interval(right: int, n: int, low: float, high: float) -> None:
+    """The last figures are those of Newcombe 1998, table I."""
+    assert retrieval.wilson(right, n) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "options"),
+    [
+        ("perplexity", scoring, ["--context", "60", "--windows", "3"]),
+        ("passkey", retrieval, ["--lengths", "200", "--depths", "0", "0.5", "1"]),
+    ],
+)
+def test_a_crash_loses_no_finished_result(
+    kind: str, where: Any, options: list[str], tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a text: what was done stands beside the record of an earlier run, which is whole still."""
+    out, kept = tmp_path / "out.json", tmp_path / "out.unfinished.json"
+    argv = [kind, "--checkpoint_path", str(tiny), "--text", str(text), "--json", str(out), *CACHES, *options]
+    evaluate.main(argv)
+    before = out.read_text()
+    name = "score" if where is scoring else "recalls"
+    original, calls = getattr(where, name), 0
+
+    def crash(*args):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(where, name, crash)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(argv)
+    saved = json.loads(kept.read_text())
+    assert exit_.value.code == 130 and not saved["finished"] and len(saved["rows"]) == 3
+    assert out.read_text() == before
+    monkeypatch.setattr(where, name, original)
+    evaluate.main(argv)
+    assert not kept.exists() and json.loads(out.read_text())["finished"]
+
+
+def test_jsonl_is_read_for_its_texts(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not as the source that it is; U+2028 in a string ends no line."""
+    lines = [{"text": SENTENCES[0] + "\u2028" + SENTENCES[1]}, {"document": TEXT}]
+    path, plain = tmp_path / "t.jsonl", tmp_path / "t.txt"
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    plain.write_text("\n\n".join([lines[0]["text"], TEXT]))
+    base = ["perplexity", "--checkpoint_path", tiny, "--context", 60, "--windows", 2, "--text"]
+    a, b = record(tmp_path, *base, path), record(tmp_path, *base, plain)
+    assert [r["nll"] for r in a["rows"]] == [r["nll"] for r in b["rows"]]
+    assert a["rows"][0]["sha256"] == b["rows"][0]["sha256"]
+    capsys.readouterr()
+    for last, message in (('{"title": "x"}', "line 3: the field 'text'"), ("[1]", "line 3: not a JSON object")):
+        path.write_text('{"text": "a"}\n\n' + last)
+        assert message in fails(capsys, *base, path)
+
+
+def test_mistakes_are_one_line(tiny: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["perplexity", "--checkpoint_path", tiny, "--context", 100]
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    assert "an empty text" in fails(capsys, *base, "--text", empty)
+    short = tmp_path / "short.txt"
+    short.write_text("The red fox")
+    assert "tokens, and a window has 100" in fails(capsys, *base, "--text", short)
+    assert "none.txt" in fails(capsys, *base, "--text", tmp_path / "none.txt")
+    assert "past the model's context of 256" in fails(capsys, "perplexity", "--checkpoint_path", tiny, "--context", 300)
+    assert "no cache is called 'quantise'" in fails(capsys, *base, "--text", text, "--caches", "quantise")
+    assert "takes a value of type int" in fails(capsys, *base, "--caches", "quantize_kv:sink_size=x")
+    passkey = ["passkey", "--checkpoint_path", tiny, "--text", text]
+    assert "a passkey test takes at least" in fails(capsys, *passkey, "--lengths", 20)
+    assert "past the model's context" in fails(capsys, *passkey, "--lengths", 256)
+    assert "the first token has no score" in fails(capsys, *base, "--context", 1)
+    assert "4 bits need a head_dim" in fails(capsys, *base, "--caches", "quantize_kv:k_bits=4")
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\xff\xfe")
+    assert "bad.txt" in fails(capsys, *base, "--text", bad)
+
+
+def test_rouge_of_summaries(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SQuALITY's layout and a plain one; the full cache agrees with itself; a window of all agrees too."""
+    responses = [{"response_text": t} for t in SENTENCES[:2]]
+    squality = {"document": TEXT, "questions": [{"question_text": "What is the plot?", "responses": responses}]}
+    for line in (squality, {"document": TEXT, "summary": SENTENCES[0]}, {"prompt": TEXT, "references": SENTENCES[:3]}):
+        path = tmp_path / "d.jsonl"
+        path.write_text(f"{json.dumps(line)}\n{json.dumps(line)}\n")
+        base = ["rouge", "--checkpoint_path", tiny, "--text", path, "--context", 200, "--max_new_tokens", 12]
+        r = record(tmp_path, *base, "--caches", "quantize_kv:sink_size=2,window_size=200", "compress_kv:window_size=2")
+        full, same, other = r["rows"]
+        assert full["rouge_l_to_full"]["mean"] == same["rouge_l_to_full"]["mean"] == 1
+        assert full["rouge_l"] == same["rouge_l"] and full["documents"] == 2 and full["cut"] == 2
+        assert full["rouge_l_rise"] == {"mean": 0, "low": 0, "high": 0}
+        assert other["rouge_l_to_full"]["mean"] < 1
+        assert SENTENCES[0] not in json.dumps(r)
+    assert "2 cut to fit" in capsys.readouterr().out
+    for line, message in (
+        ('{"document": "a"}', "line 1: the field 'summary'"),
+        ("{", "line 1: not JSON"),
+        ("", "an empty text"),
+        ('{"document": 5, "summary": "a"}', "line 1: 'document' is not a text"),
+        ('{"document": "a", "summary": null}', "line 1: the references are not"),
+        ('{"document": "a", "questions": [{"question_text": "b", "responses": []}]}', "line 1: the references are not"),
+        ('{"document": "a", "questions": 5}', "line 1: 'questions' are not"),
+        ("5", "line 1: not a JSON object"),
+    ):
+        path.write_text(line)
+        assert message in fails(capsys, *base)
+
+
+def test_summaries_of_the_models_own_text(tiny: Path, tmp_path: Path) -> None:
+    """Nothing to compare with but the full cache's words."""
+    base = ["rouge", "--checkpoint_path", tiny, "--context", 100, "--max_new_tokens", 8, "--documents", 2]
+    full, *_ = record(tmp_path, *base, *CACHES)["rows"]
+    assert "rouge_l" not in full and full["rouge_l_to_full"]["mean"] == 1
+
+
+def test_an_interval_holds_its_mean_and_narrows() -> None:
+    few = summaries.mean_and_interval([0.1, 0.5, 0.3])
+    many = summaries.mean_and_interval([0.1, 0.5, 0.3] * 50)
+    assert few["low"] <= few["mean"] <= few["high"] and few["high"] - few["low"] > many["high"] - many["low"]
+    assert summaries.rouge_l("the fox jumps", ["a dog", "the fox jumped"]) == 1  # stemmed; the best reference
