@@ -37,7 +37,7 @@ from checkpoint import (
     parse_device,
     parse_dtype,
 )
-from cli.console import Printer, converse, encode_prompt, read_prompts, say, uninterrupted
+from cli.console import Printer, converse, encode_prompt, read_prompts, uninterrupted
 from cli.conversation import Conversation, chat_template_of
 from cli.options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
 from cli.profile import Profiler
@@ -54,6 +54,7 @@ from cli.report import (
 )
 from common.errors import UserError
 from common.files import require_writable, write_json
+from common.messages import say
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from engine.precompile import compiled_ahead
 from kv_cache import ModelCache

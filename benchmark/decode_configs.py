@@ -1,4 +1,4 @@
-"""Decode steps of a whole model by several launch plans of the decode kernel (kernels/triton_plan.py), in turn.
+"""Decode steps of a whole model by several launch plans of the decode kernel in turn.
 
     python scripts/sweep_plans.py --random_weights --model llama-3.1-8b --context 256 8192 131072 \\
         --caches full quantize_kv --plans "" warps=2,int_slice=32,int_stages=4,per_processor=2 ahead=0

@@ -15,13 +15,9 @@ import torch
 from cli.conversation import Conversation
 from common.errors import UserError
 from common.files import TOO_DEEP
+from common.messages import say
 from engine import Engine, Timing
 from tokenizer import StreamDecoder, Tokenizer
-
-
-def say(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import kv_cache
-from cli.console import say
 from cli.options import format_policy
 from common.errors import UserError
+from common.messages import say
 from engine import Engine, Timing
 from model import Config, Transformer
 from selective_kv import FullCache, KVCache, Shape

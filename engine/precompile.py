@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cli.console import say
+from common.messages import say
 from engine import FusedStep, Sampling, chunk_size
 from kv_cache import ModelCache
 from model import Config, Transformer

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kv_cache import ModelCache
 from model import Cache, Transformer
-from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
+from selective_kv import KVCache, Shape
 from selective_kv.cache import wide
 from selective_kv.formats import INT8
 
@@ -40,19 +40,21 @@ class ParallelCache:
     """A text of one sequence as one chunk, each token seeing what chunk-1 decoding would leave it."""
 
     def __init__(self, policy: KVCache, n_layer: int, device: torch.device) -> None:
-        self.sink, self.window = 0, 1 << 62
-        if isinstance(policy, SinkWindowCache | SelectiveCache):
-            self.sink, self.window = policy.sink_size, policy.window_size
-        self.quantises = isinstance(policy, SelectiveCache)
-        self.formats = policy.formats() if isinstance(policy, SelectiveCache) else (INT8, INT8)
-        self.turns = isinstance(policy, SinkWindowCache) and policy.positions == "cache"
+        seen = policy.sees()
+        if seen is None:
+            raise ValueError(f"{policy.name}: what a query sees is not known in advance: score it sequentially")
+        self.sink = seen.sink_size
+        self.window = 1 << 62 if seen.window_size is None else seen.window_size
+        self.quantises = seen.formats is not None
+        self.formats = seen.formats or (INT8, INT8)
+        self.turns = seen.within
         self.layers = [self] * n_layer
         self.device = device
 
     @staticmethod
     def can(policy: KVCache) -> bool:
         """Whether this form is known for a cache; one of the user's own, derived or not, is scored sequentially."""
-        return type(policy) in (FullCache, SinkWindowCache, SelectiveCache)
+        return policy.sees() is not None
 
     def begin(self, n_token: int) -> _Step:
         return _Step(torch.arange(n_token, device=self.device)[None])

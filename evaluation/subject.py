@@ -24,7 +24,7 @@ from common.errors import UserError
 from engine import PREFILL_CHUNK, Engine, Sampling
 from evaluation import scoring
 from kv_cache import ModelCache
-from selective_kv import FullCache, KVCache, SelectiveCache, Shape
+from selective_kv import FullCache, KVCache, Shape
 from tokenizer import Tokenizer
 
 
@@ -67,8 +67,9 @@ class Subject:
         """Bytes of a sequence's cache, and bits per element of what is quantised, scales included."""
         regions = kv_cache.plan(policy, self.config.n_layer, self.shape(n_token))
         held = {"cache_bytes": float(sum(regions.values()))}
-        if regions.get("quantised") and isinstance(policy, SelectiveCache):
-            bits = [f.bits_per_element(self.config.head_dim) for f in policy.formats()]
+        seen = policy.sees()
+        if regions.get("quantised") and seen is not None and seen.formats is not None:
+            bits = [f.bits_per_element(self.config.head_dim) for f in seen.formats]
             held["bits_per_quantised_element"] = sum(bits) / 2
         return held
 

@@ -25,10 +25,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cli.console import say
 from cli.options import Parser
 from common.errors import UserError
 from common.files import require_writable
+from common.messages import say
 from plots.memory import draw_footprints
 from plots.pictures import draw_frontier, draw_passkeys, draw_position, draw_tables, look, plt, save, thousands
 from plots.records import Record, read, short

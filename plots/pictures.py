@@ -20,9 +20,9 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from cli.console import say
 from common.errors import UserError
 from common.files import part_of
+from common.messages import say
 from plots.records import Record, Row, Run, choose, family, order, passkey_grids, score_runs, short, trials_of
 
 LOOKS = {  # grey, line, marker, hatch: told apart without colour

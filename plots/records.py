@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import selective_kv
-from cli.console import say
 from cli.options import format_policy, make_policy
 from common.errors import UserError
+from common.messages import say
 
 Row = dict[str, Any]
 

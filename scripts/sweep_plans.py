@@ -1,4 +1,4 @@
-"""Decode steps of a whole model by several launch plans of the decode kernel (kernels/triton_plan.py), in turn."""
+"""Decode steps of a whole model by several launch plans of the decode kernel in turn."""
 
 import sys
 from pathlib import Path

@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selective_kv.formats import Format
+
 if TYPE_CHECKING:
     from selective_kv.kernels import AttentionKernels
 
@@ -54,6 +56,20 @@ class Chunk:
     row: int = 0
     start: int | None = None  # positions[:, 0] where it is one number that the host knows: never in decoding
     then: Tensor | None = None  # a weight that the model reads after attention: kernels may bring it nearer
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What a query at position p sees of a token at position t <= p, when every token came alone (decoding).
+
+    In full precision if t < sink_size or t > p - window_size (None: always); otherwise in `formats`, K's and V's, or
+    not at all where that is None. `within`: sinks are seen at their distance within the cache, not in the text.
+    """
+
+    sink_size: int = 0
+    window_size: int | None = None
+    formats: tuple[Format, Format] | None = None
+    within: bool = False
 
 
 class RopeLike(Protocol):
@@ -88,6 +104,12 @@ class KVCache:
     def n_exact(self) -> int:
         """How many tokens are kept in full precision; 0: no such limit. It must fit the model's context."""
         return 0
+
+    def sees(self) -> Visible | None:
+        """What a query sees, where that can be said in advance: a text can then be scored in parallel, and a prompt
+        read by the full cache can be stored as this cache would have. None: only `update` knows.
+        """
+        return None
 
     def by_quality(self) -> list[tuple[str, KVCache]]:
         """This cache in each number of bits that it has, most first, and their names: what `--bits auto` tries."""
@@ -167,4 +189,4 @@ def caches() -> dict[str, type[KVCache]]:
         waiting += cls.__subclasses__()
         if cls.name:
             found[cls.name] = cls
-    return found
+    return dict(sorted(found.items()))

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from selective_kv.cache import KVCache, knob
+from selective_kv.cache import KVCache, Visible, knob
 from selective_kv.formats import INT8, Format
 from selective_kv.region_cache import RegionCache
 
@@ -45,6 +45,11 @@ class SelectiveCache(RegionCache):
     def formats(self) -> tuple[Format, Format]:
         size = self.group_size
         return Format(self.k_bits, size, self.rotate) if self.k_bits == 4 else INT8, Format(self.v_bits, size)
+
+    def sees(self) -> Visible | None:
+        if type(self) is not SelectiveCache:  # what a subclass changes is not known
+            return None
+        return Visible(self.sink_size, self.window_size, self.formats())
 
     def by_quality(self) -> list[tuple[str, KVCache]]:
         bits = ((8, 8), (8, 4), (4, 4))  # keys keep theirs longest: they are the more sensitive

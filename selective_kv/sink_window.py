@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from selective_kv.cache import RopeLike, knob
+from selective_kv.cache import RopeLike, Visible, knob
 from selective_kv.region_cache import RegionCache
 
 
@@ -42,6 +42,11 @@ class SinkWindowCache(RegionCache):
     @property
     def endless(self) -> bool:  # type: ignore[override]
         return self.positions == "cache"
+
+    def sees(self) -> Visible | None:
+        if type(self) is not SinkWindowCache:  # what a subclass changes is not known
+            return None
+        return Visible(self.sink_size, self.window_size, within=self.positions == "cache")
 
     @property
     def n_exact(self) -> int:

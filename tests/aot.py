@@ -19,6 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a program
+
 from engine.kernels.argmax import part_kernel, pick_kernel
 from engine.kernels.gemv import norm_kernel, rotate_kernel, swiglu_kernel, vector_kernel
 from engine.kernels.small_gemm import padded, plan_tokens, tokens_kernel

@@ -6,12 +6,16 @@ A process of its own: it needs Triton without its interpreter, and a driver that
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a program
 
 
 class Hopper:
@@ -27,6 +31,7 @@ class Hopper:
 
 driver.set_active(Hopper())  # type: ignore[arg-type]
 
+import engine.kernels  # noqa: E402
 import selective_kv.kernels  # noqa: E402
 from selective_kv.kernels import decode_config as triton_plan  # noqa: E402
 
@@ -39,7 +44,7 @@ from model import Config, Transformer  # noqa: E402
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache  # noqa: E402
 from selective_kv.kernels.launch import compiling  # noqa: E402
 
-selective_kv.kernels.what_triton_lacks = lambda device: ""
+selective_kv.kernels.uses_triton = engine.kernels.uses_triton = lambda device: True
 CONFIG = Config(100, 512, 2, 8, 2, 1024, 4096, 64)
 POLICIES: list[KVCache] = [FullCache(), SinkWindowCache(4, 16), SelectiveCache(4, 16), SelectiveCache(4, 16, 4, 4)]
 GREEDY, CHUNK = Sampling(temperature=0), 128

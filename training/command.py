@@ -37,9 +37,10 @@ from tqdm import tqdm
 
 from checkpoint import load_model, open_checkpoint, parse_device
 from checkpoint.stored import UNPICKLING_ERRORS
-from cli.console import say, uninterrupted
+from cli.console import uninterrupted
 from common.errors import UserError
 from common.files import require_writable, write_whole
+from common.messages import say
 from model import Attention, FeedForward, Transformer
 from training import data as demo_data
 from training.data import Batches

@@ -8,7 +8,7 @@ before them, and programs load their first weights while the previous launch is 
 (programmatic dependent launch): weights depend on nobody.
 
 That is for one token: a program multiplies and adds a few rows in registers. Up to 16 tokens are in
-`triton_tokens.py`; for more, a library has the products, and only the small operations between them are ours.
+`small_gemm.py`; for more, a library has the products, and only the small operations between them are ours.
 """
 
 from __future__ import annotations

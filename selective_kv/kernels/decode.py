@@ -10,7 +10,7 @@ the border takes some of both. The shares depend on how many tokens there are, n
 has left the window, the result is the full cache's, bit for bit.
 
 Layout rule: slots [0, min(n, sink + window)) and rows [0, n - sink - window) hold tokens; both are contiguous,
-and a softmax does not mind a ring's order. `triton_tiles.py` tells what happens to a block of them.
+and a softmax does not mind a ring's order. `online_softmax.py` tells what happens to a block of them.
 """
 
 from __future__ import annotations

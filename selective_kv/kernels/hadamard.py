@@ -1,4 +1,4 @@
-"""The Hadamard matrix of `quantize.py` times a vector, in registers: a fast Walsh-Hadamard transform.
+"""The Hadamard matrix of `formats.py` times a vector, in registers: a fast Walsh-Hadamard transform.
 
 log2(n) rounds, in each of which an element meets the one whose index differs in one bit: x[i] + x[j] takes the
 place of x[i], x[i] - x[j] that of x[j]. Between threads of a warp a meeting is one shuffle, within a thread nothing

@@ -13,7 +13,7 @@ int8 without converting K, and V without byte loads:
  - probability times V's scale is a float16. It is kept in range by `unit`, the largest scale so far: the
    accumulators hold sums of p * v * HALF_RANGE / unit.
 
-4 bits (quantize.py has the format; two elements to a byte, i and i + head_dim / 2):
+4 bits (formats.py has the format; two elements to a byte, i and i + head_dim / 2):
  - K's bytes become two int8 tiles, low and high halves, by a mask and a shift of four bytes at a time; each
    meets its half of q. base * sum(q) is added to the score, so that integers stay in 0 .. 15.
  - V is loaded as int16: four elements. A masked nibble IS a float16: its bits stand in the lowest ones, which makes

@@ -2,7 +2,7 @@
 
 A token is quantised once, from its slot, in the launch that gives the slot to a newer token (`append`), or
 straight from the chunk it came with if it passes through the window without staying (`store_chunk`). The
-integers are those of `quantize.py`, bit for bit: divisions are IEEE ones and halves round to even. (After a
+integers are those of `formats.py`, bit for bit: divisions are IEEE ones and halves round to even. (After a
 rotation, a sum of head_dim terms, they are off by one where the sum's last bit tips a half.)
 """
 

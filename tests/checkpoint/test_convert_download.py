@@ -89,7 +89,9 @@ def test_argument_errors_are_one_line(script: ModuleType, argv: list[str], capsy
         script.main(argv)
     out, err = capsys.readouterr()
     assert caught.value.code == 2 and out == "" and err.count("\n") == 1
-    assert err.startswith(f"{script.__name__}.py: error: ")
+    assert err.startswith(
+        {convert_hf_checkpoint: "convert_hf_checkpoint", download: "download"}[script] + ".py: error: "
+    )
 
 
 def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

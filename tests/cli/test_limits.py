@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import generate
-from cli import console
+from common import files
 from engine import Engine
 
 
@@ -49,7 +49,7 @@ def test_a_pipe_given_for_the_report_stays_a_pipe(tmp_path: Path) -> None:
     got: list[str] = []
     reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
     reader.start()
-    console.write_json(str(pipe), {"a": 1})
+    files.write_json(str(pipe), {"a": 1})
     reader.join(10)
     assert stat.S_ISFIFO(pipe.stat().st_mode) and json.loads(got[0]) == {"a": 1}
 
@@ -58,8 +58,8 @@ def test_a_link_is_written_through_and_a_neighbour_left_alone(tmp_path: Path) ->
     target, link, part = tmp_path / "target.json", tmp_path / "link.json", tmp_path / "link.json.part"
     link.symlink_to(target)
     part.write_text("mine")
-    console.require_writable(link, "--json")
-    console.write_json(str(link), {"a": 1})
+    files.require_writable(link, "--json")
+    files.write_json(str(link), {"a": 1})
     assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1} and part.read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "link.json.part", "target.json"]
 

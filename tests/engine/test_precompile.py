@@ -17,7 +17,7 @@ import torch
 
 from engine import Sampling, precompile
 from model import Config
-from selective_kv import FullCache, Shape, kernels
+from selective_kv import FullCache, Shape
 from selective_kv.kernels.launch import compiling, launch
 
 CONFIG = Config(100, 64, 2, 4, 2, 128, 256)
@@ -66,7 +66,7 @@ def test_a_run_asks_for_no_binary_that_was_not_compiled_ahead() -> None:
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("keys_ahead.py"))], env=env, capture_output=True, text=True
+        [sys.executable, str(Path(__file__).parents[1] / "keys_ahead.py")], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -86,7 +86,7 @@ def test_an_error_is_told_and_ends_nothing(monkeypatch: pytest.MonkeyPatch, caps
     def fail(device: torch.device) -> None:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(kernels, "for_device", fail)
+    monkeypatch.setattr(precompile, "uses_triton", fail)
     shape = Shape(1, 2, 16, 64, torch.float32, torch.device("cuda", 0))
     with precompile.compiled_ahead(CONFIG, FullCache(), shape, Sampling(), [4], 8):
         pass
@@ -132,8 +132,8 @@ def test_a_launch_leaves_the_division_of_shared_memory_to_the_gpu_once(monkeypat
 
 
 def test_a_driver_that_refuses_is_told_of_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     launched(monkeypatch, Driver(400), 96 << 10, 96 << 10)
-    told = capsys.readouterr().err
+    told = "".join(f"{record.message}\n" for record in caplog.records)
     assert told.count("\n") == 1 and "cuFuncSetCacheConfig failed with 400" in told

@@ -121,7 +121,7 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: py
 
 def test_the_results_of_this_project_are_drawn_without_holes() -> None:
     """Every setting of the sweep is a point of the frontier, and every cache of the scores a full row."""
-    root = Path(__file__).parents[1] / "results"
+    root = Path(__file__).parents[2] / "results"
     figure = pictures.draw_frontier(sweep := read(sorted((root / "frontier").glob("*.json"))))
     assert figure is not None
     families = {line.get_label(): len(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() != "None"}
