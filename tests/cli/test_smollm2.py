@@ -17,7 +17,7 @@ import tokenizers
 import torch
 from checkpoints import CPU
 from conftest import ROOT
-from test_gguf_tokenizer import texts
+from texts import texts
 from tokenizers import pre_tokenizers
 
 from checkpoint import Checkpoint, end_ids, load_model, open_checkpoint
