@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import random
 
+from conftest import SENTENCES
+
 FRAGMENTS = [
     *("Hello", " the", " cat's", " I'LL", " they've", "don't", "naïve café", "ÀÉÎ", "Straße", "e\u0301"),
     *("def f(x):\n    return x**2\n", "\tif (a != b) { c[0] += 1; }\r\n", "#include <stdio.h>", "-->", "===", "`a`"),

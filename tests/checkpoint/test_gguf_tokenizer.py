@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 import tokenizers
 from conftest import SENTENCES, needs
-from texts import texts
+from texts import FRAGMENTS, texts
 from tokenizers import decoders, pre_tokenizers
 from tokenizers_made import LLAMA2, MISTRAL, trained_sentencepiece
 from transformers import GPT2Tokenizer, Qwen2Tokenizer
