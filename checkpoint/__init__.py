@@ -21,10 +21,11 @@ from checkpoint.gguf_model import gguf_config, gguf_fills, gguf_name
 from checkpoint.gguf_tokenizer import gguf_tokenizer
 from checkpoint.layout import Fill, Slot, match_tensors
 from checkpoint.stored import Stored, stored_tensors
+from checkpoint.tokenizer_files import eos_ids_of, find_tokenizer, load_tokenizer
 from common.errors import UserError
 from common.files import read_json
 from model import Config, Transformer
-from tokenizer import Tokenizer, eos_ids_of, find_tokenizer, load_tokenizer
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -238,13 +239,22 @@ def first_bad_parameter(model: Transformer) -> str | None:
 
 
 def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises UserError where the tokenizer has ids that the embedding has no row for."""
-    highest = max(tokenizer.n_vocab, (tokenizer.bos_id or 0) + 1)
+    """Raises UserError where the tokenizer has ids that the embedding has no row for.
+
+    A special token past the last row (a pad token that was added and never trained) is told, and refused where a
+    text names it.
+    """
+    highest = max(tokenizer.n_plain, (tokenizer.bos_id or 0) + 1)
     if highest > config.vocab_size:
         raise UserError(
             f"the tokenizer has {highest} tokens and the model's vocabulary {config.vocab_size}: "
             f"they do not belong together"
         )
+    tokenizer.n_row = config.vocab_size
+    if tokenizer.n_vocab > config.vocab_size:
+        lost = {n: name for name, n in tokenizer.special_ids.items() if n >= config.vocab_size}
+        named = "".join(f": {lost[n]}" for n in sorted(lost)[:1])
+        note(f"{tokenizer.n_vocab - config.vocab_size} special tokens have no row in the embedding{named}")
 
 
 def end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoint.gguf import GGUF
+from checkpoint.tokenizer_json import LibraryTokenizer
 from common.errors import UserError
 from tokenizer import BYTE_OF, LLAMA3_PATTERN, SentencePieceTokenizer, Tokenizer
 
@@ -106,7 +107,7 @@ class _Vocabulary:
         return {n: token for n, token in enumerate(self.tokens) if self.types[n] == _USER_DEFINED}
 
 
-class ByteLevelTokenizer(Tokenizer):
+class ByteLevelTokenizer(LibraryTokenizer):
     """Byte-level BPE, as in Llama 3, Qwen and SmolLM, by the tokenizers library."""
 
     def __init__(self, gguf: GGUF) -> None:
@@ -137,7 +138,7 @@ class ByteLevelTokenizer(Tokenizer):
         model.add_special_tokens([AddedToken(token, normalized=False) for token in controls.values()])
         model.add_tokens([AddedToken(token, normalized=False) for token in added.values()])
         model.encode_special_tokens = True  # a special token's name in a text is only text
-        self.n_vocab = len(vocabulary.tokens)
+        self.n_vocab = self.n_plain = len(vocabulary.tokens)
         self.special_ids = {token: n for n, token in controls.items()}
         self.bos_id = vocabulary.bos_id(cut.bos, None)
         self.eos_ids = vocabulary.end_ids()
@@ -146,9 +147,6 @@ class ByteLevelTokenizer(Tokenizer):
             b"" if n in silent else token.encode() if n in added else _spelled(token)
             for n, token in enumerate(vocabulary.tokens)
         ]
-
-    def encode_text(self, text: str) -> list[int]:
-        return self.model.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token: int) -> bytes:
         return self.pieces[token] if 0 <= token < self.n_vocab else b""

@@ -19,9 +19,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from checkpoint import Checkpoint
 from checkpoint.gguf_tokenizer import gguf_chat_template
+from checkpoint.tokenizer_files import token_name
 from common.errors import UserError
 from common.files import read_json
-from tokenizer import Tokenizer, token_name
+from tokenizer import Tokenizer
 
 Message = dict[str, str]  # "role": system, user or assistant; "content"
 REPLY = "\ue000"  # stands for a reply that is in the cache already: a character of nobody's

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +15,58 @@ from common.errors import UserError
 TOO_DEEP = "the JSON is nested too deeply"
 
 
+LARGEST_JSON = 1 << 28  # bytes: an index of a thousand shards has 2^24
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """All of a plain file. Raises UserError where it is none (a pipe or a device may never end), or larger."""
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise UserError(f"{path}: a folder, not a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: a pipe or a device, not a file")
+        if status.st_size > most:
+            raise UserError(f"{path}: {status.st_size:,} bytes, and at most {most:,} are read")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, RuntimeError) as error:  # the latter: pathlib's, of links that go round
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from None
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether there is a file to read, through links: no folder, pipe or device, no link to nothing or to itself."""
+    try:
+        return path.is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def parse_json(data: bytes, where: object) -> dict[str, Any]:
+    """A JSON object. Raises UserError, which names `where`."""
+    try:
+        fields = json.loads(data)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):  # halves of pairs, which nothing can write or look up
+            json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: half a surrogate pair, which is no text") from None
+    except ValueError as error:  # json's own error and a wrong encoding are both of this class
+        raise UserError(f"{where}: not JSON ({error}); is it truncated?") from None
+    except RecursionError:
+        raise UserError(f"{where}: {TOO_DEEP}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: not a JSON object")
+    return fields
+
+
 def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     """A JSON object from a file; {} for a file that is not there and need not be. Raises UserError."""
-    try:
-        fields = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if missing_ok:
-            return {}
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # json's own error and a wrong encoding are both of this class
-        raise UserError(f"{path}: not JSON ({error})") from None
-    except RecursionError:
-        raise UserError(f"{path}: {TOO_DEEP}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return fields
+    if missing_ok and not os.path.lexists(path):
+        return {}
+    return parse_json(read_file(path, LARGEST_JSON), path)
 
 
 def require_writable(path: Path, flag: str) -> None:

@@ -14,7 +14,8 @@ import sentencepiece
 import tokenizers
 from conftest import DATA, SENTENCES, STORIES
 
-from tokenizer import LLAMA3_RANKS, Tokenizer, load_tokenizer
+from checkpoint import load_tokenizer
+from tokenizer import LLAMA3_RANKS, Tokenizer
 
 LLAMA2, LLAMA3, MISTRAL = (DATA / "tokenizers" / f"{n}_tokenizer.model" for n in ("llama2", "llama3", "mistral_v1"))
 SPECIAL = ["<s>", "</s>", "<|end|>"]

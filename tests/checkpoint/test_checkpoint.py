@@ -35,6 +35,7 @@ from checkpoint import (
     find_demo,
     first_bad_parameter,
     load_model,
+    load_tokenizer,
     open_checkpoint,
     parse_device,
     parse_dtype,
@@ -43,7 +44,6 @@ from checkpoint import convert as convert_hf_checkpoint
 from checkpoint.layout import hugging_face_name
 from common.errors import UserError
 from model import CONFIGS, Config
-from tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from checkpoint import convert as convert_hf_checkpoint
 from checkpoint import (
     load_model,
+    load_tokenizer,
     open_checkpoint,
 )
 from common.errors import UserError
-from tokenizer import load_tokenizer
 
 
 class Touch:

@@ -10,13 +10,23 @@ import pytest
 import regex
 import sentencepiece
 import tokenizers
-from conftest import SENTENCES, needs
+from conftest import needs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers_made import LLAMA3, MADE, REAL, SPECIAL, TEXTS, byte_level_json, get, trained_sentencepiece
+from tokenizers_made import (
+    LLAMA3,
+    MADE,
+    REAL,
+    SPECIAL,
+    TEXTS,
+    byte_level_json,
+    get,
+    trained_sentencepiece,
+)
 
+from checkpoint import load_tokenizer
 from common.errors import UserError
-from tokenizer import LLAMA3_RANKS, StreamDecoder, eos_ids_of, llama3_special_tokens, load_tokenizer
+from tokenizer import LLAMA3_RANKS, StreamDecoder, llama3_special_tokens, split_at
 
 text_strategy = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.sampled_from(TEXTS)
 relaxed = settings(max_examples=60)
@@ -190,14 +200,13 @@ def test_special_tokens_only_on_request(name: str, text: str, tokens: list[int])
         tokenizer.bos_id,
         *tokenizer.encode("a", bos=False),
         *tokens,
-        *tokenizer.encode("b", bos=False),
+        *tokenizer.encode("b", bos=False, begins=False, special=True),
     ]
 
 
-def test_the_longest_special_name_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = get("byte-level")
-    monkeypatch.setattr(tokenizer, "special_ids", {"<|end": 1, "<|end|>": 2, "<|end|>>": 3})
-    assert tokenizer.encode("<|end|>><|end|><|end", bos=False, special=True) == [3, 2, 1]
+def test_the_longest_special_name_wins() -> None:
+    parts = split_at("<|end|>><|end|> <|end", ["<|end", "<|end|>", "<|end|>>"])
+    assert parts == ["", "<|end|>>", "", "<|end|>", " ", "<|end", ""] and split_at("a", []) == ["a"]
 
 
 @every
@@ -206,85 +215,11 @@ def test_half_a_surrogate_pair_is_refused(name: str) -> None:
         get(name).encode("ab\udce9")
 
 
-# --- tokenizer.json and what stands beside it -------------------------------------------------------
-
-
-def folder_with(path: Path, bos: bool = True, **files: object) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "tokenizer.json").write_text(byte_level_json(bos))
-    for name, fields in files.items():
-        (path / f"{name}.json").write_text(json.dumps(fields))
-    return path
-
-
-def test_begin_token_is_the_tokenizers_own(tmp_path: Path) -> None:
-    """Qwen 2.5's config.json names a begin token that its tokenizer never uses."""
-    qwen = folder_with(tmp_path / "a", False, config={"bos_token_id": 1}, tokenizer_config={"bos_token": None})
-    assert load_tokenizer(qwen).bos_id is None
-    assert load_tokenizer(qwen).encode("The")[0] not in (0, 1)
-    assert load_tokenizer(folder_with(tmp_path / "b")).bos_id == 0  # by the template
-    config = {"add_bos_token": True, "bos_token": {"content": "<|end|>"}}
-    assert load_tokenizer(folder_with(tmp_path / "c", False, tokenizer_config=config)).bos_id == 2
-    config = {"add_bos_token": False, "bos_token": "<s>"}
-    assert load_tokenizer(folder_with(tmp_path / "d", True, tokenizer_config=config)).bos_id is None
-
-
-def test_begin_token_where_the_file_itself_is_silent(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path, config={"bos_token_id": 2})
-    fields = json.loads(byte_level_json())
-    fields["post_processor"] = None
-    (folder / "tokenizer.json").write_text(json.dumps(fields))
-    assert load_tokenizer(folder).bos_id == 2
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
-    assert load_tokenizer(folder).bos_id == 0
-
-
-@pytest.mark.parametrize("number", [-1, True, "1", [1]])
-def test_a_begin_token_that_is_no_number_is_refused(tmp_path: Path, number: object) -> None:
-    folder = folder_with(tmp_path, config={"bos_token_id": number})
-    fields = json.loads(byte_level_json())
-    fields["post_processor"] = None
-    (folder / "tokenizer.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=r"config.json: bos_token_id .* is not a token's number$"):
-        load_tokenizer(folder)
-
-
-def test_all_end_tokens_are_found(tmp_path: Path) -> None:
-    folder = folder_with(
-        tmp_path,
-        generation_config={"eos_token_id": [7, 9]},
-        config={"eos_token_id": 9},
-        tokenizer_config={"eos_token": "</s>"},
-    )
-    assert load_tokenizer(folder).eos_ids == (7, 9, 1)
-    assert eos_ids_of(folder) == (7, 9)
-    (folder / "config.json").write_text('{"eos_token_id": ["</s>"]}')
-    with pytest.raises(UserError, match="eos_token_id '</s>' is not a number"):
-        load_tokenizer(folder)
-
-
-def test_a_training_limit_is_no_limit_here(tmp_path: Path) -> None:
-    """tokenizer.json may carry the truncation and padding that its last user set."""
-    model = tokenizers.Tokenizer.from_str(byte_level_json())
-    model.enable_truncation(2)
-    model.enable_padding(length=50)
-    (tmp_path / "tokenizer.json").write_text(model.to_str())
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.decode(tokenizer.encode(SENTENCES[0])) == SENTENCES[0]
-
-
-def test_a_folder_prefers_the_original_tokenizer(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path)
-    assert load_tokenizer(folder).n_vocab == load_tokenizer(folder / "tokenizer.json").n_vocab
-    (folder / "tokenizer.model").write_bytes(trained_sentencepiece())
-    assert load_tokenizer(folder).n_vocab == 330
-
-
 # --- Files that are no tokenizer --------------------------------------------------------------------
 
 
 def test_missing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no tokenizer\.model or tokenizer\.json"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json or tokenizer\.model"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no such file"):
         load_tokenizer(tmp_path / "tokenizer.model")

@@ -13,8 +13,8 @@ from tokenizers_made import byte_level_json
 from transformers import PreTrainedTokenizerFast
 
 import generate
+from checkpoint import load_tokenizer
 from cli.conversation import Conversation, load_chat_template
-from tokenizer import load_tokenizer
 
 LLAMA3 = """{{ bos_token }}{% for m in messages %}
 <|{{ m.role }}|>

@@ -12,11 +12,10 @@ from conftest import SENTENCES, STORIES, needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import find_demo, load_model, open_checkpoint
+from checkpoint import find_demo, load_model, load_tokenizer, open_checkpoint
 from evaluation import scoring
 from model import Config, Transformer
 from selective_kv import FullCache, KVCache, SelectiveCache, SinkWindowCache
-from tokenizer import load_tokenizer
 
 
 @settings(max_examples=40, deadline=None)

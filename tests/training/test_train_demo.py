@@ -22,10 +22,9 @@ from conftest import ROOT, SENTENCES, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import load_model, open_checkpoint
+from checkpoint import load_model, load_tokenizer, open_checkpoint
 from common.errors import UserError
 from evaluation import passkey
-from tokenizer import load_tokenizer
 from training import command as train_demo
 from training import data as demo_data
 from training import scores as demo_scores
