@@ -336,7 +336,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")  # what a model writes fits no smaller alphabet
+            # What a model writes fits no smaller alphabet; a path may hold bytes that are no letters at all.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         load_plugin(argv)
         for i, word in enumerate(argv[:-1]):  # "--json quantize_kv": the subcommand, not a file of that name

@@ -7,9 +7,10 @@ and copies tensor by tensor from a memory map straight into place: one copy of t
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +22,9 @@ from checkpoint.gguf_model import gguf_config, gguf_fills, gguf_name
 from checkpoint.gguf_tokenizer import gguf_tokenizer
 from checkpoint.layout import Fill, Slot, match_tensors
 from checkpoint.stored import Stored, stored_tensors
-from checkpoint.tokenizer_files import eos_ids_of, find_tokenizer, load_tokenizer
+from checkpoint.tokenizer_files import TOKENIZER_FILES, eos_ids_of, find_tokenizer, load_tokenizer
 from common.errors import UserError
-from common.files import read_json
+from common.files import is_plain_file, read_file, read_json
 from model import Config, Transformer
 from tokenizer import Tokenizer
 
@@ -36,7 +37,6 @@ class Checkpoint:
     name: str
     config: Config
     fills: tuple[Fill, ...] = field(default=(), repr=False)
-    tied_output: Stored | None = field(default=None, repr=False)  # must equal the embedding
     tokenizer_path: Path | None = None
     eos_ids: tuple[int, ...] = ()
     gguf: GGUF | None = field(default=None, repr=False)  # the file, where it is one: it holds the tokenizer too
@@ -73,42 +73,95 @@ def open_checkpoint(path: Path | None, model: str | None = None) -> Checkpoint:
         return Checkpoint(None, name, config)
     try:
         return _open(path, model)
-    except OSError as error:  # a name too long, a folder that may not be read
+    except OSError as error:  # a name too long, a folder that may not be read, links that go round
         raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from None  # a null character
 
 
 def _open(path: Path, model: str | None) -> Checkpoint:
     file = _weights_file(path)
-    folder = file.resolve().parent
     if is_gguf(file):
         return _open_gguf(path, file, model)
+    folder = _companions(file)
     tensors = stored_tensors(file)
     name, config = _find_config(file, folder, tensors, model)
     fills, tied = match_tensors(config, tensors, file)
-    return Checkpoint(path, name, config, fills, tied, find_tokenizer(folder), eos_ids_of(folder))
+    if tied is not None and not _same_as_embedding(tied, fills):
+        note(f"{file}: {tied.name} differs from the embedding, although the config ties the two: both are used")
+        config = replace(config, tied_embeddings=False)
+        fills, _ = match_tensors(config, tensors, file)
+    return Checkpoint(path, name, config, fills, find_tokenizer(folder), eos_ids_of(folder))
 
 
 def _open_gguf(path: Path, file: Path, model: str | None) -> Checkpoint:
     gguf = read_gguf(file)
     name, config = (gguf_name(gguf), gguf_config(gguf)) if model is None else named_config(model)
     fills = gguf_fills(gguf, config)
-    return Checkpoint(path, name, config, fills, None, find_tokenizer(file.resolve().parent), gguf=gguf)
+    return Checkpoint(path, name, config, fills, find_tokenizer(_companions(file)), gguf=gguf)
+
+
+def _same_as_embedding(output: Stored, fills: Sequence[Fill]) -> bool:
+    embedding = next(fill.stored for fill in fills if fill.slots[0].parameter == "tok_embeddings.weight")
+    a, b = output.read(), embedding.read()
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+
+
+WEIGHTS = (  # of several, the first one; as in transformers the whole file before the one in parts
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model.pth",
+    "consolidated.safetensors",
+    "consolidated.00.pth",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def _weights_file(path: Path) -> Path:
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: {'a link to nothing' if path.is_symlink() else 'no such file or folder'}")
     if not path.is_dir():
         return path
-    known = ("model.safetensors.index.json", "model.safetensors", "model.pth", "consolidated.00.pth")
-    for name in known:
-        if (path / name).is_file():
+    if (snapshot := _snapshot(path)) is not None:
+        path = snapshot
+    for name in WEIGHTS:
+        if is_plain_file(path / name):
             return path / name
     if (gguf := find_gguf(path)) is not None:
         return gguf
-    if any(path.glob("pytorch_model*.bin*")):
-        raise UserError(f"{path}: only pytorch_model.bin, and safetensors are needed (save_pretrained writes them)")
-    raise UserError(f"{path}: no weights in this folder (looked for {', '.join(known)}, *.gguf)")
+    if (path / "adapter_config.json").exists():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        raise UserError(
+            f"{path}: a LoRA adapter of {base or 'another model'} and no model of its own: merge the two first "
+            "(merge_and_unload of the package peft, then save_pretrained)"
+        )
+    raise UserError(f"{path}: no weights in this folder (looked for {', '.join(WEIGHTS)}, *.gguf)")
+
+
+def _snapshot(folder: Path) -> Path | None:
+    """The checkpoint in a folder of the Hub's cache, models--OWNER--NAME: the snapshot that main points to."""
+    main = folder / "refs" / "main"
+    if not (folder.name.startswith("models--") and (folder / "snapshots").is_dir()):
+        return None
+    if is_plain_file(main):
+        found = folder / "snapshots" / read_file(main, 1000).decode("utf-8", "replace").strip()
+        if found.parent == folder / "snapshots" and found.is_dir():
+            return found
+    snapshots = [path for path in (folder / "snapshots").iterdir() if path.is_dir()]
+    if len(snapshots) != 1:
+        raise UserError(f"{folder}: {len(snapshots)} snapshots: name one of them")
+    return snapshots[0]
+
+
+def _companions(file: Path) -> Path:
+    """The folder where the config and the tokenizer lie: the file's own; or, if it is a link, its target's.
+
+    The first that has any: the Hub's cache links a snapshot's files to blobs that lie elsewhere, and know no names.
+    """
+    folders = [Path(os.path.abspath(file)).parent, Path(os.path.realpath(file)).parent]
+    known = ("config.json", "params.json", *TOKENIZER_FILES)
+    return next((f for f in folders if any(is_plain_file(f / name) for name in known)), folders[0])
 
 
 def _find_config(file: Path, folder: Path, tensors: dict[str, Stored], model: str | None) -> tuple[str, Config]:
@@ -116,7 +169,7 @@ def _find_config(file: Path, folder: Path, tensors: dict[str, Stored], model: st
     if model is not None:
         return named_config(model)
     for path in (folder / "config.json", folder / "params.json"):
-        if not path.is_file():
+        if not os.path.lexists(path):
             continue
         fields = read_json(path)
         if "dim" not in fields:
@@ -189,13 +242,6 @@ def _fill(model: Transformer, checkpoint: Checkpoint, progress: Callable[[int, i
         done += fill.stored.numel
         if progress is not None:
             progress(done, total)
-    if checkpoint.tied_output is not None:
-        embedding = next(f for f in checkpoint.fills if f.slots[0].parameter == "tok_embeddings.weight")
-        if not torch.equal(checkpoint.tied_output.read(), embedding.stored.read()):
-            raise UserError(
-                f"{checkpoint.path}: {checkpoint.tied_output.name} differs from the embedding, "
-                f"and the config ties the two"
-            )
 
 
 _AT_ONCE = 2**22  # elements that are dequantised at a time: 16 MiB in float32

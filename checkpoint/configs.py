@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from model import CONFIGS, Config, RopeScaling
 
 
 def note(message: str) -> None:
     """Something a user should know and need not act on, to standard error."""
-    print(f"note: {message}", file=sys.stderr)
+    print(f"note: {printable(message)}", file=sys.stderr)
 
 
 LARGEST = sys.float_info.max
@@ -204,12 +204,15 @@ def _context(f: Fields, kind: str, scaling: RopeScaling | None) -> int:
 
 
 def config_from_params(fields: dict[str, Any], path: Path, vocab_size: int, tied: bool) -> Config:
-    """From Meta's params.json. It states neither context nor tying: the former is told by the RoPE.
+    """From Meta's params.json, or Mistral's. It states neither context nor tying: the former is told by the RoPE.
 
     vocab_size: rows of the embedding (Llama 2 writes -1). The feed-forward size is computed as in
     llama/model.py of meta-llama/llama.
     """
     f = Fields(fields, path)
+    for name in ("moe", "quantization", "vision_encoder"):
+        if f.get(name):
+            f.refuse(name, f.get(name))
     dim, n_head = f.whole("dim"), f.whole("n_heads")
     theta, scaling, context = _base(f, 10000.0), None, 4096
     if f.get("use_scaled_rope"):
@@ -218,6 +221,8 @@ def config_from_params(fields: dict[str, Any], path: Path, vocab_size: int, tied
         scaling, context = RopeScaling("llama3", factor), 131072
     elif theta == 500000.0:
         context = 8192
+    elif theta == 1000000.0:  # Mistral 7B 0.2 and 0.3
+        context = 32768
     ffn_dim = int(f.number("ffn_dim_multiplier", 1.0, most=LARGEST_WHOLE) * (8 * dim // 3))
     multiple = f.whole("multiple_of", 256, least=1)
     return make_config(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from checkpoint.stored import Stored
 from common.errors import UserError
+from common.files import first_bytes
 
 MAGIC = b"GGUF"
 _ALIGNMENT = 32  # where general.alignment does not say otherwise
@@ -72,9 +73,8 @@ def _shown(value: Any) -> str:
 
 
 def is_gguf(file: Path) -> bool:
-    """By its first bytes, whatever its name. Raises OSError."""
-    with file.open("rb") as f:
-        return f.read(4) == MAGIC
+    """By its first bytes, whatever its name. Raises UserError."""
+    return first_bytes(file, 4) == MAGIC
 
 
 def find_gguf(folder: Path) -> Path | None:

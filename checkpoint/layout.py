@@ -104,6 +104,7 @@ def slots_of(config: Config) -> dict[str, Slot]:
 
 def slot_names(name: str) -> tuple[tuple[str, ...], bool]:
     """The slots that a checkpoint's tensor fills, by its name; and whether its pairs are interleaved."""
+    name = name.replace("_orig_mod.", "").removeprefix("module.")  # of torch.compile and of DistributedDataParallel
     match = re.fullmatch(r"(layers\.\d+\.|blk\.\d+\.)?(.+)\.(\w+)", name.removeprefix("model."))
     if match is None:
         return (name,), False

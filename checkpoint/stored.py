@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import first_bytes, is_plain_file, read_json
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What torch.load raises on damaged files: from its zip reader, its unpickler, its rebuilding of tensors
-UNPICKLING_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError)
+UNPICKLING_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, MemoryError)
+LARGEST_PICKLE = 1 << 26  # bytes: names and shapes of the tensors, 200 bytes each
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,7 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     """The tensors of a .pth, a .safetensors or an index, told apart by what is in the file."""
     if file.name.endswith(".json"):
         return _sharded(file)
-    try:
-        with file.open("rb") as f:
-            start = f.read(16)
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
+    start = first_bytes(file, 16)
     if start.startswith(b"PK"):
         return _torch_tensors(file)
     if start[8:9] == b"{":
@@ -65,6 +63,8 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
 def _safetensors(file: Path) -> dict[str, Stored]:
     try:
         handle = safe_open(file, framework="pt", device="cpu")
+    except UnicodeEncodeError:
+        raise UserError(f"{file}: the library of safetensors opens only paths that are UTF-8") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged or truncated ({error})") from None
     tensors = {}
@@ -86,7 +86,7 @@ def _sharded(index: Path) -> dict[str, Stored]:
         raise UserError(f"{index}: no weight_map in it")
     tensors: dict[str, Stored] = {}
     for shard in sorted(set(shards.values())):
-        if Path(shard).name != shard or not (index.parent / shard).is_file():
+        if Path(shard).name != shard or not is_plain_file(index.parent / shard):
             raise UserError(f"{index}: names {shard}, which is not there")
         found = stored_tensors(index.parent / shard)
         for name in found.keys() & tensors.keys():
@@ -99,6 +99,7 @@ def _torch_tensors(file: Path) -> dict[str, Stored]:
     """A .pth as gpt-fast and Meta write it: one flat dict of tensors. Nothing else is unpickled."""
     if re.fullmatch(r"consolidated\.\d+\.pth", file.name) and (file.parent / "consolidated.01.pth").exists():
         raise UserError(f"{file}: one of several model-parallel parts; give the Hugging Face folder instead")
+    _check_zip(file)
     try:
         state = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError:
@@ -115,5 +116,40 @@ def _torch_tensors(file: Path) -> dict[str, Stored]:
             raise UserError(f"{file}: {name!r} is a {type(value).__name__}, not a tensor")
         if value.dtype not in FLOATS.values() or value.layout is not torch.strided:
             raise UserError(f"{file}: {name} is {value.dtype}; quantised or sparse weights are not read")
+        if value.is_meta:
+            raise UserError(f"{file}: {name} is a shape without values (a tensor on the meta device)")
         tensors[name] = Stored(name, tuple(value.shape), value.dtype, value.detach)
+    _check_sizes(file, list(state.values()))
     return tensors
+
+
+def _check_zip(file: Path) -> None:
+    """Raises UserError where a few bytes would become many: torch.save stores each part once, as it is."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, *UNPICKLING_ERRORS):
+        raise UserError(f"{file}: damaged or truncated, or not made by torch.save") from None
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise UserError(f"{file}: compressed, which torch.save never writes")
+    if sum(part.file_size for part in parts) > file.stat().st_size:
+        raise UserError(f"{file}: its parts overlap: they are larger than the file")
+    largest = max((part.file_size for part in parts if part.filename.endswith(".pkl")), default=0)
+    if largest > LARGEST_PICKLE:
+        raise UserError(f"{file}: {largest:,} bytes that say what is in it, and at most {LARGEST_PICKLE:,} are read")
+
+
+def _check_sizes(file: Path, tensors: Sequence[Tensor]) -> None:
+    """Raises UserError where the tensors show the same bytes again and again (a stride of 0, say).
+
+    Twice is usual: an embedding and the output that is tied to it.
+    """
+    shown: dict[int, int] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        shown[storage.data_ptr()] = shown.get(storage.data_ptr(), 0) + tensor.numel() * tensor.element_size()
+        if (
+            tensor.numel() * tensor.element_size() > storage.nbytes()
+            or shown[storage.data_ptr()] > 2 * storage.nbytes()
+        ):
+            raise UserError(f"{file}: its tensors are larger than what is stored of them")

@@ -7,6 +7,7 @@ tokenizer_config.json, special_tokens_map.json and added_tokens.json add is adde
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,8 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+    """The first that is there, readable or not: another one would be the wrong one."""
+    return next((folder / name for name in TOKENIZER_FILES if os.path.lexists(folder / name)), None)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -38,7 +40,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Raises UserError where there is none, or where the file is damaged or something else.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         found = find_tokenizer(path)
         if found is None:
             tekken = " (tekken.json is not read)" if (path / "tekken.json").exists() else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from checkpoint import Checkpoint
 from checkpoint.gguf_tokenizer import gguf_chat_template
 from checkpoint.tokenizer_files import token_name
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_file, read_json
 from tokenizer import Tokenizer
 
 Message = dict[str, str]  # "role": system, user or assistant; "content"
+LARGEST_TEMPLATE = 1 << 22  # bytes; those of models have up to 2^16
 REPLY = "\ue000"  # stands for a reply that is in the cache already: a character of nobody's
 
 
@@ -113,11 +115,9 @@ def load_chat_template(folder: Path) -> ChatTemplate:
     settings = read_json(folder / "tokenizer_config.json", missing_ok=True)
     file = folder / "chat_template.jinja"
     source = settings.get("chat_template")
-    if file.is_file():
+    if os.path.lexists(file):
         try:
-            source = file.read_text("utf-8")
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror}") from None
+            source = read_file(file, LARGEST_TEMPLATE).decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
     elif isinstance(source, list):  # several, by name

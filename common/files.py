@@ -7,8 +7,10 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import UserError
 
@@ -20,29 +22,38 @@ LARGEST_JSON = 1 << 28  # bytes: an index of a thousand shards has 2^24
 
 def read_file(path: Path, most: int) -> bytes:
     """All of a plain file. Raises UserError where it is none (a pipe or a device may never end), or larger."""
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise UserError(f"{path}: {size:,} bytes, and at most {most:,} are read")
+        return file.read()
+
+
+def first_bytes(path: Path, n: int) -> bytes:
+    """The first n bytes of a plain file, or as many as there are. Raises UserError."""
+    with _opened(path) as file:
+        return file.read(n)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise UserError(f"{path}: a folder, not a file")
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: a pipe or a device, not a file")
-        if status.st_size > most:
-            raise UserError(f"{path}: {status.st_size:,} bytes, and at most {most:,} are read")
-        return path.read_bytes()
+        kind = stat.S_IFMT(path.stat().st_mode)  # before it is opened: a pipe nobody writes to would wait for ever
+        if kind != stat.S_IFREG:
+            raise UserError(f"{path}: a {'folder' if kind == stat.S_IFDIR else 'pipe or a device'}, not a file")
+        with path.open("rb") as file:
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, RuntimeError) as error:  # the latter: pathlib's, of links that go round
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from None
+        raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from None  # a null character
 
 
 def is_plain_file(path: Path) -> bool:
     """Whether there is a file to read, through links: no folder, pipe or device, no link to nothing or to itself."""
-    try:
-        return path.is_file()
-    except (OSError, RuntimeError, ValueError):
-        return False
+    return os.path.isfile(path)
 
 
 def parse_json(data: bytes, where: object) -> dict[str, Any]:

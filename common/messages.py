@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
+from common.errors import printable
+
 
 def say(*lines: str) -> None:
+    """Each line as one, whatever the names in it hold."""
     for line in lines:
-        print(line, file=sys.stderr)
+        print(printable(line, None), file=sys.stderr)

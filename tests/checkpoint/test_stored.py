@@ -75,9 +75,6 @@ def test_missing_files(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"no weights in this folder .*model.safetensors"):
         open_checkpoint(tmp_path)
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(UserError, match=r"only pytorch_model.bin"):
-        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
