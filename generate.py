@@ -37,8 +37,9 @@ from checkpoint import (
     parse_device,
     parse_dtype,
 )
+from cli.chat_template import chat_template_of, template_variables
 from cli.console import Printer, converse, encode_prompt, read_prompts, uninterrupted
-from cli.conversation import Conversation, chat_template_of
+from cli.conversation import Conversation
 from cli.options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
 from cli.profile import Profiler
 from cli.report import (
@@ -88,6 +89,10 @@ def make_parser() -> Parser:
         help="prompts are a user's turns, and are written as the checkpoint's own chat template says",
     )  # fmt: skip
     g.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told before the first turn")
+    g.add_argument(
+        "--template_vars", metavar="JSON",
+        help="""with --chat: what the template is to know, such as '{"enable_thinking": false}' for Qwen 3""",
+    )  # fmt: skip
     g.add_argument("--echo", action=argparse.BooleanOptionalAction, default=True, help="print the prompt too")
     g = p.add_argument_group("generation")
     g.add_argument("--max_new_tokens", type=positive, default=200, help="(default: 200)")
@@ -181,7 +186,7 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
         raise UserError(f"--{'interactive' if args.interactive else 'chat'} needs a checkpoint with a tokenizer")
     chat = start_chat(args, checkpoint, tokenizer)
     if chat is not None:
-        ids = [replace(chat).turn(text) for text in texts]
+        ids = [chat.turn(text).ids for text in texts]
     else:
         name = "a model of random weights" if args.random_weights else str(checkpoint.path)
         ids = [encode_prompt(text, tokenizer, config.vocab_size, args.seed, name) for text in texts]
@@ -193,6 +198,8 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
         n_new = new_tokens(args, policy, config.context, longest)
         capacity = longest + n_new
     ends = frozenset() if args.ignore_eos or tokenizer is None else end_ids(checkpoint, tokenizer)
+    if chat is not None and not args.ignore_eos:
+        ends |= chat.end_of_turn()
     return Job(
         checkpoint,
         tokenizer,
@@ -220,9 +227,11 @@ def start_chat(args: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Toke
     if not args.chat:
         if args.system is not None:
             raise UserError("--system goes with --chat")
+        if args.template_vars is not None:
+            raise UserError("--template_vars goes with --chat")
         return None
     assert tokenizer is not None
-    return Conversation(chat_template_of(checkpoint), tokenizer, args.system)
+    return Conversation(chat_template_of(checkpoint, template_variables(args.template_vars)), tokenizer, args.system)
 
 
 def check_exact(policy: KVCache, context: int) -> None:

@@ -65,7 +65,10 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer | None, n_vocab: int, seed: 
         return torch.randint(n_vocab, (int(prompt),), generator=generator).tolist()
     if tokenizer is None:
         raise UserError(f"{model} has no tokenizer: give --prompt a number of tokens")
-    return tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise UserError(f"--prompt {prompt!r} is no token at all for this model's tokenizer")
+    return ids
 
 
 MOST_RANDOM = 1 << 24  # tokens of a made-up prompt
@@ -142,14 +145,14 @@ def converse(
     engine: Engine, tokenizer: Tokenizer, chat: Conversation | None, given: Sequence[str], n_new: int
 ) -> Iterator[tuple[Timing, str]]:
     """A line in, a continuation of at most n_new tokens out; the cache keeps it all, and each turn reads only what is
-    new to it.
+    new to it, unless a chat's template now writes the earlier ones in another way.
 
     given: the first lines, before those of standard input. Yields what each turn took, and what was written.
     """
     endless, capacity = engine.cache.policy.endless, engine.cache.shape.capacity
     say("Type a line; /reset forgets, Ctrl-D ends.")
     pending: list[int] = []  # the last token written, which the cache has not read yet
-    n_seen = 0
+    reply, n_seen, told = "", 0, False
     first = iter(given)
     while True:
         text = next(first, None)
@@ -162,21 +165,33 @@ def converse(
         if text == "/reset":
             engine.reset()
             pending, n_seen = [], 0
-            if chat is not None:
-                chat.turns = ()
+            chat = None if chat is None else chat.begin()
         if not text.strip() or text == "/reset":
             continue
-        before = chat.turns if chat is not None else ()
-        if chat is not None:
-            ids = chat.turn(text, pending, engine.end_ids)
-        else:
-            ids = pending + tokenizer.encode(text, bos=n_seen == 0)
-        room = n_new if endless else capacity - n_seen - len(ids) + 1
-        if room < 1:
+        after, held = chat, n_seen
+        try:
             if chat is not None:
-                chat.turns = before
+                turn = chat.turn(text, reply, pending, engine.end_ids)
+                ids, after = turn.ids, turn.after
+                held = 0 if turn.anew else n_seen
+            else:
+                ids = pending + tokenizer.encode(text, bos=n_seen == 0)
+        except UserError as error:  # of this line: the conversation goes on
+            say(f"not read: {error}")
+            continue
+        if not ids:
+            say("not read: the line is no token at all for this model's tokenizer")
+            continue
+        room = n_new if endless else capacity - held - len(ids) + 1
+        if room < 1:
             say(f"no room: that is {1 - room} tokens past the context of {capacity}; /reset starts anew")
             continue
+        if held < n_seen:
+            if not told:
+                say("(the chat template writes earlier turns in another way than they were: each turn reads all anew)")
+            told = True
+            engine.reset()
+        chat, n_seen = after, held
         printer = Printer(tokenizer, [ids], echo=False)
         rows = 0
         try:
@@ -188,5 +203,5 @@ def converse(
             yield engine.timing, printer.texts[0]  # what was done of this turn belongs to the report
             raise
         printer.finish()
-        n_seen += len(ids) + rows - 1
-        yield engine.timing, printer.texts[0]
+        n_seen, reply = n_seen + len(ids) + rows - 1, printer.texts[0]
+        yield engine.timing, reply

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 from conftest import write_checkpoint
+from safetensors.torch import load_file, save_file
 from tokenizers_made import byte_level_json
 from transformers import PreTrainedTokenizerFast
 
 import generate
 from checkpoint import load_tokenizer
-from cli.conversation import Conversation, load_chat_template
+from cli import template_process
+from cli.chat_template import load_chat_template, template_variables
+from cli.conversation import Conversation, following
 
 LLAMA3 = """{{ bos_token }}{% for m in messages %}
 <|{{ m.role }}|>
@@ -68,31 +73,70 @@ def test_every_turn_is_what_transformers_writes(
     messages = [] if system is None else [{"role": "system", "content": system}]
     seen: list[int] = []
     pending: list[int] = []
-    for text, reply in (("Hello you", "Yes?"), ("what is 2 + 2", "4, I think"), ("  thanks ", "Well")):
-        seen += chat.turn(text, pending, frozenset([stop]))
+    wrote = ""
+    for text, reply in (("Hello you", "Yes?"), ("what is 2 + 2", "4, I think \ue000"), ("  thanks \ue000", "Well")):
+        turn = chat.turn(text, wrote, pending, frozenset([stop]))
+        assert turn.anew == (not seen)
+        seen, chat = seen + turn.ids, turn.after
         messages.append({"role": "user", "content": text})
         want = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert theirs.decode(seen) == theirs.decode(want)  # the pieces may be cut otherwise around a reply
         if len(messages) <= 2:
             assert seen == want
         blank = " " if "[/INST]" in theirs.decode(want) else ""  # Llama 2's template writes it, its model does too
-        seen += ours.encode_text(blank + reply + blank)
+        wrote = blank + reply + blank
+        seen += ours.encode_text(wrote)
         pending = [stop]
         messages.append({"role": "assistant", "content": reply})
+    assert chat.begin().turn("Hello you").ids == chat.begin().turn("Hello you", "old").ids
+    assert chat.end_of_turn() == {stop}
 
 
 def test_a_reply_that_was_cut_off_is_ended(made: tuple[Path, PreTrainedTokenizerFast, str]) -> None:
     folder, _, end = made
     ours = load_tokenizer(folder / "tokenizer.json")
-    chat = Conversation(load_chat_template(folder), ours)
-    chat.turn("Hello")
+    chat = Conversation(load_chat_template(folder), ours).turn("Hello").after
     stop, last = ours.special_ids[end], ours.encode_text("x")[0]
-    cut = chat.turn("go on", [last], frozenset([stop]))
+    cut = chat.turn("go on", "x", [last], frozenset([stop])).ids
     assert cut[0] == last and stop in cut[1:3]
-    again = Conversation(load_chat_template(folder), ours)
-    again.turn("Hello")
-    ended = again.turn("go on", [stop], frozenset([stop]))
+    ended = chat.turn("go on", "", [stop], frozenset([stop])).ids
     assert ended[0] == stop and ended[1:] == cut[cut.index(stop) + 1 :]
+
+
+THINKING = """{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}
+{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for m in messages %}{%- set text = m.content %}
+{%- if '</think>' in text and loop.index0 < ns.last %}{%- set text = text.split('</think>')[-1].lstrip() %}{%- endif %}
+{{- '<s>' + m.role + '\\n' }}{% generation %}{{ text }}{% endgeneration %}{{- '</s>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<s>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}
+{%- endif %}{%- endif %}"""
+
+
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}])
+def test_a_turn_that_the_template_rewrites_is_read_anew(tmp_path: Path, variables: dict[str, bool]) -> None:
+    """Qwen 3's template leaves old reasoning out: it stayed in the cache. Every prompt is what transformers writes."""
+    (tmp_path / "tokenizer.json").write_text(byte_level_json())
+    (tmp_path / "chat_template.jinja").write_text(THINKING)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(byte_level_json()))
+    theirs.chat_template = THINKING
+    chat = Conversation(load_chat_template(tmp_path, variables), load_tokenizer(tmp_path))
+    messages: list[dict[str, str]] = []
+    wrote = ""
+    for text in ("Hello", "and now", "again"):
+        messages.append({"role": "user", "content": text})
+        turn = chat.turn(text, wrote)
+        want = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **variables)
+        assert turn.anew and turn.ids == want
+        wrote = "Yes" if variables else "<think>\nwell\n</think>\n\nYes"
+        messages.append({"role": "assistant", "content": wrote})
+        chat = turn.after
+
+
+def test_what_follows_a_reply() -> None:
+    assert following("a", " b ", "a b c") == "c" and following("a", " b  ", "a b c") == " c"
+    assert following("a", "", "a c") == " c"
+    assert following("a", "b", "ac") is None and following("a", "b", "xb") is None
 
 
 @pytest.fixture
@@ -157,6 +201,14 @@ def test_a_turn_that_has_no_room_is_forgotten(
         ("{% for %}", ["--chat"], "does not parse"),
         ("{{ raise_exception('no system turn') }}", ["--chat", "--system", "x"], "no system turn"),
         ("{{ ().__class__.__base__.__subclasses__() }}", ["--chat"], "refuses"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", ["--chat"], "too much time"),
+        ("{{ 'a' * 4000000000 }}", ["--chat"], "it needs more than 512 MiB"),
+        ("{{ messages[0].content * 4000000000 }}", ["--chat"], "refuses this: it needs more than 512 MiB"),
+        ("{{ '%4000000000d' % messages|length }}", ["--chat"], "refuses this: it needs more than 512 MiB"),
+        ("{{ messages[0].content.center(4000000000) }}", ["--chat"], "refuses this: it needs more than 512 MiB"),
+        ("{{ messages|tojson(indent=2000000000) }}", ["--chat"], "refuses this: "),
+        ("{{ messages[0].content * 20000000 }}", ["--chat"], "refuses this: it writes 40,000,000 characters"),
+        ("{{ [1] * 10**9 }}{{ messages }}", ["--chat"], "it needs more than 512 MiB"),
         ("{{ 1/0 }}", ["--chat"], "refuses this: ZeroDivisionError: division by zero"),
         ("{{ 'x'+1 }}", ["--chat"], "refuses this: TypeError: "),
         ("{% for i in range(10**12) %}{{ i }}{% endfor %}", ["--chat"], "refuses this: OverflowError: Range too big"),
@@ -170,6 +222,9 @@ def test_a_turn_that_has_no_room_is_forgotten(
         ("", ["--chat"], "the chat template writes nothing"),
         (" {# only a remark #}\n", ["--chat"], "the chat template writes nothing"),
         (LLAMA2, ["--system", "x"], "--system goes with --chat"),
+        (LLAMA2, ["--template_vars", "{}"], "--template_vars goes with --chat"),
+        (LLAMA2, ["--chat", "--template_vars", "[1]"], "--template_vars: not a JSON object"),
+        (LLAMA2, ["--chat", "--template_vars", '{"messages": 1}'], "--template_vars: messages is this program's own"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -182,6 +237,38 @@ def test_bad_input_is_one_line(
         generate.main(["--checkpoint_path", str(folder), "--prompt", "hi", *more])
     out, err = capsys.readouterr()
     assert exit_.value.code == 2 and out == "" and len(err.splitlines()) == 1 and message in err
+
+
+def test_template_variables() -> None:
+    assert template_variables(None) == {} and template_variables('{"enable_thinking": false}') == {
+        "enable_thinking": False
+    }
+
+
+def test_a_chat_ends_at_the_token_that_its_template_ends_turns_with(tmp_path: Path) -> None:
+    """<|eot_id|>, where configs name only the base model's end: replies went on and on."""
+    folder = write_checkpoint(tmp_path / "m")
+    (folder / "tokenizer.json").write_text(byte_level_json())
+    (folder / "chat_template.jinja").write_text(LLAMA3)
+    n_vocab = load_tokenizer(folder).n_vocab
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.randn(n_vocab, 32)
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": n_vocab, "eos_token_id": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    argv = ["--checkpoint_path", str(folder), "--prompt", "hi"]
+    ends = [
+        generate.prepare(generate.make_parser().parse([*argv, *more]), generate.FullCache()).end_ids
+        for more in ([], ["--chat"], ["--chat", "--ignore_eos"])
+    ]
+    assert ends == [{1}, {1, 2}, frozenset()]
+
+
+def test_a_template_runs_where_nothing_of_this_program_is() -> None:
+    """The process that runs it imports Jinja and the standard library, no more."""
+    source = Path(template_process.__file__).read_text()
+    found = {name for name in re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE)}
+    assert found <= {"__future__", "contextlib", "datetime", "jinja2", "json", "resource", "sys", "typing"}
 
 
 def test_random_weights_cannot_chat(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from tokenizers import pre_tokenizers
 
 from checkpoint import Checkpoint, end_ids, load_model, open_checkpoint
 from checkpoint.gguf import read_gguf
-from cli.conversation import chat_template_of
+from cli.chat_template import chat_template_of
 from engine import Engine, Sampling
 from kv_cache import ModelCache
 from model import Transformer
