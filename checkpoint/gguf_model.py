@@ -7,6 +7,7 @@ qwen2 and qwen3 in halves, as Hugging Face does: the file does not say it, the a
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -86,22 +87,29 @@ def _context(f: Fields) -> int:
 def _scaling(f: Fields, freqs: Stored | None, head_dim: int) -> RopeScaling | None:
     """rope.scaling.*, rope.scale_linear of older files, or a factor for each pair in a tensor (Llama 3.1 and on)."""
     kind = f.get("rope.scaling.type", "linear" if f.get("rope.scale_linear") else "none")
-    if kind not in ("none", "linear"):
-        raise f.error(f"rope scaling {kind!r} is not supported (none, linear and factors in {_ROPE_FREQS} are)")
-    factor = f.number("rope.scaling.factor", f.number("rope.scale_linear", 1.0)) if kind == "linear" else 1.0
+    if kind not in ("none", "linear", "yarn"):
+        raise f.error(f"rope scaling {kind!r} is not supported (none, linear, yarn and factors in {_ROPE_FREQS} are)")
+    factor = f.number("rope.scaling.factor", f.number("rope.scale_linear", 1.0)) if kind != "none" else 1.0
     if factor == 0:  # what llama.cpp takes for none
         factor = 1.0
     if factor < 1:
         raise f.error(f"rope scaling factor {factor} is below 1")
-    linear = RopeScaling("linear", factor) if factor != 1 else None
+    scaling = RopeScaling("linear", factor) if factor != 1 else None
+    if kind == "yarn" and scaling is not None:
+        original = f.whole("rope.scaling.original_context_length", least=1)
+        slow, fast = f.number("rope.scaling.yarn_beta_slow", 1.0), f.number("rope.scaling.yarn_beta_fast", 32.0)
+        if not 0 < slow < fast:
+            raise f.error(f"yarn_beta_fast {fast} is not above yarn_beta_slow {slow}, or that not above 0")
+        magnitude = f.number("rope.scaling.attn_factor", 1.0) * (1 + 0.1 * math.log(factor))
+        scaling = RopeScaling("yarn", factor, slow, fast, original, magnitude=magnitude)
     if freqs is None:
-        return linear
+        return scaling
     if freqs.shape != (head_dim // 2,):
         raise f.error(f"{_ROPE_FREQS} has shape {[*freqs.shape]}, and {head_dim // 2} pairs turn")
     factors = tuple(freqs.read().double().tolist())
     if not all(0 < value < float("inf") for value in factors):
         raise f.error(f"{_ROPE_FREQS} holds factors that are no positive numbers")
-    if linear is not None:
+    if scaling is not None:
         raise f.error(f"rope scaling {kind!r} beside {_ROPE_FREQS} is not supported")
     return RopeScaling("factors", 1.0, factors=factors) if any(value != 1 for value in factors) else None
 

@@ -84,7 +84,9 @@ def niah_single(rng: random.Random, units: int, length: int) -> Sample:
     return _asked("numbers", key, value, sentences)
 
 
-def _among_needles(draw_key: Callable[[random.Random], str], draw: Callable[[random.Random], str], kind: str) -> Callable:
+def _among_needles(
+    draw_key: Callable[[random.Random], str], draw: Callable[[random.Random], str], kind: str
+) -> Callable:
     def make(rng: random.Random, units: int, length: int) -> Sample:
         key, value = draw_key(rng), draw(rng)
         others = (k for _ in itertools.count() if (k := draw_key(rng)) != key)  # a key has one value

@@ -1,5 +1,6 @@
 """Common English words for made texts: the published RULER takes its own from the package wonderwords."""
 
+# ruff: noqa: SIM905 (a list of words is read more easily as words)
 from __future__ import annotations
 
 NOUNS = tuple(

@@ -97,6 +97,9 @@ def write(
         fields |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     if config.rope_parameters["rope_type"] == "linear":
         fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(config.rope_parameters["factor"])}
+    if config.rope_parameters["rope_type"] == "yarn":
+        fields |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(config.rope_parameters["factor"])}
+        fields["rope.scaling.original_context_length"] = config.rope_parameters["original_max_position_embeddings"]
     for key, value in (fields | {k.replace("__", "."): v for k, v in changes.items()}).items():
         put(writer, f"{architecture}.{key}", value)
     state = model.state_dict()

@@ -54,13 +54,13 @@ def assert_near(ours: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(ours, other, rtol=0, atol=1e-4 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("family", ["llama2", "llama-linear", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["llama2", "llama-linear", "mistral", "qwen2", "qwen2-yarn"])
 def test_logits_equal_transformers(tmp_path: Path, family: str) -> None:
     """Tied heads and biases among them. transformers reads no scaling from a GGUF: there its model is the reference."""
     reference = families.make(family, tmp_path / "hf")
     path = gguf_files.write(tmp_path / "model.gguf", reference)
     assert_near(forward(load(path)), families.logits_of(reference, TOKENS))
-    if family != "llama-linear":
+    if family not in ("llama-linear", "qwen2-yarn"):
         assert_near(forward(load(path)), theirs(path))
 
 
@@ -173,7 +173,8 @@ METADATA = [
     (dict(embedding_length=96, rope__dimension_count=None), "token_embd.weight has shape"),
     (dict(rope__dimension_count=4), "rope.dimension_count 4 of 8"),
     (dict(attention__key_length=16), "rope.dimension_count 8 of 16"),
-    (dict(rope__scaling__type="yarn"), "rope scaling 'yarn' is not supported"),
+    (dict(rope__scaling__type="longrope"), "rope scaling 'longrope' is not supported"),
+    (dict(rope__scaling__type="yarn", rope__scaling__factor=2.0), "original_context_length is missing"),
     (dict(rope__scaling__type="linear", rope__scaling__factor=0.5), "factor 0.5 is below 1"),
     (dict(rope__freq_base=-1.0), "rope.freq_base is -1.0"),
     (dict(attention__layer_norm_rms_epsilon=float("nan")), "not a finite number"),

@@ -1,0 +1,163 @@
+"""llama.cpp's quantised KV caches against its own f16 cache, on the same file, text and tokens as evaluate.py's.
+
+Every cache of llama.cpp is a context of its own; all of them read a window in step, 512 tokens at a time, and each
+chunk's distributions are compared with the f16 context's. So its figures are of its arithmetic (weights as stored,
+activations rounded to 8 bits in products) against itself, as ours are of float32 against itself: what a cache costs
+where it is used. llama.cpp quantises every token as it comes, those of the chunk itself too; it has no window.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenizer import UserError
+
+CHUNK = 512
+TYPES = {"f16": (1, 16.0), "q8_0": (8, 8.5), "q5_1": (7, 6.0), "q5_0": (6, 5.5), "q4_1": (3, 5.0), "q4_0": (2, 4.5)}
+CACHES = ("q8_0", "q8_0/q4_0", "q5_1", "q5_0", "q4_0")
+
+
+def package() -> Any:
+    """llama_cpp's bindings. Raises UserError where the package is not installed."""
+    try:
+        import llama_cpp
+    except ModuleNotFoundError:
+        raise UserError("llama.cpp beside us needs its package: pip install llama-cpp-python (it compiles)") from None
+    return llama_cpp
+
+
+def types_of(cache: str) -> tuple[str, str]:
+    """ "q8_0" or "q8_0/q4_0": of keys and of values. Raises UserError."""
+    k, _, v = cache.partition("/")
+    for name in (k, v or k):
+        if name not in TYPES:
+            raise UserError(f"{cache}: llama.cpp's cache types here are {', '.join(TYPES)}, or two of them as K/V")
+    return k, v or k
+
+
+def bits_of(cache: str) -> float:
+    """Per element, scales included, of keys and values together."""
+    return sum(TYPES[name][1] for name in types_of(cache)) / 2
+
+
+class Model:
+    """A GGUF file as llama.cpp holds it."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        self.lib, self.threads = package(), threads
+        self.lib.llama_log_set(_quiet(self.lib), ctypes.c_void_p())
+        self.lib.llama_backend_init()
+        self.model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
+        if not self.model:
+            raise UserError(f"{file}: llama.cpp does not load it")
+        self.n_vocab = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
+
+
+def _quiet(lib: Any) -> Any:
+    """A log callback that says nothing, kept alive for as long as the library."""
+    global_name = "_selective_kv_quiet"
+    if not hasattr(lib, global_name):
+        setattr(lib, global_name, lib.llama_log_callback(lambda level, text, data: None))
+    return getattr(lib, global_name)
+
+
+class Context:
+    """A model with a cache of one kind: tokens in, logits out."""
+
+    def __init__(self, model: Model, cache: str, n_token: int) -> None:
+        lib = model.lib
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = n_token, CHUNK, CHUNK
+        params.n_threads = params.n_threads_batch = model.threads
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.type_k, params.type_v = (TYPES[name][0] for name in types_of(cache))
+        self.lib, self.model, self.at = lib, model, 0
+        self.context = lib.llama_init_from_model(model.model, params)
+        if not self.context:
+            raise UserError(f"llama.cpp makes no context with a cache of {cache}")
+        self.batch = lib.llama_batch_init(CHUNK, 0, 1)
+
+    def read(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits after each of at most CHUNK tokens, float32 [token, n_vocab]: a view, good until the next call."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, self.at + i, 1, 1
+            batch.seq_id[i][0] = 0
+        if self.lib.llama_decode(self.context, batch) != 0:
+            raise UserError(f"llama.cpp failed at token {self.at}")
+        self.at += len(tokens)
+        logits = self.lib.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(logits, shape=(len(tokens), self.model.n_vocab))
+
+    def forget(self) -> None:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        self.at = 0
+
+    def close(self) -> None:
+        self.lib.llama_batch_free(self.batch)
+        self.lib.llama_free(self.context)
+
+
+def compare(model: Model, caches: Sequence[str], tokens: Tensor) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Per cache, f16 first: nll, kl and same_top of every token but the first, float32 [token - 1]. tokens: [token]."""
+    names = ["f16", *caches]
+    contexts = [Context(model, name, len(tokens)) for name in names]
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in names]
+    ids = tokens.tolist()
+    for lo in range(0, len(ids), CHUNK):
+        chunk = ids[lo : lo + CHUNK]
+        targets = tokens[lo + 1 : lo + 1 + len(chunk)]
+        full = None
+        for results, context in zip(found, contexts, strict=True):
+            logits = torch.from_numpy(context.read(chunk)[: len(targets)].copy())
+            log_p = F.log_softmax(logits, -1)
+            full = log_p if full is None else full
+            kl = (full.exp() * (full - log_p)).sum(-1)
+            nll = -log_p.gather(1, targets[:, None])[:, 0]
+            results.append((nll, kl, (log_p.argmax(-1) == full.argmax(-1)).float()))
+    for context in contexts:
+        context.close()
+    for name, results in zip(names, found, strict=True):
+        nll, kl, same = (torch.cat(parts) for parts in zip(*results, strict=True))
+        yield name, {"nll": nll, "kl": kl, "same_top": same}
+
+
+def rows_of(scored: dict[str, list[dict[str, Tensor]]]) -> list[dict[str, Any]]:
+    """One row a cache over all windows, as evaluate.py's: NLLs summed, divided and exponentiated once."""
+    rows = []
+    full = [r["nll"].double().mean() for r in scored["f16"]]
+    for name, results in scored.items():
+        nll, kl, same = (torch.cat([r[key] for r in results]).double() for key in ("nll", "kl", "same_top"))
+        rise = [float(r["nll"].double().mean() - f) for r, f in zip(results, full, strict=True)]
+        rows.append({
+            "cache": name, "bits": bits_of(name), "tokens": len(nll), "windows": len(results),
+            "perplexity": math.exp(nll.mean()), "perplexity_rise": math.expm1(sum(rise) / len(rise)),
+            "kl": float(kl.mean()), "kl_p99": float(np.quantile(kl.numpy(), 0.99)), "same_top": float(same.mean()),
+            "kl_windows": [float(r["kl"].double().mean()) for r in results],
+        })  # fmt: skip
+    return rows
+
+
+def decode_speed(model: Model, cache: str, tokens: Sequence[int], steps: int) -> float:
+    """Milliseconds of a step after `tokens`: the median of `steps` single ones."""
+    context = Context(model, cache, len(tokens) + steps)
+    for lo in range(0, len(tokens), CHUNK):
+        context.read(tokens[lo : lo + CHUNK])
+    times = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        context.read([tokens[0]])
+        times.append(time.perf_counter() - began)
+    context.close()
+    return 1e3 * sorted(times)[len(times) // 2]
