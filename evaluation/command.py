@@ -1,8 +1,9 @@
-"""What each cache costs in quality, through the cache: perplexity, divergence, passkeys, ROUGE-L.
+"""What each cache costs in quality, through the cache: perplexity, divergence, passkeys, RULER, ROUGE-L.
 
   python scripts/evaluate.py perplexity --text val_books.txt.xz --context 8192 --windows 8
   python scripts/evaluate.py divergence --text my.txt --caches quantize_kv:sink_size=16,window_size=32
   python scripts/evaluate.py passkey --lengths 1024 8192 --trials 4
+  python scripts/evaluate.py ruler --lengths 1024 4096 --trials 10 --tasks niah_single vt
   python scripts/evaluate.py rouge --text stories.jsonl --context 8192
 
 The full cache is always the reference, and always run. Texts are scored as token-by-token decoding would
@@ -37,9 +38,11 @@ from common.errors import UserError
 from common.files import require_writable, write_whole
 from evaluation import scoring
 from evaluation.passkeys import score_passkeys
+from evaluation.ruler import score_ruler
+from evaluation.ruler_tasks import TASKS
 from evaluation.subject import Subject, Text, progress
 from evaluation.summaries import score_summaries
-from evaluation.tables import print_passkeys, print_scores, print_summaries
+from evaluation.tables import print_passkeys, print_ruler, print_scores, print_summaries
 from selective_kv import FullCache, KVCache
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +57,7 @@ SETTINGS = {  # what a record names of the command line, defaults included
     "perplexity": ("context", "windows", "sequential"),
     "divergence": ("context", "windows", "sequential"),
     "passkey": ("lengths", "depths", "trials"),
+    "ruler": ("lengths", "tasks", "trials", "chat"),
     "rouge": ("context", "documents", "max_new_tokens"),
 }
 Save = Callable[[list[dict[str, Any]]], None]  # called with the rows that are done
@@ -152,7 +156,7 @@ def record(subject: Subject, argv: list[str]) -> dict[str, Any]:
 
 def make_parser() -> Parser:
     p = Parser("evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("kind", choices=("perplexity", "divergence", "passkey", "rouge"))
+    p.add_argument("kind", choices=tuple(SETTINGS))
     p.add_argument("--checkpoint_path", type=Path, help="(default: the bundled model)")
     p.add_argument("--model", metavar="NAME")
     p.add_argument("--dtype", default="auto")
@@ -165,7 +169,9 @@ def make_parser() -> Parser:
     p.add_argument("--sequential", action="store_true", help="token by token through the cache: slow, the same")
     p.add_argument("--lengths", nargs="+", type=positive, default=[1024, 2048, 4096])
     p.add_argument("--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
-    p.add_argument("--trials", type=positive, default=4, help="passkeys a cell (default: 4)")
+    p.add_argument("--trials", type=positive, default=4, help="passkeys or RULER samples a cell (default: 4)")
+    p.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"RULER's: {', '.join(TASKS)}")
+    p.add_argument("--chat", action="store_true", help="RULER's prompts as a user's turn, by the checkpoint's template")
     p.add_argument("--documents", type=positive, default=25, help="rouge: how many (default: 25)")
     p.add_argument("--max_new_tokens", type=positive, default=128, help="rouge: of a summary (default: 128)")
     p.add_argument("--seed", type=int, default=0)
@@ -187,7 +193,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.json:
         require_writable(args.json, "--json")
     subject = Subject(args)
-    if args.kind != "passkey" and args.context > subject.config.context:
+    if args.kind not in ("passkey", "ruler") and args.context > subject.config.context:
         raise UserError(f"--context {args.context} is past the model's context of {subject.config.context}")
     about = record(subject, argv)
 
@@ -199,6 +205,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.kind == "passkey":
         rows = score_passkeys(subject, save)
         print_passkeys(rows)
+    elif args.kind == "ruler":
+        rows = score_ruler(subject, save)
+        print_ruler(rows)
     elif args.kind == "rouge":
         rows = score_summaries(subject, save)
         print_summaries(rows)

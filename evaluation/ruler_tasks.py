@@ -1,4 +1,4 @@
-"""RULER's synthetic tasks, made on the spot (Hsieh et al. 2024, arXiv:2404.06654; NVIDIA/RULER, scripts/data/synthetic).
+"""RULER's synthetic tasks, made on the spot (Hsieh et al. 2024, arXiv:2404.06654; github.com/NVIDIA/RULER).
 
 Those that need no download, with the published sentences, counts and lengths of answers:
 
@@ -41,11 +41,15 @@ class Sample:
         return sum(answer.lower() in written.lower() for answer in self.answers) / len(self.answers)
 
 
+Draw = Callable[[random.Random], str]
+Make = Callable[[random.Random, int, int], Sample]  # of so many units of filler, for a length in tokens
+
+
 @dataclass(frozen=True)
 class Task:
-    """make: a sample of so many units of filler for a length in tokens. n_new: tokens of an answer. least: units."""
+    """n_new: tokens of an answer. least: the fewest units of filler."""
 
-    make: Callable[[random.Random, int, int], Sample]
+    make: Make
     n_new: int
     least: int
 
@@ -119,7 +123,7 @@ def _vt_question(value: str) -> tuple[str, str]:
     question = f"\nQuestion: Find all variables that are assigned the value {value} in the text above."
     prefix = (
         " Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assigned the "
-        f"value {value}, they are: "
+        f"value {value}, they are:"
     )
     return question, prefix
 
@@ -128,7 +132,7 @@ def variable_tracking(rng: random.Random, units: int, length: int) -> Sample:
     shown, shown_value, shown_names = _chain(rng, 3, 5)  # an example comes first, of shorter names
     text, value, names = _chain(rng, 5, units)
     question, prefix = _vt_question(value)
-    example = VT_TEMPLATE + shown + "".join(_vt_question(shown_value)) + " ".join(shown_names) + "\n\n\n"
+    example = VT_TEMPLATE + shown + "".join(_vt_question(shown_value)) + " " + " ".join(shown_names) + "\n\n\n"
     return Sample(example + VT_TEMPLATE + text, question, prefix, names)
 
 

@@ -48,7 +48,7 @@ class Subject:
         tokenizer = checkpoint.tokenizer()
         if tokenizer is None:
             raise UserError(f"{checkpoint.path}: no tokenizer with the weights")
-        self.name, self.config = checkpoint.name, checkpoint.config
+        self.checkpoint, self.name, self.config = checkpoint, checkpoint.name, checkpoint.config
         self.tokenizer: Tokenizer = tokenizer
         check_tokenizer(self.config, self.tokenizer)
         self.end_ids = end_ids(checkpoint, self.tokenizer)

@@ -29,9 +29,9 @@ def print_scores(rows: list[dict[str, Any]], kind: str) -> None:
                       f"{size(r['cache_bytes']):>12}")  # fmt: skip
         where = list(first["by_position"])
         value = "nll" if kind == "perplexity" else "kl"
-        print(f"  {value} by position: " + "  ".join(where))
+        print(f"{f'{value} by position':<58}" + " ".join(f"{w:>11}" for w in where))
         for r in found:
-            print(f"  {r['cache']:<56}" + "  ".join(f"{r['by_position'][w][value]:.3g}" for w in where))
+            print(f"{r['cache']:<58}" + " ".join(f"{r['by_position'][w][value]:>11.3g}" for w in where))
 
 
 def print_passkeys(rows: list[dict[str, Any]]) -> None:
@@ -43,6 +43,22 @@ def print_passkeys(rows: list[dict[str, Any]]) -> None:
         print(f"  {'length':>8} " + " ".join(f"{float(d):>5.0%}" for d in depths) + "   depth")
         for length, row in r["recalled"].items():
             print(f"  {length:>8} " + " ".join(f"{row[d]:>5.0%}" for d in depths))
+
+
+def print_ruler(rows: list[dict[str, Any]]) -> None:
+    first = rows[0]
+    print(f"RULER: {first['trials']} samples a cache, {first['trials_per_cell']} a cell; the share of answers given, "
+          "95% intervals; kept: cells where the full cache scores above 20%")  # fmt: skip
+    lengths = list(next(iter(first["scores"].values())))
+    for r in rows:
+        kept = "no cell is kept"
+        if "kept" in r:
+            kept = f"kept {r['kept']:.1%} [{r['kept_low']:.1%}, {r['kept_high']:.1%}]"
+            kept += f", {r['kept_rise']:+.1%} +- {r['kept_rise_error']:.1%} to full"
+        print(f"{r['cache']}: {r['mean']:.1%} [{r['low']:.1%}, {r['high']:.1%}]; {kept}; {size(r['cache_bytes'])}")
+        print(f"  {'task':<16}" + " ".join(f"{n:>7}" for n in lengths) + "   tokens")
+        for task, row in r["scores"].items():
+            print(f"  {task:<16}" + " ".join(f"{row[n]:>7.1%}" for n in lengths))
 
 
 def print_summaries(rows: list[dict[str, Any]]) -> None:

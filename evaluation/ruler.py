@@ -1,0 +1,128 @@
+"""RULER through the caches: made tasks of several lengths, greedy answers, and what of the answers occurs in them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cli.conversation import ChatTemplate, chat_template_of
+from cli.options import format_policy
+from common.errors import UserError
+from evaluation.passkeys import wilson
+from evaluation.ruler_tasks import TASKS, Sample, fitted
+from evaluation.subject import Subject, progress, sha256_of
+
+LEAST_FULL = 0.2  # tasks that the full cache scores no better on say nothing about a cache
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A sample as tokens. The first `n_body` are read before the question: an answer comes from the cache alone."""
+
+    task: str
+    length: int
+    sample: Sample
+    ids: list[int]
+    n_body: int
+    n_new: int
+
+
+def encode(subject: Subject, template: ChatTemplate | None, sample: Sample) -> tuple[list[int], int]:
+    """A prompt's ids, and how many of them come before the question. As a user's turn, where there is a template."""
+    text = sample.context + sample.question
+    if template is not None:
+        text = template.render([{"role": "user", "content": text}])
+    at, special = text.rindex(sample.question.strip()), template is not None
+    ids = subject.tokenizer.encode(text + sample.prefix, bos=template is None, special=special)
+    body = subject.tokenizer.encode(text[:at], bos=template is None, special=special)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(body, ids, strict=False))
+    return ids, sum(1 for _ in same)
+
+
+def make_trials(subject: Subject, template: ChatTemplate | None) -> list[Trial]:
+    """Every task at every length, `--trials` times. Raises UserError where a length is too short for a task."""
+    args = subject.args
+    made = []
+    for length, name, n in itertools.product(args.lengths, args.tasks, range(args.trials)):
+        task = TASKS[name]
+        seed = f"{args.seed} {name} {length} {n}"
+        sample = fitted(task, length, seed, lambda sample: len(encode(subject, template, sample)[0]))
+        if sample is None:
+            raise UserError(f"--lengths {length}: too short for {name} and its answer of {task.n_new} tokens")
+        ids, n_body = encode(subject, template, sample)
+        made.append(Trial(name, length, sample, ids, n_body, task.n_new))
+    return made
+
+
+def answer_of(subject: Subject, engine: Any, trial: Trial) -> str:
+    """Greedy, up to the task's tokens, an end token, or until every answer is there: then the score is known."""
+    ids: list[int] = []
+    text = ""
+    for row in engine.generate([trial.ids[trial.n_body :]], trial.n_new):
+        if row[0] is None or row[0] in subject.end_ids:
+            break
+        ids.append(row[0])
+        text = subject.tokenizer.decode(ids)
+        if trial.sample.score(text) == 1:
+            break
+    return text
+
+
+def score_ruler(subject: Subject, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """One row a cache: the mean score of every task and length, with intervals."""
+    args = subject.args
+    for name in args.tasks:
+        if name not in TASKS:
+            raise UserError(f"--tasks {name}: RULER's tasks here are {', '.join(TASKS)}")
+    if max(args.lengths) > subject.config.context:
+        raise UserError(f"--lengths {max(args.lengths)} is past the model's context of {subject.config.context}")
+    template = chat_template_of(subject.checkpoint) if args.chat else None
+    trials = make_trials(subject, template)
+    digest = sha256_of("\0".join(t.sample.context + t.sample.question for t in trials))
+    scores: list[list[float]] = [[] for _ in subject.policies]
+    bar = progress(None, len(trials) * len(subject.policies), "RULER")
+    rows: list[dict[str, Any]] = []
+    for n, trial in enumerate(trials, 1):
+        engines = subject.engines_after(trial.ids[: trial.n_body], len(trial.ids) + trial.n_new)
+        for found, (_, engine) in zip(scores, engines, strict=True):
+            found.append(trial.sample.score(answer_of(subject, engine, trial)))
+            bar.update()
+        rows = [
+            {"sha256": digest, "cache": format_policy(policy), "trials_per_cell": args.trials, "chat": args.chat}
+            | summary(trials[:n], found, scores[0])
+            | subject.memory(policy, max(args.lengths))
+            for policy, found in zip(subject.policies, scores, strict=True)
+        ]
+        save(rows)
+    bar.close()
+    return rows
+
+
+def summary(trials: Sequence[Trial], found: Sequence[float], full: Sequence[float]) -> dict[str, Any]:
+    """scores: task -> length -> mean. mean: of all trials. kept: of the tasks and lengths where the full cache scores
+    above LEAST_FULL, for its own scores too, and the standard error of the difference to it over paired trials.
+
+    Intervals are Wilson's of shares: wider than those of scores that are neither 0 nor 1.
+    """
+    cells: dict[tuple[str, str], list[int]] = {}
+    for n, trial in enumerate(trials):
+        cells.setdefault((trial.task, str(trial.length)), []).append(n)
+    scores: dict[str, dict[str, float]] = {}
+    kept: list[int] = []
+    for (task, length), numbers in cells.items():
+        scores.setdefault(task, {})[length] = sum(found[n] for n in numbers) / len(numbers)
+        kept += numbers if sum(full[n] for n in numbers) / len(numbers) > LEAST_FULL else []
+    low, high = wilson(sum(found), len(found))
+    row: dict[str, Any] = {"scores": scores, "mean": sum(found) / len(found), "low": low, "high": high}
+    row |= {"trials": len(found), "tokens": sum(len(t.ids) for t in trials), "kept_trials": len(kept)}
+    if kept:
+        lost = [found[n] - full[n] for n in kept]
+        mean = sum(lost) / len(lost)
+        spread = sum((x - mean) ** 2 for x in lost) / max(1, len(lost) - 1)
+        low, high = wilson(sum(found[n] for n in kept), len(kept))
+        row |= {"kept": sum(found[n] for n in kept) / len(kept), "kept_low": low, "kept_high": high}
+        row |= {"kept_rise": mean, "kept_rise_error": math.sqrt(spread / len(lost))}
+    return row
