@@ -56,6 +56,7 @@ from cli.report import (
 from common.errors import UserError
 from common.files import require_writable, write_json
 from common.messages import say
+from common.packages import missing_packages_told
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from engine.precompile import compiled_ahead
 from kv_cache import ModelCache
@@ -375,4 +376,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    main()
+    with missing_packages_told():
+        main()

@@ -45,7 +45,6 @@ from cli.report import device_memory, make_plan, ran_out, require_suits, size
 from common.errors import UserError
 from common.files import require_writable
 from model import Config, Transformer
-from plots import command as plot
 from selective_kv import KVCache, Shape
 
 DEFAULT_CACHES = [
@@ -295,7 +294,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         with args.json.open("a") as out:
             out.write(json.dumps(record) + "\n")
     if args.png:
-        plot.draw_speed([record], args.png.parent, args.png.stem)
+        from plots.command import draw_speed  # matplotlib is needed for this alone
+
+        draw_speed([record], args.png.parent, args.png.stem)
 
 
 def main(argv: list[str] | None = None) -> None:

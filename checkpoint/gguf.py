@@ -26,6 +26,7 @@ from torch import Tensor
 from checkpoint.stored import Stored
 from common.errors import UserError
 from common.files import first_bytes
+from common.packages import missing
 
 MAGIC = b"GGUF"
 _ALIGNMENT = 32  # where general.alignment does not say otherwise
@@ -41,9 +42,7 @@ def _package() -> Any:
     try:
         import gguf
     except ModuleNotFoundError:
-        raise UserError(
-            "GGUF files are read with the package gguf, which is not installed (pip install gguf)"
-        ) from None
+        raise missing("gguf", "a GGUF file") from None
     return gguf
 
 

@@ -32,6 +32,7 @@ from cli.console import shown
 from cli.options import Parser, positive
 from common.errors import UserError
 from common.files import require_writable, write_whole
+from common.packages import missing
 from evaluation.scoring import windows
 from evaluation.subject import read_text, sha256_of
 
@@ -45,7 +46,7 @@ def package() -> Any:
     try:
         import llama_cpp
     except ModuleNotFoundError:
-        raise UserError("llama.cpp beside us needs its package: pip install llama-cpp-python (it compiles)") from None
+        raise missing("llama_cpp", "llama.cpp beside us") from None
     return llama_cpp
 
 

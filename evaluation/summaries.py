@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rouge_score.rouge_scorer import RougeScorer
-
 from cli.options import format_policy
 from common.errors import UserError
+from common.packages import missing
 from evaluation.subject import Subject, progress, read_lines, read_plain, sha256_of, text_field
 
 RESAMPLES = 2000
@@ -53,7 +52,11 @@ def _document(path: Path, n: int, fields: dict[str, Any]) -> Document:
 
 
 def rouge_l(candidate: str, references: list[str]) -> float:
-    """The F-measure against the reference that fits best."""
+    """The F-measure against the reference that fits best. Raises UserError where rouge_score is not installed."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ModuleNotFoundError:
+        raise missing("rouge_score", "rouge") from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return max(scorer.score(reference, candidate)["rougeL"].fmeasure for reference in references)
 
@@ -69,6 +72,7 @@ def mean_and_interval(values: list[float], seed: int = 0) -> dict[str, Any]:
 def score_summaries(subject: Subject, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
     """Greedy summaries by every cache. A document is cut at its end where the prompt would not fit."""
     args = subject.args
+    rouge_l("", [""])  # that its package is there shows before hours of writing
     if len(args.text) > 1:
         raise UserError("rouge takes one --text: a JSONL file of documents with references")
     context = min(args.context, subject.config.context)

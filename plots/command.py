@@ -9,6 +9,7 @@ Each picture is made where its data is among the files, as PNG and SVG, and read
   position    mean KL by position in the window                          evaluate.py divergence or perplexity
   speed-...   a decode step against the context, and over the first cache's; per model and device    benchmark.py
   passkeys    share recalled by length and depth, a map per cache                         evaluate.py passkey
+  ruler       RULER's scores by length, a panel per task, with intervals                    evaluate.py ruler
 
 Where no file has bytes, memory and cache show the plan of Llama 3.1 8B. A line on standard error says what is
 left out of a picture. generate.py's reports are what `--json` writes.
@@ -32,6 +33,7 @@ from common.messages import say
 from plots.memory import draw_footprints
 from plots.pictures import draw_frontier, draw_passkeys, draw_position, draw_tables, look, plt, save, thousands
 from plots.records import Record, read, short
+from plots.ruler import draw_ruler
 
 
 def slug(*words: str) -> str:
@@ -127,6 +129,8 @@ def draw(records: Sequence[Record]) -> dict[str, Figure]:
         figures["passkeys"] = draw_passkeys(records)
     else:
         say("no passkeys: `scripts/evaluate.py passkey --json FILE` makes their data")
+    if any(r.kind == "ruler" for r in records):
+        figures["ruler"] = draw_ruler(records)
     return figures
 
 

@@ -50,6 +50,7 @@ ROWS: dict[str, dict[str, str]] = {  # what every row of a kind must have
     "perplexity": _SCORE,
     "divergence": _SCORE,
     "passkey": {"cache": "a text", "mean": "a number", "recalled": "an object"},
+    "ruler": {"cache": "a text", "mean": "a number", "scores": "an object"},
     "rouge": _ROUGE,
     "benchmark": {"cache": "a text", "batch": "a whole number above zero", "context": "a whole number above zero",
                   "step_ms": "a number above zero"},
@@ -68,6 +69,7 @@ OPTIONAL: dict[str, dict[str, str]] = {  # read where a row or a record has them
     "divergence": _RUN,
     "passkey": dict.fromkeys(("trials", "trials_per_cell"), "a number above zero")
     | dict.fromkeys(("low", "high"), "a number"),
+    "ruler": {"sha256": "a text", "trials_per_cell": "a whole number above zero"},
     "rouge": {"sha256": "a text", "documents": "a number"},
     "benchmark": dict.fromkeys(("cache_bytes", "peak_memory_bytes"), "a number or null"),
 }
@@ -144,7 +146,9 @@ def _record(path: Path, value: Any) -> Record | None:
 def _kind(path: Path, value: Row) -> str | None:
     if "kind" in value:
         if value["kind"] not in [kind for kind in ROWS if kind != "benchmark"]:
-            raise UserError(f"{path}: kind {value['kind']!r:.40} is none of perplexity, divergence, passkey, rouge")
+            raise UserError(
+                f"{path}: kind {value['kind']!r:.40} is none of perplexity, divergence, passkey, ruler, rouge"
+            )
         return str(value["kind"])
     rows = value.get("rows")
     if isinstance(rows, list):
@@ -184,6 +188,13 @@ def _check_row(where: str, row: Any, kind: str) -> None:
             if any(re.fullmatch(r"[0-9.]+", depth) is None for depth in depths) or len(cell) != len(depths):
                 raise UserError(f"{where}, {name}: the depths of every length are the same numbers from 0 to 1")
         _check(f"{where}, {name}", cell, needed)
+    for task, cell in row["scores"].items() if kind == "ruler" else ():
+        lengths = next(iter(row["scores"].values()))
+        if not isinstance(cell, dict) or not cell or cell.keys() != lengths.keys():
+            raise UserError(f"{where}, {task}: every task has the same lengths: {cell!r:.40}")
+        if any(not length.isdecimal() for length in cell):
+            raise UserError(f"{where}, {task}: a length is no number: {', '.join(cell)}")
+        _check(f"{where}, {task}", cell, dict.fromkeys(cell, "a number"))
 
 
 def _setting(path: Path, cache: Row) -> str:

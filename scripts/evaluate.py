@@ -1,11 +1,14 @@
-"""What each cache costs in quality, through the cache: perplexity, divergence, passkeys, ROUGE-L."""
+"""What each cache costs in quality, through the cache: perplexity, divergence, passkeys, RULER, ROUGE-L."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project is run from its folder, not installed
 
-from evaluation.command import main
+from common.packages import missing_packages_told
 
 if __name__ == "__main__":
-    main()
+    with missing_packages_told():
+        from evaluation.command import main
+
+        main()

@@ -5,7 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project is run from its folder, not installed
 
-from plots.command import main
+from common.packages import missing_packages_told
 
 if __name__ == "__main__":
-    main()
+    with missing_packages_told():
+        from plots.command import main
+
+        main()

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from conftest import ROOT, SENTENCES
 
-pytest.importorskip("rouge_score", reason="evaluate.py needs rouge_score")
 from evaluation import command as evaluate
 from evaluation import passkeys as retrieval
 from evaluation import scoring, subject, summaries

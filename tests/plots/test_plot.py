@@ -14,6 +14,7 @@ from matplotlib.text import Annotation
 
 import kv_cache
 from cli.options import parse_policy
+from common.errors import UserError
 from model import CONFIGS
 from plots import command as plot
 from plots import memory as footprint
@@ -397,3 +398,27 @@ def test_benchmarks_are_drawn_apart_by_model_and_device(capsys: pytest.CaptureFi
 def test_benchmarks_of_two_dtypes_are_two_pictures() -> None:
     figures = plot.draw([benchmark(step("full", 8), dtype=dtype) for dtype in ("bfloat16", "float32")])
     assert {name[-8:] for name in figures if name.startswith("speed")} == {"bfloat16", "-float32"}
+
+
+def ruler_row(cache: str, share: float, sha256: str = "x", **others: Any) -> dict[str, Any]:
+    scores = {task: {"1024": share, "4096": 0.5} for task in ("vt", "cwe")}
+    return {"cache": cache, "mean": share, "scores": scores, "sha256": sha256, "trials_per_cell": 10, **others}
+
+
+def test_ruler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A panel per task; rows of other samples do not compare, and a hole is told by its row."""
+    rows = [ruler_row("full", 0.9), ruler_row(QUANTISED, 0.8)]
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({"kind": "ruler", "model": "m", "rows": rows}) + "\n")
+    other = json.dumps({"kind": "ruler", "model": "m", "rows": [ruler_row("full", 0.1, "y")]})
+    (tmp_path / "s.json").write_text(other + "\n")
+    figure = plot.draw(read([file, tmp_path / "s.json"]))["ruler"]
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["vt", "cwe"]
+    assert legend(figure) == ["full", "quantize_kv 16/32"]
+    heights = [list(bar.lines[0].get_ydata()) for bar in figure.axes[0].containers]
+    assert heights == [[0.9, 0.5], [0.8, 0.5]]
+    assert "RULER: 2 runs do not compare" in capsys.readouterr().err
+    rows[1]["scores"]["cwe"].pop("4096")
+    file.write_text(json.dumps({"kind": "ruler", "rows": rows}))
+    with pytest.raises(UserError, match="row 2, cwe: every task has the same lengths"):
+        read([file])

@@ -1,0 +1,36 @@
+"""Packages that only some runs need: a run that lacks one says which, and how to get it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import UserError
+
+NAMES = {"llama_cpp": "llama-cpp-python", "lm_eval": "lm-eval", "PIL": "pillow", "yaml": "pyyaml"}  # as pip has them
+
+
+def missing(module: str, purpose: str) -> UserError:
+    """What to say where `module` cannot be imported. purpose: what needs it."""
+    name = NAMES.get(module.partition(".")[0], module.partition(".")[0])
+    return UserError(f"{purpose} needs the package {name}, which is not installed (pip install {name})")
+
+
+@contextmanager
+def missing_packages_told() -> Iterator[None]:
+    """Around a program: a package that is not installed ends it with one line and 2, not with a traceback.
+
+    A module of the project's own that is not found is a fault of ours, and stays one.
+    """
+    program = Path(sys.argv[0]).name
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        top = (error.name or "").partition(".")[0]
+        root = Path(__file__).resolve().parents[1]
+        if not top or (root / top).is_dir() or (root / f"{top}.py").is_file():
+            raise
+        print(f"{program}: error: {missing(top, program)}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,54 @@
+"""A package that is not installed is one line that says how to get it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+WITHOUT = """
+import importlib.abc, runpy, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+sys.argv = {argv!r}
+sys.path.insert(0, {folder!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_without(package: str, *argv: object) -> subprocess.CompletedProcess[str]:
+    script = ROOT / str(argv[0])
+    code = WITHOUT.format(package=package, argv=[str(script), *map(str, argv[1:])], folder=str(script.parent))
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("package", "argv", "pip"),
+    [
+        ("matplotlib", ["scripts/plot.py"], "matplotlib"),
+        ("huggingface_hub", ["scripts/download.py", "--repo_id", "a/b"], "huggingface_hub"),
+        ("rouge_score", ["scripts/evaluate.py", "rouge", "--caches", "quantize_kv"], "rouge_score"),
+        ("sentencepiece", ["generate.py", "--prompt", "a"], "sentencepiece"),
+    ],
+)
+def test_the_package_is_named(package: str, argv: list[str], pip: str) -> None:
+    result = run_without(package, *argv)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and f"pip install {pip}" in result.stderr and "error: " in result.stderr
+
+
+def test_only_rouge_needs_rouge_score(tiny: Path) -> None:
+    argv = ["divergence", "--checkpoint_path", tiny, "--context", 40, "--windows", 1, "--caches", "quantize_kv"]
+    result = run_without("rouge_score", "scripts/evaluate.py", *argv)
+    assert result.returncode == 0 and "mean KL" in result.stdout, result.stderr
+
+
+def test_a_module_of_ours_that_is_missing_is_a_fault() -> None:
+    result = run_without("selective_kv", "scripts/plot.py")
+    assert result.returncode == 1 and "Traceback" in result.stderr
