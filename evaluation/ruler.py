@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cli.conversation import ChatTemplate, chat_template_of
+from cli.chat_template import ChatTemplate, chat_template_of
 from cli.options import format_policy
 from common.errors import UserError
 from evaluation.passkeys import wilson
