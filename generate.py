@@ -19,7 +19,6 @@ if __name__ == "__main__":  # importing torch takes seconds, in which a Ctrl-C h
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
-import io
 import sys
 import time
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ from checkpoint import (
     parse_dtype,
 )
 from cli.chat_template import chat_template_of, template_variables
-from cli.console import Printer, converse, encode_prompt, read_prompts, uninterrupted
+from cli.console import Printer, converse, encode_prompt, read_prompts
 from cli.conversation import Conversation
 from cli.options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
 from cli.profile import Profiler
@@ -48,7 +47,6 @@ from cli.report import (
     make_plan,
     make_report,
     process_age,
-    ran_out,
     report_lines,
     require_fit,
     startup,
@@ -57,6 +55,7 @@ from common.errors import UserError
 from common.files import require_writable, write_json
 from common.messages import say
 from common.packages import missing_packages_told
+from common.program import program, uninterrupted
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from engine.precompile import compiled_ahead
 from kv_cache import ModelCache
@@ -332,7 +331,7 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
     with uninterrupted():
         timing = timing if args.interactive else engine.timing
         report = make_report(engine, job.checkpoint.name, timing) | startup(age, loading, timing)
-        report |= {"texts": turns or printer.texts, "command": ["generate.py", *args.argv]}
+        report |= {"finished": not interrupted, "texts": turns or printer.texts, "command": ["generate.py", *args.argv]}
         say("", *report_lines(report))
         if profiler is not None:
             say(*profiler.write(report))
@@ -344,11 +343,7 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # What a model writes fits no smaller alphabet; a path may hold bytes that are no letters at all.
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    try:
+    with program("generate.py", ""):  # an interrupted run has told what it took
         load_plugin(argv)
         for i, word in enumerate(argv[:-1]):  # "--json quantize_kv": the subcommand, not a file of that name
             if word == "--json" and argv[i + 1] in caches():
@@ -356,22 +351,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = make_parser().parse(argv)
         args.argv = argv
         run(args, chosen_policy(args))
-    except UserError as error:
-        say(f"generate.py: error: {error}")
-        sys.exit(2)
-    except KeyboardInterrupt:  # before there was anything to report
-        sys.exit(130)
-    except RuntimeError as error:
-        if not ran_out(error):
-            raise
-        say("generate.py: error: the device's memory ran out, although the plan fits: does another program run?")
-        sys.exit(2)
-    except BrokenPipeError:  # the reader of the pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # a full disk behind standard output, say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        say(f"generate.py: error: {error}")
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ One layer of Llama-3.1-8B by default. Every version is first compared with atten
 same (dequantised) values, on fresh random data and poisoned outputs; no speed is printed if that fails.
 Then each is captured in a CUDA graph that walks over copies of the cache larger than the L2, and
 the graphs are replayed in turn, so that a change of clocks hits all of them alike. GB/s counts the payload and scales
-that must be read; the share is of the read rate measured in the same run (row maxima over 4 GiB).
+that must be read; the share is of the read rate measured in the same run (`clock.read_ceiling`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -25,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmark.clock import read_ceiling
 from cli.options import Parser
 from common.errors import UserError
-from common.files import require_writable, write_whole
+from common.files import require_writable, to_json, write_whole
+from common.program import program
 from selective_kv.formats import Format, hadamard
 from selective_kv.regions import Regions
 
@@ -197,20 +198,6 @@ def time_all(group: list[Version], rounds: int) -> None:
             version.times.append(start.elapsed_time(end) * 1e3 / version.n_launch)
 
 
-def read_ceiling() -> float:
-    """Bytes per second: row maxima over 4 GiB."""
-    x = torch.randn(1 << 14, 1 << 16, device="cuda")
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
-    rates = []
-    for _ in range(12):
-        start.record()
-        torch.amax(x, 1)
-        end.record()
-        end.synchronize()
-        rates.append(x.numel() * 4 / (start.elapsed_time(end) * 1e-3))
-    return statistics.median(rates[2:])
-
-
 def parse_shape(text: str) -> tuple[int, int]:
     """ "8x32768" -> (8, 32768)."""
     try:
@@ -228,7 +215,7 @@ def run(
     """Check, time and print every version at every (batch, context). Raises UserError."""
     if not torch.cuda.is_available():
         raise UserError("this benchmark times CUDA kernels, and there is no CUDA device")
-    ceiling = read_ceiling()
+    ceiling = read_ceiling(torch.device("cuda"))
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}; read ceiling {ceiling / 1e12:.2f} TB/s")
     print(f"{'batch':>5} {'context':>8}  {'version':<20} {'µs':>8} {'GB/s':>6} {'share':>6} {'error':>8}")
@@ -287,16 +274,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="replays of each version")
     parser.add_argument("--no_sdpa", action="store_true", help="only our own kernels")
     parser.add_argument("--output", type=Path, help="write the JSON line here too")
-    args = parser.parse(sys.argv[1:])
-    heads = Heads(args.n_head, args.n_kv_head, args.head_dim)
-    try:
+    with program("bench_kernels.py", "interrupted: nothing is written"):
+        args = parser.parse(sys.argv[1:])
+        heads = Heads(args.n_head, args.n_kv_head, args.head_dim)
         if args.output:
             require_writable(args.output, "--output")
-        record = run(heads, args.shapes, args.slots, args.rounds, not args.no_sdpa)
-    except UserError as error:
-        print(f"bench_kernels.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    line = json.dumps(record)
-    print(line)
-    if args.output:
-        write_whole(args.output, line + "\n")
+        line = to_json(run(heads, args.shapes, args.slots, args.rounds, not args.no_sdpa))
+        print(line)
+        if args.output:
+            write_whole(args.output, line + "\n")

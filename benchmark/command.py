@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
@@ -38,12 +37,14 @@ import torch
 from benchmark import attention_kernels as bench_kernels
 from benchmark import layer as bench_attention
 from benchmark import peers
-from benchmark.contestant import Contestant, Timed, gate, read_ceiling
+from benchmark.clock import read_ceiling
+from benchmark.contestant import Contestant, Timed, gate
 from checkpoint import Checkpoint, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from cli.options import Parser, add_plugin_flag, format_policy, load_plugin, parse_policy, parse_size, positive
-from cli.report import device_memory, make_plan, ran_out, require_suits, size
+from cli.report import device_memory, make_plan, require_suits, size
 from common.errors import UserError
-from common.files import require_writable
+from common.files import append_line, require_writable, to_json
+from common.program import program, ran_out
 from model import Config, Transformer
 from selective_kv import KVCache, Shape
 
@@ -58,7 +59,7 @@ DEFAULT_STEPS = 16
 def slope(rows: list[dict[str, Any]]) -> float:
     """Least-squares microseconds of a step per 1,000 tokens of context."""
     xs, ys = [r["context"] / 1e3 for r in rows], [r["step_ms"] * 1e3 for r in rows]
-    return statistics.linear_regression(xs, ys).slope if len(set(xs)) > 1 else float("nan")
+    return statistics.linear_regression(xs, ys).slope if len(set(xs)) > 1 else 0.0  # one context has no slope
 
 
 def no_slower_from(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> int | None:
@@ -291,8 +292,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     record = (run_kernels if args.kernels else run_caches)(checkpoint, device, args)
     record |= {"torch": torch.__version__, "command": ["scripts/benchmark.py", *argv]}
     if args.json:
-        with args.json.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        append_line(args.json, to_json(record))
     if args.png:
         from plots.command import draw_speed  # matplotlib is needed for this alone
 
@@ -301,9 +301,6 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with program("benchmark.py", "interrupted: nothing is written"):
         load_plugin(argv)
         run(make_parser().parse(argv), argv)
-    except UserError as error:
-        print(f"benchmark.py: error: {error}", file=sys.stderr)
-        sys.exit(2)

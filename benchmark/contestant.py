@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 import kv_cache
+from benchmark.clock import timed
 from cli.options import format_policy
 from common.errors import UserError
 from engine import PREFILL_CHUNK, Engine, FusedStep, Sampling
@@ -33,27 +33,6 @@ GATE_TOKENS = 200  # beyond sink and window
 GATE_STEPS = 4
 WARM_TOKENS = PREFILL_CHUNK + 64  # of a prompt, read before it is timed: a chunk, and a second one that looks back
 GATE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative, of an output
-
-
-def read_ceiling(device: torch.device) -> float:
-    """Bytes per second of reading, by the largest of each row of a tensor far larger than any cache."""
-    n = (1 << 32) if device.type == "cuda" else (1 << 28)
-    data = torch.ones(n // 4, device=device).view(1 << 14, -1)
-    return n / min(timed(lambda: data.amax(1), device) for _ in range(10))
-
-
-def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
 
 
 def fill(engine: Engine, context: int) -> None:

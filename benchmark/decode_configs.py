@@ -26,6 +26,7 @@ from checkpoint import find_demo, load_model, open_checkpoint, parse_device, par
 from cli.options import Parser, format_policy, parse_policy, positive
 from cli.report import require_suits
 from common.errors import UserError
+from common.program import program
 from selective_kv import Shape
 from selective_kv.kernels import AttentionKernels
 
@@ -108,8 +109,5 @@ def main() -> None:
     p.add_argument("--plans", nargs="+", metavar="PLAN", default=[""], help=f"fields: {', '.join(FIELDS)}")
     p.add_argument("--steps", type=positive, default=8, help="decode steps timed at a time (default: 8)")
     p.add_argument("--rounds", type=positive, default=5, help="(default: 5)")
-    try:
+    with program("sweep_plans.py"):
         run(p.parse(sys.argv[1:]))
-    except UserError as error:
-        print(f"sweep_plans.py: error: {error}", file=sys.stderr)
-        sys.exit(2)

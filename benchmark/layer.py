@@ -9,7 +9,6 @@ interleaved rounds, in milliseconds. (`bench_kernels.py` is the same question on
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -26,6 +25,8 @@ from torch import Tensor
 
 from cli.options import Parser, positive
 from common.errors import UserError
+from common.files import to_json
+from common.program import program
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
 from selective_kv.kernels import pytorch as eager
 from selective_kv.regions import Regions
@@ -121,10 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--head_dim", type=positive, default=128)
     p.add_argument("--rounds", type=positive, default=15)
     argv = sys.argv[1:] if argv is None else argv
-    args = p.parse(argv)
-    try:
+    with program("bench_attention.py"):
+        args = p.parse(argv)
         rows = run(args.context, args.n_kv_head, args.group, args.head_dim, args.rounds)
-        print(json.dumps({"rows": rows, "torch": torch.__version__, "command": ["scripts/bench_attention.py", *argv]}))
-    except UserError as error:
-        print(f"bench_attention.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(to_json({"rows": rows, "torch": torch.__version__, "command": ["scripts/bench_attention.py", *argv]}))

@@ -20,7 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded here
 import torch
 from torch import Tensor
 
-from benchmark.contestant import WARM_TOKENS, Timed, timed
+from benchmark.clock import timed
+from benchmark.contestant import WARM_TOKENS, Timed
 from checkpoint.layout import hugging_face_name, slots_of
 from common.errors import UserError
 from kv_cache import ModelCache
@@ -46,6 +47,10 @@ def _config(config: Config) -> Any:
         rope |= {"rope_type": s.kind, "factor": s.factor}
         if s.kind == "llama3":
             rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+        elif s.kind == "yarn":
+            rope |= {"beta_slow": s.low_freq_factor, "beta_fast": s.high_freq_factor}
+            rope |= {"attention_factor": s.magnitude, "truncate": s.whole_pairs}
+        if s.kind != "linear":
             rope["original_max_position_embeddings"] = s.original_context
     family: Any = Qwen3Config if config.qk_norm else Qwen2Config if config.qkv_bias else LlamaConfig
     return family(

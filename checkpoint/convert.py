@@ -23,6 +23,7 @@ from checkpoint import Checkpoint, open_checkpoint
 from checkpoint.layout import slot_names
 from cli.options import Parser
 from common.errors import UserError
+from common.program import program
 
 COMPANIONS = (
     "config.json",
@@ -100,10 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the Hugging Face folder")
     parser.add_argument("--out", type=Path, help="the folder to write to (default: the same)")
     parser.add_argument("--model_name", metavar="NAME", help="the shape, where there is no config.json")
-    args = parser.parse(sys.argv[1:] if argv is None else argv)
-    try:
+    with program("convert_hf_checkpoint.py", "interrupted: nothing is converted"):
+        args = parser.parse(sys.argv[1:] if argv is None else argv)
         file = convert(args.checkpoint_dir, args.out or args.checkpoint_dir, args.model_name)
-    except UserError as error:
-        print(f"convert_hf_checkpoint.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{file}: {file.stat().st_size / 2**30:.2f} GiB")
+        print(f"{file}: {file.stat().st_size / 2**30:.2f} GiB")

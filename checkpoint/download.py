@@ -21,6 +21,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from checkpoint import open_checkpoint
 from cli.options import Parser
 from common.errors import UserError
+from common.program import program
 
 # Patterns stand for whole paths: no second copy of the weights from original/ or consolidated*
 NEEDED = [
@@ -64,11 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME")
     parser.add_argument("--out", type=Path, help="the folder to write to (default: checkpoints/NAME)")
     parser.add_argument("--hf_token", default=os.environ.get("HF_TOKEN"), help="(default: HF_TOKEN)")
-    args = parser.parse(sys.argv[1:] if argv is None else argv)
-    out = args.out or Path("checkpoints") / args.repo_id.split("/")[-1]
-    try:
+    with program("download.py", "interrupted: the same command goes on from here"):
+        args = parser.parse(sys.argv[1:] if argv is None else argv)
+        out = args.out or Path("checkpoints") / args.repo_id.split("/")[-1]
         download(args.repo_id, out, args.hf_token)
-    except UserError as error:
-        print(f"download.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{out}\npython generate.py --checkpoint_path {out} --prompt ...")
+        print(f"{out}\npython generate.py --checkpoint_path {out} --prompt ...")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -129,16 +127,6 @@ def shown(argv: Sequence[str]) -> list[str]:
     """A command line as a record shows it: files by their names alone, flags whole, so that it can be repeated."""
     parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in argv]
     return [flag + equals + (Path(value).name if "/" in value else value) for flag, equals, value in parts]
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C must not tear what the first one has to say."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def converse(

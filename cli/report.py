@@ -52,14 +52,6 @@ def device_memory(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def ran_out(error: Exception) -> bool:
-    """Whether a device's memory did not suffice. PyTorch's allocator has a class for that; what is taken past it, a
-    stream for one, says so in words.
-    """
-    words = ("out of memory", "can't allocate memory")  # a GPU's, the CPU's
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
-
-
 def process_age() -> float:
     """Seconds since this process began; where the system does not say, since this module was imported."""
     try:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import math
 import os
 import re
+import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.errors import UserError
+from common.messages import say
 
 TOO_DEEP = "the JSON is nested too deeply"
 
@@ -91,8 +95,9 @@ def require_writable(path: Path, flag: str) -> None:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
         part = part_of(path)
-        part.touch(exist_ok=False)
+        part.touch()
         part.unlink()
+        remove_dead_parts(path)
     except FileExistsError:
         raise UserError(f"{flag} {path}: {path.parent} is not a folder") from None
     except OSError as error:
@@ -104,32 +109,130 @@ def is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
+
+
 def part_of(path: Path) -> Path:
-    """Where the new content of `path` grows; where `path` is a link, beside what it points to."""
+    """Where the new content of `path` grows; where `path` is a link, beside what it points to.
+
+    It is this process's own. One of that name that is there already is a dead process's, and is written over.
+    """
     target = path.resolve()
-    return target.with_name(f".{target.name}.{os.getpid()}.part")
+    return target.with_name(f".{target.name}.{_host()}.{os.getpid()}.part")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever looks finds the old one or all of the new one. Makes its folder; raises OSError."""
-    if is_special(path):
-        path.write_text(text)
-        return
+def remove_dead_parts(path: Path) -> None:
+    """Clear away the parts of `path` whose processes were killed: those of this machine that are gone."""
+    target = path.resolve()
+    mine = re.compile(re.escape(f".{target.name}.{_host()}.") + r"(\d+)\.part")
+    for name in os.listdir(target.parent):
+        found = mine.fullmatch(name)
+        if found is not None and not _alive(int(found[1])):
+            (target.parent / name).unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; no process of ours has such a number
+        return True
+    return True
+
+
+@contextmanager
+def replaced_whole(path: Path) -> Iterator[Path]:
+    """A part to write; at the end of the block it takes the place of `path`. Where the block raises, it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
-        part.write_text(text)
+        yield part
         part.replace(path.resolve())
     finally:
         part.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that whoever looks finds the old one or all of the new one. Makes its folder; raises OSError."""
+    if is_special(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    with replaced_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, whole or not at all; half a line that a dead run left at its end goes, and is told.
+
+    Raises OSError, or UserError where the file is none of lines of text.
+    """
+    if is_special(path):
+        with path.open("a", encoding="utf-8") as out:
+            out.write(line + "\n")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path.parent):
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8, so no line is added to it") from None
+        lines = text.split("\n")
+        if lines[-1] and not _is_json(lines[-1]):
+            say(f"{path}: its last line was cut off when a run died; it is left out")
+            lines[-1] = ""
+        kept = "\n".join(lines)
+        write_whole(path, kept + ("\n" if lines[-1] else "") + line + "\n")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two runs that add to one file at the same moment wait for each other, where the file system has locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a network's file system without locks: runs at the same moment are rare enough there
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON. Raises UserError, naming the field, where a number is not finite: JSON has no NaN."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise UserError(f"not written: {_not_finite(value, '') or 'the record'} is not a finite number") from None
+
+
+def _not_finite(value: Any, name: str) -> str | None:
+    """The name of the first number inside that is a NaN or an infinity."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else name
+    inside: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        inside = [(f"{name}.{key}" if name else str(key), item) for key, item in value.items()]
+    elif isinstance(value, list | tuple):
+        inside = [(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    return next((found for key, item in inside if (found := _not_finite(item, key))), None)
+
+
 def write_json(target: str, report: dict[str, Any]) -> None:
     """To standard output's last line ("-") or to a file. Raises UserError."""
+    text = to_json(report)
     if target == "-":
-        print(json.dumps(report))
+        print(text)
         return
     try:
-        write_whole(Path(target), json.dumps(report) + "\n")
+        write_whole(Path(target), text + "\n")
     except OSError as error:
         raise UserError(f"--json {target}: {error.strerror}") from None

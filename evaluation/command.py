@@ -15,7 +15,6 @@ one with the full cache, whose entropy the same run tells. A table goes to stand
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -35,7 +34,8 @@ import torch
 from cli.console import shown
 from cli.options import Parser, add_plugin_flag, format_policy, load_plugin, positive
 from common.errors import UserError
-from common.files import require_writable, write_whole
+from common.files import require_writable, to_json, write_whole
+from common.program import program
 from evaluation import scoring
 from evaluation.passkeys import score_passkeys
 from evaluation.ruler import score_ruler
@@ -200,7 +200,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     def save(rows: list[dict[str, Any]], path: Path | None = None) -> None:
         if args.json:
             whole = about | {"finished": path is not None, "rows": rows}
-            write_whole(path or unfinished(args.json), json.dumps(whole) + "\n")
+            write_whole(path or unfinished(args.json), to_json(whole) + "\n")
 
     if args.kind == "passkey":
         rows = score_passkeys(subject, save)
@@ -221,12 +221,6 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with program("evaluate.py", "interrupted; with --json FILE, what was done is in FILE's .unfinished.json"):
         load_plugin(argv)
         run(make_parser().parse(argv), argv)
-    except UserError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; with --json FILE, what was done is in FILE's .unfinished.json", file=sys.stderr)
-        sys.exit(130)

@@ -26,6 +26,7 @@ from checkpoint import end_ids, find_demo, load_model, open_checkpoint, parse_de
 from cli.options import Parser, positive
 from cli.report import size
 from common.errors import UserError
+from common.program import program
 from engine import Engine, Sampling
 from evaluation import passkey
 from kv_cache import ModelCache
@@ -136,9 +137,6 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--device", default="cpu")
     p.add_argument("--length", type=positive, default=2048, help="tokens of the passkey test (default: 2048)")
     p.add_argument("--story_tokens", type=positive, default=120, help="tokens written (default: 120)")
-    try:
+    with program("demo.py"):
         torch.manual_seed(0)
         Demo(p.parse(sys.argv[1:] if argv is None else argv)).run()
-    except UserError as error:
-        print(f"demo.py: error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import math
 import sys
 import time
@@ -31,8 +30,9 @@ from checkpoint import open_checkpoint
 from cli.console import shown
 from cli.options import Parser, positive
 from common.errors import UserError
-from common.files import require_writable, write_whole
+from common.files import require_writable, to_json, write_whole
 from common.packages import missing
+from common.program import program
 from evaluation.scoring import windows
 from evaluation.subject import read_text, sha256_of
 
@@ -217,7 +217,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
             about = {"text": path.name, "sha256": sha256_of(text)}
             record["rows"] = done + [about | row for row in rows_of(scored)]
             if args.json:
-                write_whole(args.json, json.dumps(record) + "\n")
+                write_whole(args.json, to_json(record) + "\n")
         if not scored:
             raise UserError(f"{path}: {len(ids)} tokens, and a window has {args.context}")
         print(f"{path.name}: {len(next(iter(scored.values())))} windows of {args.context} tokens")
@@ -231,13 +231,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
             record["speed"].append({"cache": cache, "bits": bits_of(cache), "tokens": n_token, "step_ms": ms})
             print(f"decoding after {n_token} tokens, {cache}: {ms:.1f} ms a step, {1e3 / ms:.1f} tokens/s")
     if args.json:
-        write_whole(args.json, json.dumps(record) + "\n")
+        write_whole(args.json, to_json(record) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with program("evaluate_llama_cpp.py"):
         run(make_parser().parse(argv), argv)
-    except UserError as error:
-        print(f"evaluate_llama_cpp.py: error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -27,9 +27,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cli.options import Parser
-from common.errors import UserError
 from common.files import require_writable
 from common.messages import say
+from common.program import program
 from plots.memory import draw_footprints
 from plots.pictures import draw_frontier, draw_passkeys, draw_position, draw_tables, look, plt, save, thousands
 from plots.records import Record, read, short
@@ -138,12 +138,9 @@ def main(argv: list[str] | None = None) -> None:
     p = Parser("plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", type=Path, nargs="*", help="what evaluate.py, benchmark.py, generate.py and sweep.py wrote")
     p.add_argument("--out", type=Path, default=Path("outputs/pictures"))
-    args = p.parse(sys.argv[1:] if argv is None else argv)
-    try:
+    with program("plot.py"):
+        args = p.parse(sys.argv[1:] if argv is None else argv)
         records = read(args.files)
         require_writable(args.out / "table.png", "--out")
         for name, figure in draw(records).items():  # all are drawn before the first is written
             save(figure, args.out, name)
-    except UserError as error:
-        print(f"plot.py: error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -5,10 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project is run from its folder, not installed
 
-from common.packages import missing_packages_told
+from common.program import start
 
 if __name__ == "__main__":
-    with missing_packages_told():
-        from checkpoint.download import main
-
-        main()
+    start("checkpoint.download")

@@ -12,12 +12,6 @@ card with its figures.
 
 from __future__ import annotations
 
-import os
-import signal
-
-if __name__ == "__main__":  # importing torch takes seconds, in which a Ctrl-C has nothing to keep
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import argparse
 import json
 import math
@@ -25,10 +19,8 @@ import pickle
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,32 +29,19 @@ from tqdm import tqdm
 
 from checkpoint import load_model, open_checkpoint, parse_device
 from checkpoint.stored import UNPICKLING_ERRORS
-from cli.console import uninterrupted
 from common.errors import UserError
-from common.files import require_writable, write_whole
+from common.files import replaced_whole, require_writable, write_whole
 from common.messages import say
+from common.program import program, undivided, uninterrupted
 from model import Attention, FeedForward, Transformer
 from training import data as demo_data
 from training.data import Batches
-from training.demo_model import TrainingCache, export, new_model, replace_whole
+from training.demo_model import TrainingCache, export, new_model
 from training.options import SHORT, check, make_parser, settle, shape_of
 from training.scores import card, device_name, score_passkeys, score_text, shown
 
 SAVE_SECONDS = 60  # between two saves of the state
 PEAK_SHARE = 0.35  # of the time at the full learning rate; then it falls, linearly, to nothing
-
-
-@contextmanager
-def undivided() -> Iterator[None]:
-    """A Ctrl-C waits for the end of the block: half an update is no state to go on from."""
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        raise KeyboardInterrupt
 
 
 class Trainer:
@@ -127,7 +106,8 @@ class Trainer:
             "runs": self.runs,
         }  # fmt: skip
         try:
-            replace_whole(path, lambda part: torch.save(state, part))
+            with replaced_whole(path) as part:
+                torch.save(state, part)
         except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
             raise UserError(f"--state {path}: {error}") from None
 
@@ -292,21 +272,12 @@ def finish(trainer: Trainer, inputs: demo_data.Inputs, args: argparse.Namespace)
     print(json.dumps(scores))
 
 
-def fail(message: str) -> NoReturn:
-    say(f"train_demo.py: error: {message}")
-    sys.exit(2)
-
-
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with program("train_demo.py", "train_demo.py: interrupted before the training began"):
         args = make_parser(__doc__).parse(argv)
         args.argv = argv
-        run(args)
-    except torch.OutOfMemoryError:
-        fail("the device's memory is too small for this model, or for --part_tokens at a time")
-    except (UserError, OSError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        say("train_demo.py: interrupted before the training began")
-        sys.exit(130)
+        try:
+            run(args)
+        except torch.OutOfMemoryError:
+            raise UserError("the device's memory is too small for this model, or for --part_tokens at a time") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import part_of, write_whole
+from common.files import replaced_whole, write_whole
 from model import Config, LayerCache, Rope, Step, Transformer
 
 
@@ -54,16 +53,6 @@ def new_model(config: Config, device: torch.device, seed: int) -> Transformer:
     return model.to(device)
 
 
-def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """As console.write_whole, for what is no text: `write` fills the file that then takes the place of `path`."""
-    part = part_of(path)
-    try:
-        write(part)
-        part.replace(path.resolve())
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def export(model: Transformer, processor_bytes: bytes, folder: Path) -> None:
     """A Hugging Face folder: config.json, bfloat16 model.safetensors, tokenizer.model. Raises UserError."""
     c = model.config
@@ -97,7 +86,9 @@ def export(model: Transformer, processor_bytes: bytes, folder: Path) -> None:
     half = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()}
     try:
         write_whole(folder / "config.json", json.dumps(config, indent=1) + "\n")
-        replace_whole(folder / "tokenizer.model", lambda part: part.write_bytes(processor_bytes))
-        replace_whole(folder / "model.safetensors", lambda part: save_file(half, part, metadata={"format": "pt"}))
+        with replaced_whole(folder / "tokenizer.model") as part:
+            part.write_bytes(processor_bytes)
+        with replaced_whole(folder / "model.safetensors") as part:
+            save_file(half, part, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise UserError(f"--export {folder}: {error}") from None

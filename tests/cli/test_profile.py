@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,33 @@ def test_a_name_that_is_no_folders_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=r"^--profile '.*': (a name for a folder in outputs/|not printable)") as caught:
         Profiler(name, torch.device("cpu"))
     assert str(caught.value).isprintable() and not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_taken_loses_no_trace(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs with one name: the second wrote over the first, in silence."""
+    monkeypatch.chdir(tmp_path)
+    folders = [Profiler("run", torch.device("cpu")).folder.name for _ in range(3)]
+    assert folders == ["run", "run-2", "run-3"] and "goes to outputs/run-3/" in capsys.readouterr().err
+
+
+def test_a_ctrl_c_while_a_profile_is_written_loses_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a segmentation fault, and the report was lost."""
+    monkeypatch.chdir(tmp_path)
+    original = torch.profiler.profile.stop
+
+    def stop(self: torch.profiler.profile) -> None:
+        signal.raise_signal(signal.SIGINT)
+        original(self)
+
+    monkeypatch.setattr(torch.profiler.profile, "stop", stop)
+    with pytest.raises(SystemExit) as exit_:
+        run(tiny, "--max_new_tokens", "40", "--profile", "cut")
+    assert exit_.value.code == 130
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    folder = tmp_path / "outputs" / "cut"
+    assert json.loads((folder / "report.json").read_text())["finished"] is report["finished"] is False
+    assert json.loads((folder / "prefill_trace.json").read_text())["traceEvents"]

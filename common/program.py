@@ -1,0 +1,130 @@
+"""How a program begins, ends and fails: one line and an exit code, never a traceback, whatever interrupts it.
+
+Exit codes: 0 done (also where the reader of a pipe has seen enough, as in `| head -1`), 1 some of several tasks failed,
+2 a mistake, a full disk or a device whose memory ran out, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from common.errors import UserError, printable
+from common.messages import say
+from common.packages import missing_packages_told
+
+
+def start(module: str) -> None:
+    """Run `main` of a module that takes seconds to import: a Ctrl-C in them has nothing to report. For entry points."""
+    signal.signal(signal.SIGINT, _leave)
+    with missing_packages_told():
+        main = importlib.import_module(module).main
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with missing_packages_told():
+            main()
+    finally:
+        signal.signal(signal.SIGINT, _leave)  # the interpreter's own end has nothing to report either
+
+
+def _leave(*_: object) -> NoReturn:
+    os._exit(130)
+
+
+@contextmanager
+def program(name: str, interrupted: str = "interrupted") -> Iterator[None]:
+    """The body of a `main`: what it raises becomes one line on standard error and an exit code.
+
+    interrupted: what there is to say at a Ctrl-C; "" says nothing.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a model writes, and a table, fit no smaller alphabet
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        yield
+        sys.stdout.flush()  # not at the interpreter's end, where an error could only be ignored
+    except UserError as error:
+        fail(name, str(error))
+    except KeyboardInterrupt:
+        with uninterrupted():
+            _drop_output()
+            if interrupted:
+                say(interrupted)
+        sys.exit(130)
+    except BrokenPipeError:
+        _drop_output()
+    except OSError as error:  # a full disk, a folder that may not be written
+        _drop_output()
+        fail(name, describe(error))
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        fail(name, "the device's memory ran out: does another program run?")
+
+
+def fail(name: str, message: str) -> NoReturn:
+    say(f"{name}: error: {printable(message)}")
+    sys.exit(2)
+
+
+def describe(error: OSError) -> str:
+    """ "results/a.json: No space left on device"."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _drop_output() -> None:
+    """What is left in the buffer goes nowhere: flushing it at the interpreter's end would fail again."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (OSError, ValueError):  # a stream that is no file, as in tests
+            return
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether a device's memory did not suffice. PyTorch's allocator has a class for that; what is taken past it, a
+    stream for one, says so in words.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error)
+        for words in ("out of memory", "can't allocate memory")  # a GPU's, the CPU's
+    )
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C is ignored: a second one must not tear what the first one has to say."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def undivided() -> Iterator[None]:
+    """A Ctrl-C waits for the end of the block: half an update is no state to go on from."""
+    caught: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        caught.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
