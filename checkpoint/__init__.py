@@ -83,7 +83,7 @@ def _open(path: Path, model: str | None) -> Checkpoint:
     file = _weights_file(path)
     if is_gguf(file):
         return _open_gguf(path, file, model)
-    folder = _companions(file)
+    folder = _beside(file)
     tensors = stored_tensors(file)
     name, config = _find_config(file, folder, tensors, model)
     fills, tied = match_tensors(config, tensors, file)
@@ -98,7 +98,7 @@ def _open_gguf(path: Path, file: Path, model: str | None) -> Checkpoint:
     gguf = read_gguf(file)
     name, config = (gguf_name(gguf), gguf_config(gguf)) if model is None else named_config(model)
     fills = gguf_fills(gguf, config)
-    return Checkpoint(path, name, config, fills, find_tokenizer(_companions(file)), gguf=gguf)
+    return Checkpoint(path, name, config, fills, find_tokenizer(_beside(file)), gguf=gguf)
 
 
 def _same_as_embedding(output: Stored, fills: Sequence[Fill]) -> bool:
@@ -139,6 +139,11 @@ def _weights_file(path: Path) -> Path:
     raise UserError(f"{path}: no weights in this folder (looked for {', '.join(WEIGHTS)}, *.gguf)")
 
 
+def companion_folder(path: Path) -> Path:
+    """Where the config and the tokenizer of the checkpoint at `path` lie."""
+    return _beside(_weights_file(path))
+
+
 def _snapshot(folder: Path) -> Path | None:
     """The checkpoint in a folder of the Hub's cache, models--OWNER--NAME: the snapshot that main points to."""
     main = folder / "refs" / "main"
@@ -154,7 +159,7 @@ def _snapshot(folder: Path) -> Path | None:
     return snapshots[0]
 
 
-def _companions(file: Path) -> Path:
+def _beside(file: Path) -> Path:
     """The folder where the config and the tokenizer lie: the file's own; or, if it is a link, its target's.
 
     The first that has any: the Hub's cache links a snapshot's files to blobs that lie elsewhere, and know no names.
@@ -279,6 +284,13 @@ def first_bad_parameter(model: Transformer) -> str | None:
         if not parameter.isfinite().all():
             return name
     return None
+
+
+def require_finite(model: Transformer) -> None:
+    """Raises UserError that names a weight which holds a NaN or an infinity."""
+    bad = first_bad_parameter(model)
+    if bad is not None:
+        raise UserError(f"the weight {bad} holds a NaN or an infinity")
 
 
 # --- What goes with it ------------------------------------------------------------------------------

@@ -5,12 +5,14 @@
 generate.py needs no conversion; this is for sharing a checkpoint with gpt-fast. q, k and v are fused and
 their rows interleaved for gpt-fast's RoPE; all else is copied from a memory map straight into the file,
 so the memory taken is that of q, k and v alone. Biases and q/k norms, which gpt-fast does not have, keep
-to its naming. The config and the tokenizer go beside model.pth, which appears last and whole.
+to its naming. The config and the tokenizer go beside model.pth, which appears last and whole, and the folder must
+hold none of another checkpoint's.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,10 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoint, open_checkpoint
+from checkpoint import WEIGHTS, Checkpoint, companion_folder, open_checkpoint
 from checkpoint.layout import slot_names
+from checkpoint.tokenizer_files import TOKENIZER_FILES
 from cli.options import Parser
 from common.errors import UserError
+from common.files import is_plain_file
 from common.program import program
 
 COMPANIONS = (
@@ -32,8 +36,8 @@ COMPANIONS = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
+    "added_tokens.json",
+    *TOKENIZER_FILES,
 )
 
 
@@ -70,29 +74,48 @@ def convert(source: Path, out: Path, model: str | None = None) -> Path:
         raise UserError(f"{source}: not a folder")
     if checkpoint.gguf is not None:
         raise UserError(f"{checkpoint.gguf.path}: a GGUF file is loaded as it is, and not converted")
-    file, part = out / "model.pth", out / "model.pth.part"
+    folder = companion_folder(source)
+    copies = {Path(name).name: folder / name for name in reversed(COMPANIONS) if is_plain_file(folder / name)}
+    _make_folder(out)
+    if folder.samefile(out):
+        copies = {name: path for name, path in copies.items() if path.parent != folder}
+    else:
+        _require_nobody_elses(out, set(copies))
+    state = gpt_fast_state(checkpoint)
+    file = out / "model.pth"
+    parts = {out / f"{name}.part": out / name for name in (*copies, file.name)}  # the weights last
+    try:
+        for name, path in copies.items():
+            shutil.copyfile(path, out / f"{name}.part")
+        torch.save(state, out / f"{file.name}.part")
+        file.unlink(missing_ok=True)  # older weights must not be seen beside the new config, not even after a kill
+        for part, whole in parts.items():
+            part.replace(whole)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}") from None
+    except RuntimeError as error:  # what torch.save raises on a full disk
+        raise UserError(f"{file}: {str(error).splitlines()[0]}") from None
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+    return file
+
+
+def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise UserError(f"{out}: not a folder") from None
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}") from None
-    state = gpt_fast_state(checkpoint)
-    try:
-        for name in COMPANIONS:
-            if (source / name).is_file() and not (out / name).exists():
-                shutil.copyfile(source / name, out / name)
-        if checkpoint.tokenizer_path == source / "original" / "tokenizer.model":
-            shutil.copyfile(checkpoint.tokenizer_path, out / "tokenizer.model")
-        torch.save(state, part)
-        part.replace(file)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}") from None
-    except RuntimeError as error:  # what torch.save raises on a full disk
-        raise UserError(f"{part}: {str(error).splitlines()[0]}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return file
+
+
+def _require_nobody_elses(out: Path, written: set[str]) -> None:
+    """Raises UserError where the folder holds what would be taken for this checkpoint's: another one's, then."""
+    others = [name for name in (*WEIGHTS, *COMPANIONS) if name != "model.pth" and name not in written]
+    found = [name for name in others if os.path.lexists(out / name)]
+    if found:
+        raise UserError(f"{out}: holds {', '.join(found)}, of another checkpoint: give an empty folder")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import UserError
 from kv_cache import ModelCache
 from model import Cache, Transformer
 from selective_kv import KVCache, Shape
@@ -177,7 +178,8 @@ def reader(policy: KVCache, sequential: bool) -> Callable[[Transformer, KVCache,
 def score(model: Transformer, tokens: Tensor, states: Tensor, reference: Tensor | None = None) -> Scored:
     """Score each token but the first from the state before it, a few at a time: a vocabulary is wide.
 
-    states, reference: [token, dim], as the readers give them. tokens: int64 [token].
+    states, reference: [token, dim], as the readers give them. tokens: int64 [token]. Raises UserError where a logit
+    is not finite: a mean of it would be no figure.
     """
     parts: list[tuple[Tensor, ...]] = []
     for lo in range(0, len(tokens) - 1, HEAD_TOKENS):
@@ -190,7 +192,11 @@ def score(model: Transformer, tokens: Tensor, states: Tensor, reference: Tensor 
         want = model.head(reference[lo:hi]).float().log_softmax(-1)
         kl = (want.exp() * (want - logp)).double().sum(-1)
         parts.append((nll, kl, (want.argmax(-1) == logp.argmax(-1)).double()))
-    return Scored(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+    scored = Scored(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+    if not scored.nll.isfinite().all():
+        dtype = str(states.dtype).split(".")[-1]
+        raise UserError(f"the logits are not finite: a token's probability is no number ({dtype} is the dtype)")
+    return scored
 
 
 def windows(tokens: Tensor, length: int, n: int) -> Iterator[Tensor]:

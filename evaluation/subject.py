@@ -17,7 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kv_cache
-from checkpoint import check_tokenizer, end_ids, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
+from checkpoint import (
+    check_tokenizer,
+    end_ids,
+    find_demo,
+    load_model,
+    open_checkpoint,
+    parse_device,
+    parse_dtype,
+    require_finite,
+)
 from cli.options import parse_policy
 from cli.report import require_suits
 from common.errors import UserError
@@ -58,6 +67,7 @@ class Subject:
         for policy in self.policies:
             require_suits(policy, self.config)
         self.model = load_model(checkpoint, self.device, self.dtype)
+        require_finite(self.model)
 
     def shape(self, capacity: int, batch: int = 1) -> Shape:
         c = self.config

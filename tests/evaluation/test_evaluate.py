@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, SENTENCES
+from safetensors.torch import load_file, save_file
 
 from evaluation import command as evaluate
 from evaluation import passkeys as retrieval
@@ -259,3 +261,23 @@ def test_an_interval_holds_its_mean_and_narrows() -> None:
     many = summaries.mean_and_interval([0.1, 0.5, 0.3] * 50)
     assert few["low"] <= few["mean"] <= few["high"] and few["high"] - few["low"] > many["high"] - many["low"]
     assert summaries.rouge_l("the fox jumps", ["a dog", "the fox jumped"]) == 1  # stemmed; the best reference
+
+
+@pytest.mark.parametrize("bad", ["weight", "logits"])
+def test_numbers_that_are_none_are_an_error(
+    bad: str, tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 0, a table of nan, and a record that was no JSON."""
+    shutil.copytree(tiny, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    if bad == "weight":
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    else:
+        tensors["model.norm.weight"] *= 3e38
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    out = tmp_path / "out.json"
+    argv = ["perplexity", "--checkpoint_path", tmp_path / "m", "--text", text, "--context", 32, "--json", out]
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main([*map(str, argv)])
+    said = "the weight layers.1.feed_forward.w13.weight holds a NaN" if bad == "weight" else "the logits are not finite"
+    assert exit_.value.code == 2 and said in capsys.readouterr().err and not out.exists()
