@@ -88,6 +88,8 @@ class Config:
     rope_scaling: RopeScaling | None = None
     tied_embeddings: bool = False
     qkv_bias: bool = False
+    wo_bias: bool = False
+    ffn_bias: bool = False
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -224,7 +226,7 @@ class Attention(nn.Module):
         self.n_qk = config.n_head + config.n_kv_head
         n_row = (self.n_qk + config.n_kv_head) * config.head_dim
         self.wqkv = nn.Linear(config.dim, n_row, bias=config.qkv_bias)
-        self.wo = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
+        self.wo = nn.Linear(config.n_head * config.head_dim, config.dim, bias=config.wo_bias)
         if config.qk_norm:  # Qwen 3: over head_dim, before RoPE
             self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
@@ -247,8 +249,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.ffn_bias)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)

@@ -1,7 +1,7 @@
 """A model's shape as others write it down: Hugging Face's config.json, Meta's params.json, a name.
 
 Each becomes a `model.Config` or a `UserError`. What the model could not compute faithfully is refused
-here by name (another RoPE scaling, biases in other places, quantised weights), never ignored.
+here by name (another RoPE scaling, quantised weights), never ignored.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def config_from_hugging_face(fields: dict[str, Any], path: Path) -> Config:
     kind = f.get("model_type")
     if kind not in MODEL_TYPES:
         raise f.error(f"model_type {kind!r} is not supported ({', '.join(MODEL_TYPES)} are)")
-    for name in ("attention_bias", "mlp_bias", "quantization_config"):
-        if f.get(name) and (name, kind) != ("attention_bias", "qwen2"):  # it has them on q, k, v anyway
-            f.refuse(name, f.get(name))
+    if f.get("quantization_config"):
+        f.refuse("quantization_config", f.get("quantization_config"))
+    attention_bias = kind in ("llama", "qwen3") and bool(f.get("attention_bias"))
     if f.get("hidden_act", "silu") != "silu":
         f.refuse("hidden_act", f.get("hidden_act"))
     n_head = f.whole("num_attention_heads")
@@ -110,7 +110,9 @@ def config_from_hugging_face(fields: dict[str, Any], path: Path) -> Config:
         rope_theta=theta,
         rope_scaling=scaling,
         tied_embeddings=bool(f.get("tie_word_embeddings", False)),
-        qkv_bias=kind == "qwen2",
+        qkv_bias=attention_bias or kind == "qwen2",
+        wo_bias=attention_bias,
+        ffn_bias=kind == "llama" and bool(f.get("mlp_bias")),
         qk_norm=kind == "qwen3",
     )
 

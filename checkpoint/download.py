@@ -24,7 +24,7 @@ from cli.options import Parser
 from common.errors import UserError
 from common.program import program
 
-HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of whichever HTTP library huggingface_hub stands on: no connection, say
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP library below: no connection, say
 # Patterns stand for whole paths: no second copy of the weights from original/ or consolidated*
 COMPANIONS = [
     "config.json",

@@ -84,8 +84,14 @@ def slots_of(config: Config) -> dict[str, Slot]:
             slots[f"{attention}.wq.{kind}"] = Slot(wqkv, (n_q, *columns), 0, rotated=True)
             slots[f"{attention}.wk.{kind}"] = Slot(wqkv, (n_kv, *columns), n_q, rotated=True)
             slots[f"{attention}.wv.{kind}"] = Slot(wqkv, (n_kv, *columns), n_q + n_kv)
-        slots[f"{feed_forward}.w1.weight"] = Slot(f"{feed_forward}.w13.weight", (config.ffn_dim, dim))
-        slots[f"{feed_forward}.w3.weight"] = Slot(f"{feed_forward}.w13.weight", (config.ffn_dim, dim), config.ffn_dim)
+        for kind, columns in [("weight", (dim,)), *([("bias", ())] if config.ffn_bias else [])]:
+            w13 = f"{feed_forward}.w13.{kind}"
+            slots[f"{feed_forward}.w1.{kind}"] = Slot(w13, (config.ffn_dim, *columns))
+            slots[f"{feed_forward}.w3.{kind}"] = Slot(w13, (config.ffn_dim, *columns), config.ffn_dim)
+        biases = [
+            name for name, there in (("attention.wo", config.wo_bias), ("feed_forward.w2", config.ffn_bias)) if there
+        ]
+        slots |= {f"layers.{n}.{name}.bias": Slot(f"layers.{n}.{name}.bias", (dim,)) for name in biases}
         whole: dict[str, tuple[int, ...]] = {
             f"{attention}.wo": (dim, n_q),
             f"{feed_forward}.w2": (dim, config.ffn_dim),

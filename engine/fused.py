@@ -50,8 +50,12 @@ class FusedStep:
             q, k, v = qkv[:, :, None].split([n_head, n_kv_head, n_kv_head], 1)
             then = replace(step, then=attention.wo.weight)
             y = layer_cache.attend(q, k, v, then, rope).reshape(len(x), -1)
-            x = linear(y, attention.wo.weight, residual=x)
+            bias = attention.wo.bias  # few models have it: a launch of its own
+            x = linear(y, attention.wo.weight, residual=x if bias is None else x + bias)
             norm = block.ffn_norm
+            if model.config.ffn_bias:  # as few: not fused
+                x = x + feed_forward(norm(x))
+                continue
             h = linear(x, feed_forward.w13.weight, norm=norm.weight, eps=model.config.norm_eps, swiglu=True)
             x = linear(h, feed_forward.w2.weight, residual=x)
         cache.advance(step)

@@ -77,10 +77,10 @@ def gpt_fast_logits(state: dict[str, Tensor], config: Config, tokens: Tensor = T
         y = F.scaled_dot_product_attention(
             heads(q, True), heads(k, True), heads(v, False), is_causal=True, enable_gqa=True
         )
-        x = x + F.linear(y.transpose(1, 2).flatten(2), w["attention.wo.weight"])
+        x = x + F.linear(y.transpose(1, 2).flatten(2), w["attention.wo.weight"], w.get("attention.wo.bias"))
         h = norm(x, w["ffn_norm.weight"])
-        gate, up = F.linear(h, w["feed_forward.w1.weight"]), F.linear(h, w["feed_forward.w3.weight"])
-        x = x + F.linear(F.silu(gate) * up, w["feed_forward.w2.weight"])
+        gate, up, down = ((w[f"feed_forward.{n}.weight"], w.get(f"feed_forward.{n}.bias")) for n in ("w1", "w3", "w2"))
+        x = x + F.linear(F.silu(F.linear(h, *gate)) * F.linear(h, *up), *down)
     return F.linear(norm(x, state["norm.weight"]), state["output.weight"])
 
 

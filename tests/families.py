@@ -67,6 +67,8 @@ FAMILIES = {  # name: (config class, model class, what differs from _SHAPE)
         dict(head_dim=16, rope_parameters=_YARN | dict(beta_fast=8.0, beta_slow=2.0, truncate=False)),
     ),
     "llama-yarn": (LlamaConfig, LlamaForCausalLM, dict(rope_parameters=_YARN | dict(mscale=1.0, mscale_all_dim=0.5))),
+    "llama-bias": (LlamaConfig, LlamaForCausalLM, dict(attention_bias=True, mlp_bias=True, rope_parameters=_THETA)),
+    "qwen3-bias": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=16, attention_bias=True, rope_parameters=_THETA)),
     "mistral": (MistralConfig, MistralForCausalLM, dict(sliding_window=None, rope_parameters=_THETA)),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(rope_parameters=_THETA, tie_word_embeddings=True)),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=16, rope_parameters=_THETA)),

@@ -86,8 +86,6 @@ def test_yarn_widens_the_context(tmp_path: Path) -> None:
         (dict(rope_scaling="linear"), "rope_scaling is 'linear', not an object"),
         (dict(rope_theta=0), "rope_theta is 0.0"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
-        (dict(attention_bias=True), "attention_bias True is not supported"),
-        (dict(mlp_bias=True), "mlp_bias"),
         (dict(quantization_config={"quant_method": "gptq"}), "quantization_config .*gptq"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
         (dict(hidden_size="absent"), "hidden_size is missing"),
