@@ -40,11 +40,12 @@ from benchmark import peers
 from benchmark.clock import read_ceiling
 from benchmark.contestant import Contestant, Timed, gate
 from checkpoint import Checkpoint, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
-from cli.options import Parser, add_plugin_flag, format_policy, load_plugin, parse_policy, parse_size, positive
+from cli.options import Parser, add_plugin_flag, load_plugin, parse_size, positive
 from cli.report import device_memory, make_plan, require_suits, size
 from common.errors import UserError
 from common.files import append_line, require_writable, to_json
 from common.program import program, ran_out
+from kv_cache import format_policy, parse_policy
 from model import Config, Transformer
 from selective_kv import KVCache, Shape
 

@@ -18,11 +18,10 @@ from torch import Tensor
 
 import kv_cache
 from benchmark.clock import timed
-from cli.options import format_policy
 from common.errors import UserError
 from engine import PREFILL_CHUNK, Engine, FusedStep, Sampling
 from engine.kernels import PYTORCH, StepKernels, step_kernels
-from kv_cache import ModelCache
+from kv_cache import ModelCache, format_policy
 from model import Transformer
 from selective_kv import KVCache, Shape
 from selective_kv.cache import wide

@@ -23,10 +23,11 @@ import torch
 from benchmark.command import release
 from benchmark.contestant import Contestant, gate
 from checkpoint import find_demo, load_model, open_checkpoint, parse_device, parse_dtype
-from cli.options import Parser, format_policy, parse_policy, positive
+from cli.options import Parser, positive
 from cli.report import require_suits
 from common.errors import UserError
 from common.program import program
+from kv_cache import format_policy, parse_policy
 from selective_kv import Shape
 from selective_kv.kernels import AttentionKernels
 

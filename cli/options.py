@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 import math
 import re
 import sys
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.errors import UserError
+from common.errors import UserError, nearest
+from kv_cache import make_policy
 from selective_kv import KVCache, caches
 
 
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         for before, word in pairwise(["", *argv]):  # before argparse takes an unknown flag's value for something else
             flag = word.split("=")[0]
             if flag.startswith("--") and flag not in (*self._option_string_actions, "--"):
-                near = "" if len(flag.split()) > 1 else _nearest(flag, self._option_string_actions)
+                near = "" if len(flag.split()) > 1 else nearest(flag, self._option_string_actions)
                 self.error(f"unknown argument {flag}{near}{self._hint(before)}")
         return self.parse_intermixed_args(argv)
 
@@ -48,15 +48,8 @@ class Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            near = _nearest(str(value), [str(choice) for choice in action.choices or ()])
+            near = nearest(str(value), [str(choice) for choice in action.choices or ()])
             raise argparse.ArgumentError(action, error.message + near) from None
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    """ "; did you mean ...?" with the one name that begins so, or else the likest; "" if none is alike."""
-    longer = [other for other in known if other.startswith(name)]
-    near = longer if len(longer) == 1 else difflib.get_close_matches(name, longer or known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _path(text: str) -> Path:
@@ -83,53 +76,6 @@ def parse_size(text: str) -> int:
     if not 1 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 20GiB")
     return int(number)
-
-
-def make_policy(name: str, knobs: Mapping[str, Any]) -> KVCache:
-    """The cache class called `name`, with values given as text or as they are. Raises UserError."""
-    known = caches()
-    if name not in known:
-        raise UserError(f"no cache is called {name!r}: there are {', '.join(known)}{_nearest(name, known)}")
-    fields = {f.name: f for f in dataclasses.fields(known[name])}
-    values: dict[str, Any] = {}
-    for knob, value in knobs.items():
-        if knob not in fields:
-            owners = [n for n, c in known.items() if knob in {f.name for f in dataclasses.fields(c)}]
-            raise UserError(f"--{knob} is a flag of {' and '.join(owners) or 'no cache'}, and the cache is {name}")
-        kind = type(fields[knob].default)
-        try:
-            values[knob] = _convert(value, kind)
-        except ValueError:
-            raise UserError(f"--{knob} takes a value of type {kind.__name__}, not {value!r}") from None
-    try:
-        return known[name](**values)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _convert(value: Any, kind: type) -> Any:
-    if isinstance(value, kind):
-        return value
-    if kind is bool:
-        if value not in ("true", "false"):
-            raise ValueError(value)
-        return value == "true"
-    return kind(value)
-
-
-def parse_policy(text: str) -> KVCache:
-    """A cache setting in one word: "full", "quantize_kv:sink_size=16,window_size=32"."""
-    name, _, rest = text.partition(":")
-    knobs = dict(part.partition("=")[::2] for part in rest.split(",") if part)
-    return make_policy(name, knobs)
-
-
-def format_policy(policy: KVCache) -> str:
-    """What `parse_policy` reads."""
-    values = [(f, getattr(policy, f.name)) for f in dataclasses.fields(policy)]
-    shown = [(f.name, v) for f, v in values if v != f.default or not f.metadata.get("rare")]
-    knobs = ",".join(f"{name}={str(v).lower()}" for name, v in shown)
-    return f"{policy.name}:{knobs}" if knobs else policy.name
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:

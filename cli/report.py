@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 import kv_cache
-from cli.options import format_policy
 from common.errors import UserError
 from common.messages import say
 from engine import Engine, Timing
+from kv_cache import format_policy
 from model import Config, Transformer
 from selective_kv import FullCache, KVCache, Shape
 

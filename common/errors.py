@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 LONGEST = 1000  # characters of a message
 
 
@@ -27,3 +30,10 @@ class UserError(ValueError):
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(str(message)))
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """ "; did you mean ...?" with the one name that begins so, or else the likest; "" if none is alike."""
+    longer = [other for other in known if other.startswith(name)]
+    near = longer if len(longer) == 1 else difflib.get_close_matches(name, longer or known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""

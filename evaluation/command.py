@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from cli.console import shown
-from cli.options import Parser, add_plugin_flag, format_policy, load_plugin, positive
+from cli.options import Parser, add_plugin_flag, load_plugin, positive
 from common.errors import UserError
 from common.files import require_writable, to_json, write_whole
 from common.program import program
@@ -43,6 +43,7 @@ from evaluation.ruler_tasks import TASKS
 from evaluation.subject import Subject, Text, progress
 from evaluation.summaries import score_summaries
 from evaluation.tables import print_passkeys, print_ruler, print_scores, print_summaries
+from kv_cache import format_policy
 from selective_kv import FullCache, KVCache
 
 ROOT = Path(__file__).parents[1]

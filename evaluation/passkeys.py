@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cli.options import format_policy
 from common.errors import UserError
 from engine import Engine
 from evaluation import passkey
 from evaluation.subject import Subject, Text, progress, read_text, sha256_of
+from kv_cache import format_policy
 
 ANSWER_TOKENS = 8
 

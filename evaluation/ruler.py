@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cli.chat_template import ChatTemplate, chat_template_of
-from cli.options import format_policy
 from common.errors import UserError
 from evaluation.passkeys import wilson
 from evaluation.ruler_tasks import TASKS, Sample, fitted
 from evaluation.subject import Subject, progress, sha256_of
+from kv_cache import format_policy
 
 LEAST_FULL = 0.2  # tasks that the full cache scores no better on say nothing about a cache
 

@@ -27,12 +27,11 @@ from checkpoint import (
     parse_dtype,
     require_finite,
 )
-from cli.options import parse_policy
 from cli.report import require_suits
 from common.errors import UserError
 from engine import PREFILL_CHUNK, Engine, Sampling
 from evaluation import scoring
-from kv_cache import ModelCache
+from kv_cache import ModelCache, parse_policy
 from selective_kv import FullCache, KVCache, Shape
 from tokenizer import Tokenizer
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli.options import format_policy
 from common.errors import UserError
 from common.packages import missing
 from evaluation.subject import Subject, progress, read_lines, read_plain, sha256_of, text_field
+from kv_cache import format_policy
 
 RESAMPLES = 2000
 

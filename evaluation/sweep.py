@@ -23,9 +23,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cli.console import shown
-from cli.options import Parser, add_plugin_flag, format_policy, load_plugin, make_policy, parse_policy
+from cli.options import Parser, add_plugin_flag, load_plugin
 from common.errors import UserError
 from common.files import require_writable
+from kv_cache import format_policy, make_policy, parse_policy
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,10 +22,10 @@ from matplotlib.ticker import NullFormatter
 import kv_cache
 import selective_kv
 from checkpoint import DTYPES, find_demo, open_checkpoint
-from cli.options import parse_policy
 from cli.report import make_plan, weight_bytes
 from common.errors import UserError
 from common.messages import say
+from kv_cache import parse_policy
 from model import CONFIGS, Config
 from plots.pictures import MIB, marker, plt, thousands
 from plots.records import Record, Row, order, short

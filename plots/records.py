@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import selective_kv
-from cli.options import format_policy, make_policy
 from common.errors import UserError
 from common.messages import say
+from kv_cache import format_policy, make_policy
 
 Row = dict[str, Any]
 

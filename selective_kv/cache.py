@@ -189,4 +189,4 @@ def caches() -> dict[str, type[KVCache]]:
         waiting += cls.__subclasses__()
         if cls.name:
             found[cls.name] = cls
-    return dict(sorted(found.items()))
+    return found

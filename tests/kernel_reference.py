@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 import triton as triton  # noqa: E402, for tests with kernels of their own: a test module cannot skip before its imports
 import triton.language as tl  # noqa: E402, F401
+from conftest import ROOT  # noqa: E402
 
 from selective_kv.formats import INT8, Format, hadamard  # noqa: E402
 from selective_kv.regions import Regions  # noqa: E402
@@ -149,7 +151,12 @@ def compiled(function: str, shapes: Sequence[Any]) -> list[Any]:
 
 
 def counts(function: str, shapes: Sequence[Any]) -> list[dict[str, int]]:
-    """`compiled`, of machine code; skips the test where there are no tools to read that."""
+    """`compiled`, of machine code, for tests marked machine_code. Skips where no tool can read that, and under
+    another compiler than the one whose code the test is about: instruction counts are its own.
+    """
+    pinned = re.search(r"^triton==([\d.]+)", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)
+    if pinned is None or triton.__version__ != pinned[1]:
+        pytest.skip(f"counts are about Triton {pinned and pinned[1]}, and this is {triton.__version__}")
     found = compiled(function, shapes)
     if None in found:
         pytest.skip("this Triton has no cuobjdump beside it")

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import generate
-from cli.options import load_plugin, make_policy, parse_policy, parse_size
+from cli.options import load_plugin, parse_size
 from common.errors import UserError
+from kv_cache import make_policy, parse_policy
 from selective_kv import SelectiveCache, SinkWindowCache, caches
 
 

@@ -59,14 +59,14 @@ ROOMS = {  # a room, and what it may import besides itself
     "model": {"common"},
     "tokenizer": {"common"},
     "quantize": {"common", "model"} | LIBRARY,
-    "kv_cache": LIBRARY,
+    "kv_cache": {"common"} | LIBRARY,
     "checkpoint": LOADS | {"quantize"},
     "engine": RUNS,
     "cli": RUNS,
     "generate": ASKS,
     "evaluation": ASKS,
     "benchmark": ASKS | {"plots"},
-    "plots": ASKS,
+    "plots": ASKS | {"evaluation"},
     "training": ASKS | {"evaluation"},
 }
 KNOWN_DEBTS = {"checkpoint/convert.py": {"cli"}, "checkpoint/download.py": {"cli"}}  # programs of their own

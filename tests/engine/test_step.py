@@ -173,6 +173,7 @@ SHAPES: list[dict[str, int | bool | str]] = [  # Llama 3.1 8B's, and one with a 
 ]
 
 
+@pytest.mark.machine_code
 @pytest.mark.parametrize("n_token", [8, 16])
 def test_products_for_a_few_tokens_compile_without_spills(n_token: int) -> None:
     """Their weights must be copied asynchronously, and their first ones asked for before the wait."""

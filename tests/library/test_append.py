@@ -82,6 +82,7 @@ MOST = {  # instructions, as (head_dim, bits, scales per vector, early)
 }  # fmt: skip
 
 
+@pytest.mark.machine_code
 def test_what_an_append_leaves_for_after_its_wait() -> None:
     """A load and a store; no local memory, no shared memory. Compiled for Hopper, which needs no GPU."""
     for shape, found in zip(MOST, counts("compile_append_kernel", list(MOST)), strict=True):

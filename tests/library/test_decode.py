@@ -332,6 +332,7 @@ def test_one_graph_serves_every_length() -> None:
 HOPPER_SHARED, SMALL_SHARED = 232_448, 101_376  # bytes that a program may have: an H200's, an RTX 4090's
 
 
+@pytest.mark.machine_code
 @pytest.mark.parametrize(
     "shape",
     [
@@ -377,6 +378,7 @@ MOST_AFTER_WAIT = {  # instructions, as (programs per sequence and KV head, head
 }  # fmt: skip
 
 
+@pytest.mark.machine_code
 def test_what_merging_leaves_for_after_its_wait() -> None:
     """Loads at once, from addresses that are there, and one pass over what they bring: every layer waits for it."""
     found_by_shape = zip(MOST_AFTER_WAIT, counts("compile_combine_kernel", list(MOST_AFTER_WAIT)), strict=True)

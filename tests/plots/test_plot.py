@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 import kv_cache
-from cli.options import parse_policy
 from common.errors import UserError
+from kv_cache import parse_policy
 from model import CONFIGS
 from plots import command as plot
 from plots import memory as footprint

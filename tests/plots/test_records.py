@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cli.options import format_policy
+from kv_cache import format_policy
 from plots import command as plot
 from plots import records
 from selective_kv import FullCache, SelectiveCache
