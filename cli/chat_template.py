@@ -35,7 +35,7 @@ class ChatTemplate:
     def __init__(
         self, source: str, names: dict[str, str], where: Path, variables: dict[str, Any] | None = None
     ) -> None:
-        self.where = where
+        self.where, self.source = where, source
         self.variables = {"tools": None, "documents": None, **(variables or {})}
         # A session of its own: a Ctrl-C is for this program, not for that one.
         self.process = subprocess.Popen(
