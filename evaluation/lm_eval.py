@@ -11,7 +11,6 @@ form, or `sequential=true`), a sequence at a time. Generated text comes from the
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from checkpoint import check_tokenizer, end_ids, find_demo, load_model, open_che
 from cli.chat_template import ChatTemplate, chat_template_of
 from cli.options import format_policy, make_policy
 from common.errors import UserError
+from common.program import program
 from engine import Engine, Sampling
 from evaluation import scoring
 from kv_cache import ModelCache
@@ -216,7 +216,9 @@ class SelectiveLM(TemplateLM):
         until = [until] if isinstance(until, str) else [stop for stop in until if stop]
         n_new, sampled = settings.pop("max_gen_toks"), settings.pop("do_sample", False)
         temperature = settings.pop("temperature", 0.0)
-        sampling = Sampling(temperature if sampled else 0.0, settings.pop("top_k", 0), settings.pop("top_p", 1.0), self.seed)
+        sampling = Sampling(
+            temperature if sampled else 0.0, settings.pop("top_k", 0), settings.pop("top_p", 1.0), self.seed
+        )
         for name, value in settings.items():
             if GREEDY.get(name) != value:
                 raise UserError(f"generation_kwargs {name}={value} is not supported")
@@ -265,8 +267,5 @@ def main() -> None:
     """lm-eval's own command line, with our model known to it."""
     from lm_eval.__main__ import cli_evaluate
 
-    try:
+    with program("lm_eval.py"):
         cli_evaluate()
-    except UserError as error:
-        print(f"lm_eval.py: error: {error}", file=sys.stderr)
-        sys.exit(2)

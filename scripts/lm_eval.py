@@ -3,13 +3,10 @@
 import sys
 from pathlib import Path
 
-# In place of this folder, whose lm_eval.py would be found for the package of that name.
+# The project is run from its folder, not installed; in place of this one, whose lm_eval.py hides the package's name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.packages import missing_packages_told  # noqa: E402
+from common.program import start  # noqa: E402
 
 if __name__ == "__main__":
-    with missing_packages_told():
-        from evaluation.lm_eval import main
-
-        main()
+    start("evaluation.lm_eval")
