@@ -24,12 +24,11 @@ from tqdm import tqdm
 
 from checkpoint import check_tokenizer, end_ids, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from cli.chat_template import ChatTemplate, chat_template_of
-from cli.options import format_policy, make_policy
 from common.errors import UserError
 from common.program import program
 from engine import Engine, Sampling
 from evaluation import scoring
-from kv_cache import ModelCache
+from kv_cache import ModelCache, format_policy, make_policy
 from selective_kv import KVCache, Shape
 from tokenizer import StreamDecoder
 
