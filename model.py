@@ -285,13 +285,16 @@ class Transformer(nn.Module):
         self.tie()
 
     def tie(self) -> None:
+        """Give the head the embedding's parameters, whatever they are, where the two are one matrix."""
         if self.config.tied_embeddings:
-            self.output.weight = self.tok_embeddings.weight
+            for name, parameter in self.tok_embeddings.named_parameters():
+                setattr(self.output, name, parameter)
 
     def materialize(self, device: torch.device) -> Transformer:
         """Allocate the weights (uninitialised) on `device`, and return the model."""
         if self.config.tied_embeddings:  # to_empty would allocate the shared tensor twice
-            self.output.weight = nn.Parameter(torch.empty(0))
+            for name, _ in self.tok_embeddings.named_parameters():
+                setattr(self.output, name, None)
         self.to_empty(device=device)
         self.tie()
         return self

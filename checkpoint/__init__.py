@@ -27,6 +27,11 @@ from common.errors import UserError
 from common.files import is_plain_file, read_file, read_json
 from model import Config, Transformer
 from tokenizer import Tokenizer
+from weights.cpu import use_cpu_kernels
+from weights.modules import QuantizedEmbedding, QuantizedLinear, fillers, quantized
+from weights.setting import WeightSetting, replace_matrices
+
+RANDOM_ROWS = 4096  # of random weights made at once, where they are quantised
 
 
 @dataclass(frozen=True)
@@ -215,35 +220,47 @@ def load_model(
     random_weights: bool = False,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    weights: WeightSetting | None = None,
+    to_run: bool = True,
 ) -> Transformer:
     """The model with its weights on `device`, in `dtype`, ready to generate.
 
     random_weights: fill it with seeded noise instead, made on the device. progress: called with
-    (elements done, of how many) after each tensor. Raises UserError.
+    (elements done, of how many) after each tensor. weights: in how many bits; each tensor is quantised as soon as it
+    is read. to_run: in the order that the device's products want; False: in the one that is written. Raises UserError.
     """
     if not (checkpoint.fills or random_weights):
         raise UserError(f"{checkpoint.name} is a shape without weights: give a checkpoint or --random_weights")
     with torch.device("meta"):
         model = Transformer(checkpoint.config).to(dtype)
+    if weights is not None:
+        replace_matrices(model, weights, dtype)
     model.materialize(device)
     if random_weights:
         _randomize(model, torch.Generator(device).manual_seed(seed))
     else:
         _fill(model, checkpoint, progress)
+    if to_run and device.type == "cpu" and not use_cpu_kernels(model):
+        note("no kernels for 8 and 4 bits on this processor: a weight is made dense whenever it is used, slowly")
     return model.eval().requires_grad_(False)
 
 
 def _fill(model: Transformer, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> None:
-    parameters = dict(model.named_parameters())
+    parameters, quantise = dict(model.named_parameters()), fillers(model)
     half = model.config.head_dim // 2
-    total, done = sum(parameter.numel() for parameter in parameters.values()), 0
+    total, done = sum(fill.stored.numel for fill in checkpoint.fills), 0
     for fill in checkpoint.fills:
         for slot, start, source in _pieces(fill, model.config.head_dim):
-            target = parameters[slot.parameter][start : start + source.shape[0]]
-            if fill.interleaved and slot.rotated:
+            swap, end = fill.interleaved and slot.rotated, start + len(source)
+            if swap:
                 source = source.unflatten(0, (-1, half, 2)).transpose(1, 2)  # [head, 2, half, ...]
-                target = target.unflatten(0, (-1, 2, half))
-            target.copy_(source)
+            if slot.parameter in quantise:
+                if not source.isfinite().all():
+                    raise UserError(f"{checkpoint.path}: {fill.stored.name} holds a NaN or an infinity")
+                quantise[slot.parameter](source.flatten(0, 2) if swap else source, start)
+                continue
+            target = parameters[slot.parameter][start:end]
+            (target.unflatten(0, (-1, 2, half)) if swap else target).copy_(source)
         done += fill.stored.numel
         if progress is not None:
             progress(done, total)
@@ -267,15 +284,29 @@ def _pieces(fill: Fill, head_dim: int) -> Iterator[tuple[Slot, int, Tensor]]:
 
 def _randomize(model: Transformer, generator: torch.Generator) -> None:
     """GPT-2's initialisation: what writes to the residual stream is smaller the deeper the model."""
+    quantise = fillers(model)
+    kept = {id(p) for module in quantized(model) for p in (module.ints, module.scale, getattr(module, "pairs", None))}
     for name, parameter in model.named_parameters():
+        if id(parameter) in kept:
+            continue
         if "norm" in name:
             parameter.fill_(1.0)
         elif name.endswith("bias"):
             parameter.zero_()
         else:
-            to_stream = name.endswith(("wo.weight", "w2.weight"))
-            std = 0.02 / (2 * model.config.n_layer) ** 0.5 if to_stream else 0.02
-            parameter.normal_(0.0, std, generator=generator)
+            parameter.normal_(0.0, _spread(name, model.config), generator=generator)
+    for name, fill in quantise.items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(module, (QuantizedLinear, QuantizedEmbedding))
+        n, k = module.weight.shape
+        for start in range(0, n, RANDOM_ROWS):
+            rows = torch.empty(min(RANDOM_ROWS, n - start), k, device=generator.device)
+            fill(rows.normal_(0.0, _spread(name, model.config), generator=generator), start)
+
+
+def _spread(name: str, config: Config) -> float:
+    """Standard deviation of a matrix's elements."""
+    return 0.02 / (2 * config.n_layer) ** 0.5 if name.endswith(("wo.weight", "w2.weight")) else 0.02
 
 
 def first_bad_parameter(model: Transformer) -> str | None:

@@ -1,0 +1,165 @@
+"""What holds a matrix in 8 or 4 bits in a model: in place of an `nn.Linear`, and of an `nn.Embedding`.
+
+Both have parameters of integers and of scales, so that a model's bytes are counted, moved and saved as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weights import formats
+
+DENSE_ELEMENTS = 1 << 24  # of a weight made dense at once, for many tokens: 32 MiB in 16 bits
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [n, k] in 8 bits (group 0) or 4: what a product takes where it would take a Tensor.
+
+    ints: int8 [n, k], or int16 [n, n_group * group / 4]; scale: float32 [n] (of 4 bits a row's unit); pairs: float16
+    [n_group, n, 2], scale and base of each group (None of 8 bits). `weights.formats` says what they mean.
+    """
+
+    ints: Tensor
+    scale: Tensor
+    pairs: Tensor | None
+    k: int
+    group: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.ints.shape[0], self.k
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.group else 8
+
+    def __len__(self) -> int:
+        return self.ints.shape[0]
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Some of the rows: views."""
+        pairs = None if self.pairs is None else self.pairs[:, start:stop]
+        return QuantizedWeight(self.ints[start:stop], self.scale[start:stop], pairs, self.k, self.group)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight in a float dtype, [n, k]."""
+        if self.pairs is None:
+            return formats.dequantize8(self.ints, self.scale).to(dtype)
+        u = formats.unpack4(self.ints, self.group)
+        return formats.dequantize4(u, self.pairs, self.scale, self.k).to(dtype)
+
+
+Weight = Tensor | QuantizedWeight
+Product = Callable[[Tensor, QuantizedWeight, Tensor | None], Tensor]
+
+
+def blocks(n: int, k: int) -> Iterator[tuple[int, int]]:
+    """Rows that are made dense together, of a weight [n, k]: first and one past the last."""
+    step = max(1, DENSE_ELEMENTS // k)
+    return ((start, min(start + step, n)) for start in range(0, n, step))
+
+
+def product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """weight @ x + bias in plain PyTorch: rows are made dense, some at a time. x: [n_token, k]; [n_token, n]."""
+    parts = [F.linear(x, weight.rows(*block).dense(x.dtype)) for block in blocks(*weight.shape)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return y if bias is None else y + bias
+
+
+def _storage(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+class QuantizedLinear(nn.Module):
+    """`nn.Linear` of a `QuantizedWeight`. group 0: 8 bits; otherwise 4. Values come from `fill`.
+
+    multiply: what computes the product; `product`, unless a device has something better (`Engine` says so).
+    """
+
+    scale: Tensor
+    pairs: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, n: int, k: int, group: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.k, self.group = k, group
+        self.multiply: Product = product
+        if group == 0:
+            self.ints = _storage(n, k, dtype=torch.int8)
+            self.register_parameter("pairs", None)
+        else:
+            n_group = formats.n_groups(k, group)
+            self.ints = _storage(n, n_group * group // 4, dtype=torch.int16)
+            self.pairs = _storage(n_group, n, 2, dtype=torch.float16)
+        self.scale = _storage(n, dtype=torch.float32)
+        self.register_parameter("bias", _storage(n, dtype=dtype) if bias else None)
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        return QuantizedWeight(self.ints, self.scale, self.pairs, self.k, self.group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x.reshape(-1, self.k), self.weight, self.bias).view(*x.shape[:-1], -1)
+
+    def fill(self, rows: Tensor, start: int) -> None:
+        """Quantise rows [n, k] of any float dtype and device, to be the ones from `start` on."""
+        step = max(1, formats.at_once(self.ints.device) // self.k)
+        for chunk in rows.split(step):
+            at = slice(start, start + len(chunk))
+            chunk = chunk.to(self.ints.device)
+            if self.pairs is None:
+                self.ints[at], self.scale[at] = formats.quantize8(chunk)
+            else:
+                u, self.pairs[:, at], self.scale[at] = formats.quantize4(chunk, self.group)
+                self.ints[at] = formats.pack4(u, self.group)
+            start += len(chunk)
+
+
+class QuantizedEmbedding(nn.Module):
+    """`nn.Embedding` in 8 bits, a scale a row. Its rows come out in `dtype`."""
+
+    def __init__(self, n: int, dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.ints = _storage(n, dim, dtype=torch.int8)
+        self.scale = _storage(n, dtype=torch.float32)
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        return QuantizedWeight(self.ints, self.scale, None, self.ints.shape[1], 0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (self.ints[tokens] * self.scale[tokens][..., None]).to(self.dtype)
+
+    def fill(self, rows: Tensor, start: int) -> None:
+        """As `QuantizedLinear.fill`."""
+        step = max(1, formats.at_once(self.ints.device) // rows.shape[1])
+        for chunk in rows.split(step):
+            at = slice(start, start + len(chunk))
+            self.ints[at], self.scale[at] = formats.quantize8(chunk.to(self.ints.device))
+            start += len(chunk)
+
+
+def quantized(model: nn.Module) -> Iterator[QuantizedLinear | QuantizedEmbedding]:
+    """A model's matrices in fewer bits."""
+    return (module for module in model.modules() if isinstance(module, (QuantizedLinear, QuantizedEmbedding)))
+
+
+def fillers(model: nn.Module) -> dict[str, Callable[[Tensor, int], None]]:
+    """What quantises rows into each matrix in fewer bits, by the name that its dense parameter would have.
+
+    A tied matrix is the embedding's.
+    """
+    found: dict[str, Callable[[Tensor, int], None]] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)) and id(module.ints) not in seen:
+            seen.add(id(module.ints))
+            found[f"{name}.weight"] = module.fill
+    return found

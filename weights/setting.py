@@ -1,0 +1,100 @@
+"""What `--weights` says: which of a model's matrices are kept in how many bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from model import Config, Transformer
+from tokenizer import UserError
+from weights import formats
+from weights.modules import QuantizedEmbedding, QuantizedLinear
+
+
+def _bits(default: int, choices: tuple[int, ...], help_text: str) -> Any:
+    return field(default=default, metadata={"choices": choices, "help": help_text})
+
+
+@dataclass(frozen=True)
+class WeightSetting:
+    """Bits of each kind of matrix; 16 is as the model's dtype has it. Norms and biases always are.
+
+    Spelled "int8", "int4", or with what differs from the defaults: "int4:group_size=64,down_bits=8".
+    """
+
+    bits: int
+    group_size: int = _bits(128, formats.GROUP_SIZES, "elements that share a scale and base in 4 bits")
+    embedding_bits: int = _bits(8, (8, 16), "of the embedding, and of the head where the two are tied")
+    head_bits: int = _bits(8, (4, 8, 16), "of the head, which makes the logits")
+    down_bits: int = _bits(0, (0, 4, 8, 16), "of the feed-forward's second matrix (w2); 0: as the others")
+    edge_layers: int = _bits(0, (), "so many first layers, and last ones, have 8 bits")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            if choices and value not in choices:
+                raise UserError(f"--weights: {f.name} must be one of {', '.join(map(str, choices))}, not {value}")
+        if self.edge_layers < 0:
+            raise UserError(f"--weights: edge_layers must not be negative, not {self.edge_layers}")
+
+    def __str__(self) -> str:
+        values = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)[1:] if f.default is not None]
+        changed = [f"{name}={value}" for name, value in values if value != getattr(type(self), name)]
+        return f"int{self.bits}" + (":" + ",".join(changed) if changed else "")
+
+    def bits_of(self, module: str, config: Config) -> int:
+        """Of the matrix of a module of `model.Transformer`, by its name there."""
+        if module == "tok_embeddings" or (module == "output" and config.tied_embeddings):
+            return self.embedding_bits
+        if module == "output":
+            return self.head_bits
+        _, layer, *_, name = module.split(".")
+        if min(int(layer), config.n_layer - 1 - int(layer)) < self.edge_layers:
+            return 8
+        return self.down_bits or self.bits if name == "w2" else self.bits
+
+
+def parse_weights(text: str) -> WeightSetting | None:
+    """`--weights`: "16" (None: as the checkpoint has them), "int8", "int4:group_size=64". Raises UserError."""
+    name, _, rest = text.partition(":")
+    known = {f.name: f for f in dataclasses.fields(WeightSetting)[1:]}
+    if name not in ("16", "int8", "int4"):
+        raise UserError(f"--weights {text!r}: give 16 (as they are), int8 or int4")
+    if name == "16":
+        if rest:
+            raise UserError(f"--weights {text!r}: there is nothing to say of 16 bits")
+        return None
+    values = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise UserError(f"--weights {text!r}: {key!r} is none of {', '.join(known)}")
+        if not value.isdecimal():
+            raise UserError(f"--weights {text!r}: {key} takes a whole number, not {value!r}")
+        values[key] = int(value)
+    return WeightSetting(int(name[3:]), **values)
+
+
+def replace_matrices(model: Transformer, setting: WeightSetting, dtype: torch.dtype) -> None:
+    """Put modules of fewer bits in the place of a model's matrices, on the meta device, and tie what is tied."""
+    with torch.device("meta"):
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, (nn.Linear, nn.Embedding)):
+                continue
+            bits = setting.bits_of(name, model.config)
+            if bits == 16:
+                continue
+            new: nn.Module
+            if isinstance(module, nn.Embedding):
+                new = QuantizedEmbedding(module.num_embeddings, module.embedding_dim, dtype)
+            else:
+                group = setting.group_size if bits == 4 else 0
+                n, k = module.out_features, module.in_features
+                new = QuantizedLinear(n, k, group, module.bias is not None, dtype)
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, new)
+    model.tie()
