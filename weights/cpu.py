@@ -62,7 +62,7 @@ class Int4Linear(nn.Module):
         self.n, self.k, self.group, self.bias = n, k, group, linear.bias
         missing = -n % ROWS
         u = F.pad(formats.unpack4(linear.ints, group).int(), (0, 0, 0, missing))
-        scale, base = linear.pairs.float().mul(linear.scale[:, None]).unbind(-1)
+        scale, base = (linear.pairs.float() * linear.scale[:, None, None]).transpose(0, 1).unbind(-1)
         lines = F.pad(torch.stack((scale, base + 8 * scale), -1), (0, 0, 0, missing)).bfloat16()
         self.ints = nn.Parameter(torch.ops.aten._convert_weight_to_int4pack_for_cpu(u, 1), requires_grad=False)
         self.lines = nn.Parameter(lines, requires_grad=False)  # [n_group, n, 2]

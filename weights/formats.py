@@ -60,7 +60,7 @@ def dequantize8(ints: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantize4(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """w: [n, k], any float dtype. Returns u, uint8 [n, n_group * group], scale and base, float16 [n_group, n, 2], and
+    """w: [n, k], any float dtype. Returns u, uint8 [n, n_group * group], scale and base, float16 [n, n_group, 2], and
     the rows' units, float32 [n].
 
     For each range of SHRINKS, REFITS times: integers nearest to the line, then the line of least squares through the
@@ -85,8 +85,7 @@ def quantize4(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
         better = tried[3] < best[3]
         best = [torch.where(better, new, old) for new, old in zip(tried, best, strict=True)]
     u, scale, base, _ = best
-    pairs = torch.cat((scale, base), -1).transpose(0, 1).contiguous()
-    return u.to(torch.uint8).flatten(1), pairs.to(torch.float16), unit
+    return u.to(torch.uint8).flatten(1), torch.cat((scale, base), -1).to(torch.float16), unit
 
 
 def _nearest(w: Tensor, scale: Tensor, base: Tensor) -> Tensor:
@@ -126,6 +125,6 @@ def unpack4(words: Tensor, group: int) -> Tensor:
 
 def dequantize4(u: Tensor, pairs: Tensor, unit: Tensor, k: int) -> Tensor:
     """float32 [n, k]. u: uint8 [n, n_group * group]; pairs, unit: as `quantize4` returns them."""
-    n_group, n, _ = pairs.shape
-    scale, base = pairs.float().mul(unit[:, None]).permute(2, 1, 0)[..., None]  # [n, n_group, 1]
+    n, n_group, _ = pairs.shape
+    scale, base = (pairs.float() * unit[:, None, None])[..., None].unbind(2)  # [n, n_group, 1]
     return torch.addcmul(base, scale, u.view(n, n_group, -1).float()).flatten(1)[:, :k]

@@ -22,7 +22,7 @@ class QuantizedWeight:
     """A weight [n, k] in 8 bits (group 0) or 4: what a product takes where it would take a Tensor.
 
     ints: int8 [n, k], or int16 [n, n_group * group / 4]; scale: float32 [n] (of 4 bits a row's unit); pairs: float16
-    [n_group, n, 2], scale and base of each group (None of 8 bits). `weights.formats` says what they mean.
+    [n, n_group, 2], scale and base of each group (None of 8 bits). `weights.formats` says what they mean.
     """
 
     ints: Tensor
@@ -44,7 +44,7 @@ class QuantizedWeight:
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """Some of the rows: views."""
-        pairs = None if self.pairs is None else self.pairs[:, start:stop]
+        pairs = None if self.pairs is None else self.pairs[start:stop]
         return QuantizedWeight(self.ints[start:stop], self.scale[start:stop], pairs, self.k, self.group)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -96,7 +96,7 @@ class QuantizedLinear(nn.Module):
         else:
             n_group = formats.n_groups(k, group)
             self.ints = _storage(n, n_group * group // 4, dtype=torch.int16)
-            self.pairs = _storage(n_group, n, 2, dtype=torch.float16)
+            self.pairs = _storage(n, n_group, 2, dtype=torch.float16)
         self.scale = _storage(n, dtype=torch.float32)
         self.register_parameter("bias", _storage(n, dtype=dtype) if bias else None)
 
@@ -116,7 +116,7 @@ class QuantizedLinear(nn.Module):
             if self.pairs is None:
                 self.ints[at], self.scale[at] = formats.quantize8(chunk)
             else:
-                u, self.pairs[:, at], self.scale[at] = formats.quantize4(chunk, self.group)
+                u, self.pairs[at], self.scale[at] = formats.quantize4(chunk, self.group)
                 self.ints[at] = formats.pack4(u, self.group)
             start += len(chunk)
 

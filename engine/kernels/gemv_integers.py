@@ -1,0 +1,346 @@
+"""A decode step's matrix products for one token where weights are integers of 8 or 4 bits.
+
+Such a product should take as long as reading the integers does, and at 4 bits an H100 reads 28 of them a clock and
+SM: converting each to float32 before it is multiplied would take longer than that. So the integers stay what they
+are and the token becomes integers too, without losing anything that matters: of each 16 or 32 activations, which meet
+the same 16 bytes of a row, the largest m sets a step m / 127, and an activation is two int8 terms of it,
+
+    x = m / 127 / 254 * (254 * hi + lo),    off by at most m / 64,516: a 250th of what bfloat16 itself rounds.
+
+Then `dp4a` multiplies four bytes by four and adds them up: 2 instructions for four weights of 8 bits, and 7 for
+eight of 4 bits, the masks and the shift included. The sums are exact in int32; a group's scale multiplies its sum,
+and its base the sum of the activations (`weights.formats` has the formula).
+
+Making x into terms takes about 10 instructions an activation, so a program does it once, for `steps` times UNITS units
+of the output one after the other; the next units' weights are on their way while these are at work.
+The norm, RoPE, SwiGLU and residual are in the launch as they are in `triton_linear.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.launch import launch
+from kernels.triton_around import Around, finish, rows_of, what_follows
+from kernels.triton_basics import INTERPRET
+from kernels.triton_plan import processor
+from weights.modules import QuantizedWeight
+
+ROUND = tl.constexpr(12582912.0)  # adding it rounds a float32 to an integer, whose low byte is then the sum's
+SMALLEST = tl.constexpr(1e-30)  # largest activations below it are taken for zeros: 127 / m must be finite
+
+
+@triton.jit
+def halves(pair, FLOAT16: tl.constexpr):
+    """An int32 of two 16-bit floats, the first in its low half: both as float32."""
+    if FLOAT16:
+        first = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        second = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        first = (pair << 16).to(tl.float32, bitcast=True)
+        second = (pair & -65536).to(tl.float32, bitcast=True)
+    return first, second
+
+
+@triton.jit
+def low_bytes(a, b, c, d, INTERPRET: tl.constexpr):
+    """The lowest bytes of four float32, as an int32."""
+    if INTERPRET:
+        p, q = a.to(tl.int32, bitcast=True) & 255, b.to(tl.int32, bitcast=True) & 255
+        r, s = c.to(tl.int32, bitcast=True) & 255, d.to(tl.int32, bitcast=True) & 255
+        word = p | (q << 8) | (r << 16) | (s << 24)
+    else:
+        word = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high;
+            prmt.b32 low, $1, $2, 0x0040;
+            prmt.b32 high, $3, $4, 0x0040;
+            prmt.b32 $0, low, high, 0x5410;
+            }
+            """,
+            "=r,r,r,r,r",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return word
+
+
+@triton.jit
+def two_terms(a, b, c, d, inverse, INTERPRET: tl.constexpr):
+    """Four float32 of at most 127 / inverse: hi and lo of each as bytes of two int32."""
+    a, b, c, d = a * inverse, b * inverse, c * inverse, d * inverse
+    hi_a, hi_b, hi_c, hi_d = a + ROUND, b + ROUND, c + ROUND, d + ROUND
+    lo_a, lo_b = (a - (hi_a - ROUND)) * 254 + ROUND, (b - (hi_b - ROUND)) * 254 + ROUND
+    lo_c, lo_d = (c - (hi_c - ROUND)) * 254 + ROUND, (d - (hi_d - ROUND)) * 254 + ROUND
+    return low_bytes(hi_a, hi_b, hi_c, hi_d, INTERPRET), low_bytes(lo_a, lo_b, lo_c, lo_d, INTERPRET)
+
+
+@triton.jit
+def byte(word, n):
+    """Its n-th byte, an int8, as int32."""
+    return (word << (24 - 8 * n)) >> 24
+
+
+@triton.jit
+def dot_bytes(w, hi, lo, INTERPRET: tl.constexpr):
+    """254 * (w · hi) + w · lo, of four int8 each."""
+    if INTERPRET:
+        total = w * 0
+        for n in tl.static_range(4):
+            total += byte(w, n) * (254 * byte(hi, n) + byte(lo, n))
+    else:
+        total = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .s32 high, low;
+            dp4a.s32.s32 high, $1, $2, 0;
+            dp4a.s32.s32 low, $1, $3, 0;
+            mad.lo.s32 $0, high, 254, low;
+            }
+            """,
+            "=r,r,r,r",
+            [w, hi, lo],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return total
+
+
+@triton.jit
+def dot_nibbles(w, hi_even, lo_even, hi_odd, lo_odd, INTERPRET: tl.constexpr):
+    """254 * (u · hi) + u · lo, of w's eight nibbles u: those of even bytes' low halves first, and so on.
+
+    even: the activations that meet the low half of each byte; odd: the high half.
+    """
+    if INTERPRET:
+        total = w * 0
+        for n in tl.static_range(4):
+            total += ((w >> (8 * n)) & 15) * (254 * byte(hi_even, n) + byte(lo_even, n))
+            total += ((w >> (8 * n + 4)) & 15) * (254 * byte(hi_odd, n) + byte(lo_odd, n))
+    else:
+        total = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 even, odd;
+            .reg .s32 high, low;
+            and.b32 even, $1, 0x0F0F0F0F;
+            shr.u32 odd, $1, 4;
+            and.b32 odd, odd, 0x0F0F0F0F;
+            dp4a.s32.s32 high, even, $2, 0;
+            dp4a.s32.s32 low, even, $3, 0;
+            dp4a.s32.s32 high, odd, $4, high;
+            dp4a.s32.s32 low, odd, $5, low;
+            mad.lo.s32 $0, high, 254, low;
+            }
+            """,
+            "=r,r,r,r,r,r",
+            [w, hi_even, lo_even, hi_odd, lo_odd],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return total
+
+
+@triton.jit
+def words_of(at, mask, MASKED: tl.constexpr):
+    return tl.load(at, mask, 0) if MASKED else tl.load(at)
+
+
+@triton.jit
+def largest(a, b, c, d):
+    return tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
+
+
+@triton.jit(do_not_specialize=["n_out", "n_turned", "steps"])
+def integers_kernel(
+    x, ints, unit, pairs, bias, norm, residual, cos, sin, out, n_out, n_turned, steps, eps,
+    K: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    FLOAT16: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Program: `steps` times UNITS units of the output, for one token.
+
+    x, norm: [K / 2] int32, two 16-bit floats each; ints: int32 [n_row, WORDS]; unit: float32 [n_row]; pairs: int32
+    [n_row, n_group], scale and base in float16. GROUP 0: int8, no pairs. A chunk is 16 bytes of a row.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+    PAIRED: tl.constexpr = SWIGLU or HEAD_DIM > 0
+    N_GROUP: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
+    WORDS: tl.constexpr = N_GROUP * GROUP // 8 if GROUP > 0 else K // 4
+    WHOLE: tl.constexpr = CHUNKS * 4 == WORDS  # every thread has as many chunks
+    chunk, word = tl.arange(0, CHUNKS), tl.arange(0, 4)
+    # Tensors are [CHUNKS, UNITS, 4] or less, in this order: so a compiler gives a thread a chunk of every unit's row.
+    column = (chunk[:, None] * 4 + word[None, :])[:, None, :]  # [CHUNKS, 1, 4]
+    inside = (chunk < WORDS // 4)[:, None, None]
+    group = tl.minimum(chunk * 32 // GROUP, N_GROUP - 1) if GROUP > 0 else chunk
+    first = tl.program_id(0) * (UNITS * steps) + tl.arange(0, UNITS)
+    stop = (tl.program_id(0) + 1) * (UNITS * steps)
+
+    row, apart = rows_of(first, n_out, HEAD_DIM, SWIGLU)
+    start = tl.where(row < n_out, row, 0).to(tl.int64)
+    apart = apart + row * 0  # of the row's shape, where it is 0 too
+    tile_at = ints + start[None, :, None] * WORDS + column
+    line_at = pairs + start[None, :] * N_GROUP + group[:, None]
+    tile = words_of(tile_at, inside, not WHOLE)
+    other_tile, line, other_line = tile, tile, tile
+    if PAIRED:
+        other_tile = words_of(tile_at + apart[None, :, None].to(tl.int64) * WORDS, inside, not WHOLE)
+    if GROUP > 0:
+        line = tl.load(line_at)
+        other_line = line
+        if PAIRED:
+            other_line = tl.load(line_at + apart[None, :].to(tl.int64) * N_GROUP)
+    if OVERLAP:
+        gdc_wait()
+
+    # The token: a chunk's largest, its sum, and its terms. Of 4 bits, word p of a group has elements 2p and 2p + 1 of
+    # each quarter of the group: `weights.formats` has the order.
+    squares = tl.zeros((CHUNKS, 1, 4), tl.float32)
+    if GROUP > 0:
+        QUARTER: tl.constexpr = GROUP // 8  # in pairs
+        EXACT: tl.constexpr = WHOLE and K % GROUP == 0
+        at = column // QUARTER * (GROUP // 2) + column % QUARTER
+        a0, a1 = halves(words_of(x + at, at < K // 2, not EXACT), FLOAT16)
+        b0, b1 = halves(words_of(x + at + QUARTER, at + QUARTER < K // 2, not EXACT), FLOAT16)
+        c0, c1 = halves(words_of(x + at + 2 * QUARTER, at + 2 * QUARTER < K // 2, not EXACT), FLOAT16)
+        d0, d1 = halves(words_of(x + at + 3 * QUARTER, at + 3 * QUARTER < K // 2, not EXACT), FLOAT16)
+        if NORM:
+            squares = a0 * a0 + a1 * a1 + b0 * b0 + b1 * b1 + c0 * c0 + c1 * c1 + d0 * d0 + d1 * d1
+            g, h = halves(words_of(norm + at, at < K // 2, not EXACT), FLOAT16)
+            a0, a1 = a0 * g, a1 * h
+            g, h = halves(words_of(norm + at + QUARTER, at + QUARTER < K // 2, not EXACT), FLOAT16)
+            b0, b1 = b0 * g, b1 * h
+            g, h = halves(words_of(norm + at + 2 * QUARTER, at + 2 * QUARTER < K // 2, not EXACT), FLOAT16)
+            c0, c1 = c0 * g, c1 * h
+            g, h = halves(words_of(norm + at + 3 * QUARTER, at + 3 * QUARTER < K // 2, not EXACT), FLOAT16)
+            d0, d1 = d0 * g, d1 * h
+        most = tl.max(tl.maximum(largest(a0, a1, b0, b1), largest(c0, c1, d0, d1)), 2)
+        sums = tl.sum((a0 + a1) + (b0 + b1) + (c0 + c1) + (d0 + d1), 2)
+        most = tl.maximum(most, SMALLEST)
+        inverse = (127.0 / most)[:, :, None]
+        hi, lo = two_terms(a0, c0, a1, c1, inverse, INTERPRET)
+        hi_odd, lo_odd = two_terms(b0, d0, b1, d1, inverse, INTERPRET)
+    else:
+        four = words_of(x.to(tl.pointer_type(tl.int64)) + column, column < WORDS, not WHOLE)
+        a0, a1 = halves(four.to(tl.int32), FLOAT16)
+        b0, b1 = halves((four >> 32).to(tl.int32), FLOAT16)
+        if NORM:
+            squares = a0 * a0 + a1 * a1 + b0 * b0 + b1 * b1
+            four = words_of(norm.to(tl.pointer_type(tl.int64)) + column, column < WORDS, not WHOLE)
+            g, h = halves(four.to(tl.int32), FLOAT16)
+            a0, a1 = a0 * g, a1 * h
+            g, h = halves((four >> 32).to(tl.int32), FLOAT16)
+            b0, b1 = b0 * g, b1 * h
+        most = tl.maximum(tl.max(largest(a0, a1, b0, b1), 2), SMALLEST)
+        sums = tl.sum((a0 + a1) + (b0 + b1), 2)
+        hi, lo = two_terms(a0, a1, b0, b1, (127.0 / most)[:, :, None], INTERPRET)
+        hi_odd, lo_odd = hi, lo
+    step = most * (1.0 / (127.0 * 254.0)) + (sums - sums)  # no number, where an activation is none
+    scale = 1.0
+    if NORM:
+        scale = tl.rsqrt(tl.sum(tl.reshape(squares, (CHUNKS * 4,)), 0) / K + eps)
+
+    for n in range(steps):
+        unit_index = first + n * UNITS
+        row, apart = rows_of(unit_index, n_out, HEAD_DIM, SWIGLU)
+        apart = apart + row * 0
+        there = row < n_out
+        follows = what_follows(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
+        row_unit = tl.load(unit + row, there, 0.0)
+        other_unit = row_unit
+        if PAIRED:
+            other_unit = tl.load(unit + row + apart, there, 0.0)
+        # The next units' weights; past the last step nothing is read.
+        row_after, apart_after = rows_of(unit_index + UNITS, n_out, HEAD_DIM, SWIGLU)
+        apart_after = apart_after + row_after * 0
+        more = (unit_index + UNITS < stop) & (row_after < n_out)
+        tile_at = ints + row_after[None, :, None].to(tl.int64) * WORDS + column
+        line_at = pairs + row_after[None, :].to(tl.int64) * N_GROUP + group[:, None]
+        wanted = more[None, :, None] if WHOLE else more[None, :, None] & inside
+        tile_after = tl.load(tile_at, wanted, 0)
+        other_tile_after, line_after, other_line_after = tile_after, line, other_line
+        if PAIRED:
+            other_tile_after = tl.load(tile_at + apart_after[None, :, None].to(tl.int64) * WORDS, wanted, 0)
+        if GROUP > 0:
+            line_after = tl.load(line_at, more[None, :], 0)
+            other_line_after = line_after
+            if PAIRED:
+                other_line_after = tl.load(line_at + apart_after[None, :].to(tl.int64) * N_GROUP, more[None, :], 0)
+
+        y = sum_of(tile, line, hi, lo, hi_odd, lo_odd, step, sums, GROUP, INTERPRET) * row_unit
+        other = y
+        if PAIRED:
+            other = sum_of(other_tile, other_line, hi, lo, hi_odd, lo_odd, step, sums, GROUP, INTERPRET) * other_unit
+        finish(y, other, scale, follows, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
+        tile, other_tile, line, other_line = tile_after, other_tile_after, line_after, other_line_after
+
+
+@triton.jit
+def sum_of(tile, line, hi, lo, hi_odd, lo_odd, step, sums, GROUP: tl.constexpr, INTERPRET: tl.constexpr):
+    """Rows' products with the token, but for the rows' units: float32 [UNITS]. tile: [CHUNKS, UNITS, 4]."""
+    hi, lo = tl.broadcast_to(hi, tile.shape), tl.broadcast_to(lo, tile.shape)
+    if GROUP > 0:
+        hi_odd, lo_odd = tl.broadcast_to(hi_odd, tile.shape), tl.broadcast_to(lo_odd, tile.shape)
+        total = tl.sum(dot_nibbles(tile, hi, lo, hi_odd, lo_odd, INTERPRET), 2).to(tl.float32) * step
+        scale, base = halves(line, True)
+        part = total * scale + base * sums
+    else:
+        part = tl.sum(dot_bytes(tile, hi, lo, INTERPRET), 2).to(tl.float32) * step
+    return tl.sum(part, 0)
+
+
+class Plan(NamedTuple):
+    """What a program of `integers_kernel` takes on."""
+
+    units: int  # of the output at a time
+    steps: int  # times that
+    warps: int
+
+
+def chunks_of(weight: QuantizedWeight) -> int:
+    """16-byte parts of a row, filled up to a power of two."""
+    return max(32, triton.next_power_of_2(weight.ints.shape[1] * weight.ints.element_size() // 16))
+
+
+def plan(n_unit: int, chunks: int, paired: bool, n_processor: int) -> Plan:
+    """One chunk a thread, or two; 64 bytes of weights a thread on their way while as many are at work."""
+    warps = min(16, chunks // 32)
+    units = 2 if paired else 4
+    steps = min(8, max(1, n_unit // (units * n_processor * max(1, 16 // warps))))
+    return Plan(units, steps, warps)
+
+
+def integers_fit(x: Tensor, weight: QuantizedWeight) -> bool:
+    """Whether `run_integers` is for this token: 16-bit activations, rows of whole 16 bytes."""
+    _, k = weight.shape
+    return len(x) == 1 and x.element_size() == 2 and k % 16 == 0 and chunks_of(weight) <= 2048
+
+
+def run_integers(x: Tensor, weight: QuantizedWeight, around: Around, p: Plan) -> Tensor:
+    """The product of one token by a given plan. x: [1, k]; returns [1, n_out]."""
+    around.check(x, weight.ints)
+    overlap = processor(x.device).overlap
+    n_out = around.n_out(weight.ints)
+    out = torch.empty(1, n_out, dtype=x.dtype, device=x.device)
+    words = weight.ints.view(torch.int32)
+    pairs = words if weight.pairs is None else weight.pairs.view(torch.int32)
+    bias, norm, residual, cos, sin = around.pointers(x)
+    launch(integers_kernel, (triton.cdiv(around.n_unit(weight.ints), p.units * p.steps),))(
+        x.view(torch.int32), words, weight.scale, pairs, bias, norm.view(torch.int32), residual, cos, sin, out,
+        n_out, around.n_turned, p.steps, around.eps,
+        K=x.shape[1], GROUP=weight.group, UNITS=p.units, CHUNKS=chunks_of(weight), **around.constants,
+        FLOAT16=x.dtype == torch.float16, OVERLAP=overlap, INTERPRET=INTERPRET, launch_pdl=overlap, num_warps=p.warps,
+    )  # fmt: skip
+    return out
