@@ -4,6 +4,7 @@
   python generate.py --prompt "..." compress_kv --window_size 256      sink + window, the middle dropped
   python generate.py --prompt "..." quantize_kv --window_size 32       sink + window exact, the middle int8
   python generate.py --prompt "..." quantize_kv --bits 4               the middle in 4 bits
+  python generate.py --prompt "..." --weights int4                     the weights in 4 bits
   python generate.py --checkpoint_path DIR --chat --interactive        an instruct model, turn by turn
 
 Text goes to standard output, everything else to standard error. Options may stand before or after the
@@ -29,6 +30,7 @@ from pathlib import Path
 from checkpoint import (
     Checkpoint,
     check_tokenizer,
+    chosen_weights,
     end_ids,
     find_demo,
     load_model,
@@ -59,6 +61,7 @@ from common.program import program, uninterrupted
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from engine.precompile import compiled_ahead
 from kv_cache import ModelCache
+from quantize import WeightSetting, weights_help
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, caches
 from tokenizer import Tokenizer
 
@@ -74,6 +77,7 @@ def make_parser() -> Parser:
     )  # fmt: skip
     g.add_argument("--model", metavar="NAME", help="the model's shape, where the checkpoint does not tell it")
     g.add_argument("--random_weights", action="store_true", help="the shape of --model with no checkpoint")
+    g.add_argument("--weights", metavar="SETTING", help=weights_help("16"))
     g.add_argument("--dtype", default="auto", help="bfloat16, float16, float32 or auto (default)")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto (default)")
     g = p.add_argument_group("prompts")
@@ -148,6 +152,7 @@ class Job:
     """All that is decided before any memory is taken."""
 
     checkpoint: Checkpoint
+    weights: WeightSetting | None  # in how many bits
     tokenizer: Tokenizer | None
     policy: KVCache
     shape: Shape
@@ -202,6 +207,7 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
         ends |= chat.end_of_turn()
     return Job(
         checkpoint,
+        chosen_weights(checkpoint, args.weights),
         tokenizer,
         policy,
         Shape(
@@ -275,9 +281,11 @@ def build(args: argparse.Namespace, job: Job, profiler: Profiler | None) -> tupl
     device, dtype = job.shape.device, job.shape.dtype
     began = time.perf_counter()
     config = job.checkpoint.config
-    kernels = compiled_ahead(config, job.policy, job.shape, job.sampling, list(map(len, job.prompts)), job.chunk)
+    kernels = compiled_ahead(
+        config, job.policy, job.shape, job.sampling, list(map(len, job.prompts)), job.chunk, job.weights
+    )
     with nullcontext() if args.reference else kernels:
-        model = load_model(job.checkpoint, device, dtype, random_weights=args.random_weights, seed=args.seed)
+        model = load_model(job.checkpoint, device, dtype, args.random_weights, args.seed, weights=job.weights)
         loading = time.perf_counter() - began
     cache = ModelCache(job.policy, config.n_layer, job.shape)
     if args.reference:
@@ -295,11 +303,11 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
     if not args.dry_run:  # which may plan for another machine
         budget = min(free, budget)
     if args.bits == "auto":
-        policy = choose_bits(job.checkpoint.config, job.policy, job.shape, job.chunk, budget)
+        policy = choose_bits(job.checkpoint.config, job.policy, job.shape, job.chunk, budget, job.weights)
         job = replace(job, policy=policy)
     plan = (job.checkpoint.config, job.policy, job.shape, job.chunk)
     try:
-        planned = make_plan(*plan)
+        planned = make_plan(*plan, job.weights)
     except ValueError as error:
         raise UserError(str(error)) from None
     if args.json not in (None, "-"):
@@ -308,7 +316,7 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
         print("\n".join(planned.lines()))
         if args.json:
             write_json(args.json, {"plan": asdict(planned) | {"total": planned.total}})
-    require_fit(*plan, budget)
+    require_fit(*plan, budget, job.weights)
     if args.dry_run:
         return
     profiler = None if args.profile is None else Profiler(args.profile, job.shape.device)
@@ -330,7 +338,8 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
         print()
     with uninterrupted():
         timing = timing if args.interactive else engine.timing
-        report = make_report(engine, job.checkpoint.name, timing) | startup(age, loading, timing)
+        report = make_report(engine, job.checkpoint.name, timing, str(job.weights or 16))
+        report |= startup(age, loading, timing)
         report |= {"finished": not interrupted, "texts": turns or printer.texts, "command": ["generate.py", *args.argv]}
         say("", *report_lines(report))
         if profiler is not None:

@@ -1,5 +1,224 @@
-"""Number formats of cached keys and values: the library's."""
+"""Weights in 8 and 4 bits: how a matrix becomes integers and back, and what `--weights` says.
 
-from selective_kv.formats import INT8, Format, dequantize, hadamard, quantize, rotate
+  python generate.py --weights int4 --prompt "Once upon a time"                       quantised while loading
+  python quantize.py --checkpoint_path DIR --weights int4 --out checkpoints/small     written, to load at its own size
 
-__all__ = ["INT8", "Format", "dequantize", "hadamard", "quantize", "rotate"]
+A row is an output channel; nothing is shared between rows.
+
+8 bits: symmetric, one scale a row.
+
+    w[n, k] = scale[n] * ints[n, k]                     ints: int8, -127 to 127; scale = absmax / 127
+
+4 bits: asymmetric, a scale and a base per group of 32, 64 or 128 elements of a row.
+
+    w[n, k] = unit[n] * (scale[n, k // group] * u + base[n, k // group])                u: 0 to 15
+
+Scale and base are float16. The row's unit, a power of two near its largest element, keeps them in float16's range
+whatever the weights are, and costs nothing: a product multiplies its result by it, as by the scale of 8 bits. Of
+weights that are bfloat16 a constant group comes back exactly (scale 0), zeros always do.
+
+No data is needed to choose scale and base: of a few ranges, each narrower than the last, the one is kept whose squared
+error is least after integers and line have been fitted to each other (`quantize4`). LOG.md has what that is worth.
+
+Four integers lie in an int16, and those of a group that are `group / 4` apart share one, so that each of the four
+nibbles meets consecutive activations. Of a group of 32, word j holds elements j, j + 8, j + 16 and j + 24:
+
+    bits of word 1:   15..12: u[25]   11..8: u[17]   7..4: u[9]   3..0: u[1]
+
+Where groups do not divide a row, its last group is filled up with elements that no product looks at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from model import Config
+
+GROUP_SIZES = (32, 64, 128)
+LEVELS = 15  # of 4 bits, above zero
+SHRINKS = (1.0, 0.88, 0.76, 0.64)  # ranges tried, of a group's own
+REFITS = 6  # times that line and integers are fitted to each other
+
+
+def at_once(device: torch.device) -> int:
+    """Elements to quantise at once. There are a dozen temporaries of that size, and a processor's cache is small."""
+    return 1 << 16 if device.type == "cpu" else 1 << 24
+
+
+def n_groups(k: int, group: int) -> int:
+    """Groups of a row of k elements."""
+    return -(-k // group)
+
+
+def quantize8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w: [n, k], any float dtype. Returns int8 [n, k] and float32 [n]. A row of zeros has scale 0."""
+    w = w.float()
+    scale = w.abs().amax(1) / 127
+    ints = (w / torch.where(scale > 0, scale, 1.0)[:, None]).round_().clamp_(-127, 127)
+    return ints.to(torch.int8), scale
+
+
+def dequantize8(ints: Tensor, scale: Tensor) -> Tensor:
+    """float32 [n, k]."""
+    return ints.float() * scale[:, None]
+
+
+def quantize4(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """w: [n, k], any float dtype. Returns u, uint8 [n, n_group * group], scale and base, float16 [n, n_group, 2], and
+    the rows' units, float32 [n].
+
+    For each range of SHRINKS, REFITS times: integers nearest to the line, then the line of least squares through the
+    elements at those integers. What is rounded is then fitted to scale and base as float16 has them.
+    """
+    w = w.float()
+    n, k = w.shape
+    unit = torch.exp2(w.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny).log2().floor())
+    w = w / unit[:, None]
+    missing = n_groups(k, group) * group - k
+    if missing:  # repeats of the row's last element widen no range
+        w = torch.cat((w, w[:, -1:].expand(n, missing)), 1)
+    w = w.view(n, -1, group)
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    best: Sequence[Tensor] = _rounded(w, (high - low) / LEVELS, low)
+    for shrink in SHRINKS:
+        margin = (high - low) * (0.5 * (1 - shrink))
+        scale, base = (high - low) * (shrink / LEVELS), low + margin
+        for _ in range(REFITS):
+            scale, base = _line(w, _nearest(w, scale, base))
+        tried = _rounded(w, scale, base)
+        better = tried[3] < best[3]
+        best = [torch.where(better, new, old) for new, old in zip(tried, best, strict=True)]
+    u, scale, base, _ = best
+    return u.to(torch.uint8).flatten(1), torch.cat((scale, base), -1).to(torch.float16), unit
+
+
+def _nearest(w: Tensor, scale: Tensor, base: Tensor) -> Tensor:
+    """Integers of each element, as float32. w: [n, n_group, group]; scale, base: [n, n_group, 1]."""
+    u = (w - base).div_(torch.where(scale == 0, 1.0, scale))
+    return u.round_().clamp_(0, LEVELS)
+
+
+def _line(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and base of least squares: w is nearest to scale * u + base. A constant group: 0 and its mean."""
+    mean_w, mean_u = w.mean(-1, keepdim=True), u.mean(-1, keepdim=True)
+    apart = u - mean_u
+    spread = apart.square().sum(-1, keepdim=True)
+    scale = (apart * w).sum(-1, keepdim=True) / torch.where(spread == 0, 1.0, spread)
+    return scale, mean_w - scale * mean_u
+
+
+def _rounded(w: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Integers, the scale and base that float16 holds, and the squared error of each group."""
+    scale, base = scale.half().float(), base.half().float()
+    u = _nearest(w, scale, base)
+    return u, scale, base, torch.addcmul(base - w, scale, u).square_().sum(-1, keepdim=True)
+
+
+def pack4(u: Tensor, group: int) -> Tensor:
+    """u: uint8 [n, n_group * group]. Returns int16 [n, n_group * group / 4]."""
+    parts = u.to(torch.int32).view(len(u), -1, 4, group // 4)
+    shift = torch.arange(0, 16, 4, dtype=torch.int32, device=u.device)[:, None]
+    return (parts << shift).sum(2, dtype=torch.int32).to(torch.int16).flatten(1)
+
+
+def unpack4(words: Tensor, group: int) -> Tensor:
+    """What `pack4` was given."""
+    shift = torch.arange(0, 16, 4, dtype=torch.int16, device=words.device)[:, None]
+    return ((words.view(len(words), -1, 1, group // 4) >> shift) & 15).to(torch.uint8).flatten(1)
+
+
+def dequantize4(u: Tensor, pairs: Tensor, unit: Tensor, k: int) -> Tensor:
+    """float32 [n, k]. u: uint8 [n, n_group * group]; pairs, unit: as `quantize4` returns them."""
+    n, n_group, _ = pairs.shape
+    scale, base = (pairs.float() * unit[:, None, None])[..., None].unbind(2)  # [n, n_group, 1]
+    return torch.addcmul(base, scale, u.view(n, n_group, -1).float()).flatten(1)[:, :k]
+
+
+# --- What --weights says ----------------------------------------------------------------------------
+
+
+def _bits(default: int, choices: tuple[int, ...], help_text: str) -> Any:
+    return field(default=default, metadata={"choices": choices, "help": help_text})
+
+
+@dataclass(frozen=True)
+class WeightSetting:
+    """Bits of each kind of matrix; 16 is as the model's dtype has it. Norms and biases always are.
+
+    Spelled "int8", "int4", or with what differs from the defaults: "int4:group_size=64,down_bits=8".
+    """
+
+    bits: int
+    group_size: int = _bits(128, GROUP_SIZES, "elements that share a scale and base in 4 bits")
+    embedding_bits: int = _bits(8, (8, 16), "of the embedding, and of the head where the two are tied")
+    head_bits: int = _bits(8, (4, 8, 16), "of the head, which makes the logits")
+    down_bits: int = _bits(0, (0, 4, 8, 16), "of the feed-forward's second matrix (w2); 0: as the others")
+    edge_layers: int = _bits(0, (), "so many first layers, and last ones, have 8 bits")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            if choices and value not in choices:
+                raise UserError(f"--weights: {f.name} must be one of {', '.join(map(str, choices))}, not {value}")
+        if self.edge_layers < 0:
+            raise UserError(f"--weights: edge_layers must not be negative, not {self.edge_layers}")
+
+    def __str__(self) -> str:
+        values = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)[1:] if f.default is not None]
+        changed = [f"{name}={value}" for name, value in values if value != getattr(type(self), name)]
+        return f"int{self.bits}" + (":" + ",".join(changed) if changed else "")
+
+    def bits_of(self, module: str, config: Config) -> int:
+        """Of the matrix of a module of `model.Transformer`, by its name there."""
+        if module == "tok_embeddings" or (module == "output" and config.tied_embeddings):
+            return self.embedding_bits
+        if module == "output":
+            return self.head_bits
+        _, layer, *_, name = module.split(".")
+        if min(int(layer), config.n_layer - 1 - int(layer)) < self.edge_layers:
+            return 8
+        return self.down_bits or self.bits if name == "w2" else self.bits
+
+
+def parse_weights(text: str) -> WeightSetting | None:
+    """`--weights`: "16" (None: as the checkpoint has them), "int8", "int4:group_size=64". Raises UserError."""
+    name, _, rest = text.partition(":")
+    known = {f.name: f for f in dataclasses.fields(WeightSetting)[1:]}
+    if name not in ("16", "int8", "int4"):
+        raise UserError(f"--weights {text!r}: give 16 (as they are), int8 or int4")
+    if name == "16":
+        if rest:
+            raise UserError(f"--weights {text!r}: there is nothing to say of 16 bits")
+        return None
+    values = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise UserError(f"--weights {text!r}: {key!r} is none of {', '.join(known)}")
+        if not value.isdecimal():
+            raise UserError(f"--weights {text!r}: {key} takes a whole number, not {value!r}")
+        values[key] = int(value)
+    return WeightSetting(int(name[3:]), **values)
+
+
+def weights_help(default: str) -> str:
+    """What a command line says of `--weights`."""
+    fields = dataclasses.fields(WeightSetting)[1:]
+    knobs = "; ".join(f"{f.name} {f.metadata['help']} (default: {f.default})" for f in fields)
+    return (
+        f"bits of the weights: int8, int4, or 16 as they are (default: {default}); "
+        f"with settings as in int4:group_size=64,head_bits=16: {knobs}"
+    )
+
+
+if __name__ == "__main__":
+    from cli.quantize import main
+
+    main()

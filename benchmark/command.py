@@ -39,14 +39,15 @@ from benchmark import layer as bench_attention
 from benchmark import peers
 from benchmark.clock import read_ceiling
 from benchmark.contestant import Contestant, Timed, gate
-from checkpoint import Checkpoint, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
+from checkpoint import Checkpoint, chosen_weights, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from cli.options import Parser, add_plugin_flag, load_plugin, parse_size, positive
-from cli.report import device_memory, make_plan, require_suits, size
+from cli.report import device_memory, make_plan, parameter_bytes, require_suits, size
 from common.errors import UserError
 from common.files import append_line, require_writable, to_json
 from common.program import program, ran_out
 from kv_cache import format_policy, parse_policy
 from model import Config, Transformer
+from quantize import WeightSetting, weights_help
 from selective_kv import KVCache, Shape
 
 DEFAULT_CACHES = [
@@ -76,11 +77,13 @@ def no_slower_from(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> in
     return found
 
 
-def largest_batch(config: Config, policy: KVCache, shape: Shape, available: int) -> int:
+def largest_batch(
+    config: Config, policy: KVCache, shape: Shape, available: int, weights: WeightSetting | None = None
+) -> int:
     """The most sequences of `shape` whose plan fits; 0 if not one does."""
 
     def fits(n: int) -> bool:
-        return make_plan(config, policy, replace(shape, batch=n), 1).total <= available
+        return make_plan(config, policy, replace(shape, batch=n), 1, weights).total <= available
 
     low, high = 0, 1
     while fits(high):
@@ -142,13 +145,13 @@ def fill_card(
     """As many sequences as the plan says fit, per cache and context, really allocated, filled and stepped."""
     release(shape.device)
     # What the plan counts weights in: they are there already.
-    available = device_memory(shape.device) + sum(p.nbytes for p in model.parameters())
+    available = device_memory(shape.device) + parameter_bytes(model)
     available = min(available, args.memory_budget or available)
     rows = []
     for context in args.context:
         for policy in policies:
             at = replace(shape, capacity=context + args.steps + 2)
-            n = largest_batch(config, policy, at, available)
+            n = largest_batch(config, policy, at, available, args.weight_setting)
             if not n:
                 raise UserError(
                     f"{format_policy(policy)}: not one sequence of {context} tokens fits in {size(available)}"
@@ -191,6 +194,7 @@ def make_parser() -> Parser:
     p.add_argument("--checkpoint_path", type=Path)
     p.add_argument("--model", metavar="NAME")
     p.add_argument("--random_weights", action="store_true")
+    p.add_argument("--weights", metavar="SETTING", help=weights_help("16"))
     p.add_argument("--dtype", default="auto")
     p.add_argument("--device", default="auto")
     p.add_argument(
@@ -234,7 +238,8 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
         require_suits(policy, config)
     if len({format_policy(policy) for policy in policies}) < len(policies):
         raise UserError("--caches names a setting twice")
-    model = load_model(checkpoint, device, dtype, random_weights=args.random_weights)
+    args.weight_setting = weights = chosen_weights(checkpoint, args.weights)
+    model = load_model(checkpoint, device, dtype, random_weights=args.random_weights, weights=weights)
     shape = Shape(1, config.n_kv_head, config.head_dim, 1, dtype, device)
     for policy in policies:
         # The largest batch is not known yet: 32 sequences take the kernels' plan for many.
@@ -245,7 +250,8 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     ceiling = read_ceiling(device)
     measure = fill_card if args.largest_batch else compare
     rows = measure(model, config, policies, args, shape, ceiling)
-    print(f"{checkpoint.name}, {str(dtype).removeprefix('torch.')}; read ceiling {ceiling / 1e9:.0f} GB/s")
+    of = f"{str(dtype).removeprefix('torch.')}, weights {weights or 16}"
+    print(f"{checkpoint.name}, {of}; read ceiling {ceiling / 1e9:.0f} GB/s")
     print_table(rows)
     for r in rows if args.largest_batch else ():
         base = next(b["batch"] for b in rows if b["context"] == r["context"])
@@ -266,6 +272,7 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     return {
         "model": checkpoint.name,
         "dtype": str(dtype).removeprefix("torch."),
+        "weights": str(weights or 16),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "read_ceiling_bytes_per_s": ceiling,
         "rows": rows,
@@ -278,7 +285,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.random_weights and args.model is None:
         raise UserError("--random_weights needs --model NAME")
     others = args.peer or args.largest_batch or args.png or args.prefill or args.caches or args.steps
-    if args.kernels and (others or args.dtype != "auto"):
+    if args.kernels and (others or args.weights or args.dtype != "auto"):
         raise UserError("--kernels goes with the model, --device, --batch, --context, --rounds and --json alone")
     args.caches, args.steps = args.caches or DEFAULT_CACHES, args.steps or DEFAULT_STEPS
     if args.memory_budget and not args.largest_batch:

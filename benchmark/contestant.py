@@ -18,6 +18,7 @@ from torch import Tensor
 
 import kv_cache
 from benchmark.clock import timed
+from cli.report import bytes_read, parameter_bytes
 from common.errors import UserError
 from engine import PREFILL_CHUNK, Engine, FusedStep, Sampling
 from engine.kernels import PYTORCH, StepKernels, step_kernels
@@ -279,7 +280,7 @@ class Timed:
 
     def result(self, model: Transformer, ceiling: float) -> dict[str, Any]:
         step = statistics.median(self.seconds)
-        read = None if self.cache_bytes is None else weight_bytes(model) + self.cache_bytes
+        read = None if self.cache_bytes is None else bytes_read(model) + self.cache_bytes
         return {
             "cache": self.name,
             "batch": self.batch,
@@ -293,15 +294,9 @@ class Timed:
             "share_of_ceiling": read and read / step / ceiling,
             "prefill_s": self.prefill_seconds,
             "store_s": self.store_seconds,
-            "peak_memory_bytes": self.peak.most and sum(p.nbytes for p in model.parameters()) + self.peak.most,
+            "peak_memory_bytes": self.peak.most and parameter_bytes(model) + self.peak.most,
             "path": self.path,
         }
-
-
-def weight_bytes(model: Transformer) -> int:
-    """What a step reads of the weights: all, but of an embedding of its own only rows."""
-    n = sum(p.nbytes for p in model.parameters())
-    return n if model.config.tied_embeddings else n - model.tok_embeddings.weight.nbytes
 
 
 class Contestant(Timed):

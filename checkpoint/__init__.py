@@ -9,29 +9,41 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from checkpoint.configs import config_from_hugging_face, config_from_params, find_name, named_config, note
 from checkpoint.gguf import GGUF, find_gguf, is_gguf, read_gguf
 from checkpoint.gguf_model import gguf_config, gguf_fills, gguf_name
 from checkpoint.gguf_tokenizer import gguf_tokenizer
-from checkpoint.layout import Fill, Slot, match_tensors
+from checkpoint.layout import Fill, match_tensors
+from checkpoint.loading import first_bad_parameter, load_model, require_finite
+from checkpoint.quantised import DTYPES as QUANTISED_DTYPES
+from checkpoint.quantised import Described, describe, parameter_fills
 from checkpoint.stored import Stored, stored_tensors
 from checkpoint.tokenizer_files import TOKENIZER_FILES, eos_ids_of, find_tokenizer, load_tokenizer
 from common.errors import UserError
 from common.files import is_plain_file, read_file, read_json
-from model import Config, Transformer
+from model import Config
+from quantize import WeightSetting, parse_weights
 from tokenizer import Tokenizer
-from weights.cpu import use_cpu_kernels
-from weights.modules import QuantizedEmbedding, QuantizedLinear, fillers, quantized
-from weights.setting import WeightSetting, replace_matrices
 
-RANDOM_ROWS = 4096  # of random weights made at once, where they are quantised
+__all__ = [
+    "Checkpoint",
+    "check_tokenizer",
+    "chosen_weights",
+    "end_ids",
+    "find_demo",
+    "first_bad_parameter",
+    "load_model",
+    "open_checkpoint",
+    "parse_device",
+    "parse_dtype",
+    "require_finite",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Checkpoint:
     tokenizer_path: Path | None = None
     eos_ids: tuple[int, ...] = ()
     gguf: GGUF | None = field(default=None, repr=False)  # the file, where it is one: it holds the tokenizer too
+    weights: WeightSetting | None = None  # in how many bits they are stored, where `quantize.py` wrote them
 
     def tokenizer(self) -> Tokenizer | None:
         """Its tokenizer; None where it has none. Raises UserError."""
@@ -54,7 +67,9 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What most of the weights are stored in; bfloat16 without weights."""
+        """What most of the weights are stored in, not counting what is quantised; bfloat16 without weights."""
+        if self.weights is not None:
+            return next(f.stored.dtype for f in self.fills if f.slots[0].parameter == "norm.weight")
         sizes: dict[torch.dtype, int] = {}
         for fill in self.fills:
             sizes[fill.stored.dtype] = sizes.get(fill.stored.dtype, 0) + fill.stored.numel
@@ -89,6 +104,9 @@ def _open(path: Path, model: str | None) -> Checkpoint:
     if is_gguf(file):
         return _open_gguf(path, file, model)
     folder = _beside(file)
+    own = describe(read_json(folder / "config.json", missing_ok=True), folder / "config.json")
+    if own is not None:
+        return _open_quantised(path, file, folder, own, model)
     tensors = stored_tensors(file)
     name, config = _find_config(file, folder, tensors, model)
     fills, tied = match_tensors(config, tensors, file)
@@ -97,6 +115,14 @@ def _open(path: Path, model: str | None) -> Checkpoint:
         config = replace(config, tied_embeddings=False)
         fills, _ = match_tensors(config, tensors, file)
     return Checkpoint(path, name, config, fills, find_tokenizer(folder), eos_ids_of(folder))
+
+
+def _open_quantised(path: Path, file: Path, folder: Path, own: Described, model: str | None) -> Checkpoint:
+    if model is not None and named_config(model)[1] != own.config:
+        raise UserError(f"{path}: quantised as {own.name}, whose shape is not --model {model}'s")
+    fills = parameter_fills(own, stored_tensors(file, QUANTISED_DTYPES), file)
+    tokenizer, eos_ids = find_tokenizer(folder), eos_ids_of(folder)
+    return Checkpoint(path, own.name, own.config, fills, tokenizer, eos_ids, weights=own.weights)
 
 
 def _open_gguf(path: Path, file: Path, model: str | None) -> Checkpoint:
@@ -209,122 +235,15 @@ def find_demo() -> Path:
     return path
 
 
-# --- Loading ----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def load_model(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    random_weights: bool = False,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-    weights: WeightSetting | None = None,
-    to_run: bool = True,
-) -> Transformer:
-    """The model with its weights on `device`, in `dtype`, ready to generate.
-
-    random_weights: fill it with seeded noise instead, made on the device. progress: called with
-    (elements done, of how many) after each tensor. weights: in how many bits; each tensor is quantised as soon as it
-    is read. to_run: in the order that the device's products want; False: in the one that is written. Raises UserError.
-    """
-    if not (checkpoint.fills or random_weights):
-        raise UserError(f"{checkpoint.name} is a shape without weights: give a checkpoint or --random_weights")
-    with torch.device("meta"):
-        model = Transformer(checkpoint.config).to(dtype)
-    if weights is not None:
-        replace_matrices(model, weights, dtype)
-    model.materialize(device)
-    if random_weights:
-        _randomize(model, torch.Generator(device).manual_seed(seed))
-    else:
-        _fill(model, checkpoint, progress)
-    if to_run and device.type == "cpu" and not use_cpu_kernels(model):
-        note("no kernels for 8 and 4 bits on this processor: a weight is made dense whenever it is used, slowly")
-    return model.eval().requires_grad_(False)
-
-
-def _fill(model: Transformer, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> None:
-    parameters, quantise = dict(model.named_parameters()), fillers(model)
-    half = model.config.head_dim // 2
-    total, done = sum(fill.stored.numel for fill in checkpoint.fills), 0
-    for fill in checkpoint.fills:
-        for slot, start, source in _pieces(fill, model.config.head_dim):
-            swap, end = fill.interleaved and slot.rotated, start + len(source)
-            if swap:
-                source = source.unflatten(0, (-1, half, 2)).transpose(1, 2)  # [head, 2, half, ...]
-            if slot.parameter in quantise:
-                if not source.isfinite().all():
-                    raise UserError(f"{checkpoint.path}: {fill.stored.name} holds a NaN or an infinity")
-                quantise[slot.parameter](source.flatten(0, 2) if swap else source, start)
-                continue
-            target = parameters[slot.parameter][start:end]
-            (target.unflatten(0, (-1, 2, half)) if swap else target).copy_(source)
-        done += fill.stored.numel
-        if progress is not None:
-            progress(done, total)
-
-
-_AT_ONCE = 2**22  # elements that are dequantised at a time: 16 MiB in float32
-
-
-def _pieces(fill: Fill, head_dim: int) -> Iterator[tuple[Slot, int, Tensor]]:
-    """A stored tensor's rows in whole heads: the slot, the row of its parameter where they begin, the values."""
-    if fill.stored.read_rows is None:
-        rows = fill.stored.read().split([slot.shape[0] for slot in fill.slots])
-        for slot, source in zip(fill.slots, rows, strict=True):
-            yield slot, slot.start, source
-        return
-    (slot,) = fill.slots
-    step = max(1, _AT_ONCE // (fill.stored.numel // slot.shape[0]) // head_dim) * head_dim
-    for start in range(0, slot.shape[0], step):
-        yield slot, slot.start + start, fill.stored.read_rows(start, min(start + step, slot.shape[0]))
-
-
-def _randomize(model: Transformer, generator: torch.Generator) -> None:
-    """GPT-2's initialisation: what writes to the residual stream is smaller the deeper the model."""
-    quantise = fillers(model)
-    kept = {id(p) for module in quantized(model) for p in (module.ints, module.scale, getattr(module, "pairs", None))}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in kept:
-            continue
-        if "norm" in name:
-            parameter.fill_(1.0)
-        elif name.endswith("bias"):
-            parameter.zero_()
-        else:
-            parameter.normal_(0.0, _spread(name, model.config), generator=generator)
-    for name, fill in quantise.items():
-        module = model.get_submodule(name.removesuffix(".weight"))
-        assert isinstance(module, (QuantizedLinear, QuantizedEmbedding))
-        n, k = module.weight.shape
-        for start in range(0, n, RANDOM_ROWS):
-            rows = torch.empty(min(RANDOM_ROWS, n - start), k, device=generator.device)
-            fill(rows.normal_(0.0, _spread(name, model.config), generator=generator), start)
-
-
-def _spread(name: str, config: Config) -> float:
-    """Standard deviation of a matrix's elements."""
-    return 0.02 / (2 * config.n_layer) ** 0.5 if name.endswith(("wo.weight", "w2.weight")) else 0.02
-
-
-def first_bad_parameter(model: Transformer) -> str | None:
-    """The first parameter that holds a NaN or an infinity, by name."""
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            return name
-    return None
-
-
-def require_finite(model: Transformer) -> None:
-    """Raises UserError that names a weight which holds a NaN or an infinity."""
-    bad = first_bad_parameter(model)
-    if bad is not None:
-        raise UserError(f"the weight {bad} holds a NaN or an infinity")
-
-
 # --- What goes with it ------------------------------------------------------------------------------
+
+
+def chosen_weights(checkpoint: Checkpoint, text: str | None) -> WeightSetting | None:
+    """`--weights` for a checkpoint: what it says itself, or the flag, if given. Raises UserError where they differ."""
+    wanted = None if text is None else parse_weights(text)
+    if checkpoint.weights is not None and text is not None and wanted != checkpoint.weights:
+        raise UserError(f"{checkpoint.path}: quantised already, to {checkpoint.weights}: --weights {text} needs others")
+    return checkpoint.weights or wanted
 
 
 def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import first_bytes, is_plain_file, read_json
 
+INTEGERS = {"I8": torch.int8, "I16": torch.int16}
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What torch.load raises on damaged files: from its zip reader, its unpickler, its rebuilding of tensors
 UNPICKLING_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, MemoryError)
@@ -44,15 +45,15 @@ class Stored:
         return math.prod(self.shape)
 
 
-def stored_tensors(file: Path) -> dict[str, Stored]:
+def stored_tensors(file: Path, dtypes: Mapping[str, torch.dtype] = FLOATS) -> dict[str, Stored]:
     """The tensors of a .pth, a .safetensors or an index, told apart by what is in the file."""
     if file.name.endswith(".json"):
-        return _sharded(file)
+        return _sharded(file, dtypes)
     start = first_bytes(file, 16)
     if start.startswith(b"PK"):
         return _torch_tensors(file)
     if start[8:9] == b"{":
-        return _safetensors(file)
+        return _safetensors(file, dtypes)
     if start.startswith(b"version https://"):
         raise UserError(f"{file}: a Git LFS pointer, not the weights themselves (git lfs pull fetches them)")
     if start.startswith(b"\x80"):
@@ -60,7 +61,7 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     raise UserError(f"{file}: not a checkpoint (neither torch.save's format nor safetensors)")
 
 
-def _safetensors(file: Path) -> dict[str, Stored]:
+def _safetensors(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
     try:
         handle = safe_open(file, framework="pt", device="cpu")
     except UnicodeEncodeError:
@@ -70,17 +71,17 @@ def _safetensors(file: Path) -> dict[str, Stored]:
     tensors = {}
     for name in handle.keys():  # noqa: SIM118 (a safe_open is no mapping)
         header = handle.get_slice(name)
-        if header.get_dtype() not in FLOATS:
-            raise UserError(f"{file}: {name} is {header.get_dtype()}; only {', '.join(FLOATS)} are read")
+        if header.get_dtype() not in dtypes:
+            raise UserError(f"{file}: {name} is {header.get_dtype()}; only {', '.join(dtypes)} are read")
 
         def read(name: str = name) -> Tensor:
             return handle.get_tensor(name)
 
-        tensors[name] = Stored(name, tuple(header.get_shape()), FLOATS[header.get_dtype()], read)
+        tensors[name] = Stored(name, tuple(header.get_shape()), dtypes[header.get_dtype()], read)
     return tensors
 
 
-def _sharded(index: Path) -> dict[str, Stored]:
+def _sharded(index: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise UserError(f"{index}: no weight_map in it")
@@ -88,7 +89,7 @@ def _sharded(index: Path) -> dict[str, Stored]:
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard or not is_plain_file(index.parent / shard):
             raise UserError(f"{index}: names {shard}, which is not there")
-        found = stored_tensors(index.parent / shard)
+        found = stored_tensors(index.parent / shard, dtypes)
         for name in found.keys() & tensors.keys():
             raise UserError(f"{index}: {name} is in two shards")
         tensors |= found

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 import kv_cache
+from checkpoint.quantised import skeleton
 from common.errors import UserError
 from common.messages import say
 from engine import Engine, Timing
 from kv_cache import format_policy
 from model import Config, Transformer
+from quantize import WeightSetting
 from selective_kv import FullCache, KVCache, Shape
 
 
@@ -75,6 +77,8 @@ class Plan:
     activations: int
     capacity: int
     batch: int
+    dense_weights: int = 0  # what the weights would take in the run's dtype
+    weight_setting: str = "16"  # what --weights said
 
     @property
     def total(self) -> int:
@@ -83,9 +87,12 @@ class Plan:
     def lines(self) -> list[str]:
         regions = ", ".join(f"{name} {size(n)}" for name, n in self.cache.items())
         cache = sum(self.cache.values())
+        kept = ""
+        if self.weight_setting != "16":
+            kept = f"  {self.weight_setting}: {self.weights / self.dense_weights:.1%} of {size(self.dense_weights)}"
         what = f"{self.batch} x {self.capacity} tokens ({regions})" if self.cache else "this cache does not say"
         return [
-            f"weights      {size(self.weights):>12}",
+            f"weights      {size(self.weights):>12}{kept}",
             f"cache        {size(cache):>12}  {what}",
             f"  full cache {size(self.full_cache):>12}  this one takes {cache / self.full_cache:.1%} of it",
             f"activations  {size(self.activations):>12}  at most, estimated",
@@ -93,10 +100,18 @@ class Plan:
         ]
 
 
-def weight_bytes(config: Config, dtype: torch.dtype) -> int:
-    with torch.device("meta"):
-        model = Transformer(config)
-    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+def weight_bytes(config: Config, dtype: torch.dtype, weights: WeightSetting | None = None) -> int:
+    return parameter_bytes(skeleton(config, weights, dtype))
+
+
+def parameter_bytes(model: torch.nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+def bytes_read(model: Transformer) -> int:
+    """What a decode step reads of the weights: all, but of an embedding that is not the head's too only rows."""
+    n = parameter_bytes(model)
+    return n if model.config.tied_embeddings else n - parameter_bytes(model.tok_embeddings)
 
 
 def activation_bytes(config: Config, shape: Shape, n_token: int) -> int:
@@ -114,25 +129,29 @@ def activation_bytes(config: Config, shape: Shape, n_token: int) -> int:
     return round(n_token * per_token)
 
 
-def make_plan(config: Config, policy: KVCache, shape: Shape, chunk: int) -> Plan:
+def make_plan(config: Config, policy: KVCache, shape: Shape, chunk: int, weights: WeightSetting | None = None) -> Plan:
     """chunk: the most prompt tokens read at once."""
     logits = shape.batch * config.vocab_size * 4 * 4  # float32 logits and what sampling makes of them
     return Plan(
-        weights=weight_bytes(config, shape.dtype),
+        weights=weight_bytes(config, shape.dtype, weights),
         cache=kv_cache.plan(policy, config.n_layer, shape),
         full_cache=sum(kv_cache.plan(FullCache(), config.n_layer, shape).values()),
         activations=activation_bytes(config, shape, max(min(chunk, shape.capacity), shape.batch)) + logits,
         capacity=shape.capacity,
         batch=shape.batch,
+        dense_weights=weight_bytes(config, shape.dtype),
+        weight_setting=str(weights or 16),
     )
 
 
-def choose_bits(config: Config, policy: KVCache, shape: Shape, chunk: int, budget: int) -> KVCache:
+def choose_bits(
+    config: Config, policy: KVCache, shape: Shape, chunk: int, budget: int, weights: WeightSetting | None = None
+) -> KVCache:
     """The cache with the most bits whose plan fits. Raises UserError if the fewest do not."""
     tried = []
     for name, one in policy.by_quality():
         try:
-            total = make_plan(config, one, shape, chunk).total
+            total = make_plan(config, one, shape, chunk, weights).total
         except ValueError as error:  # a head_dim that 4 bits are not for
             tried.append(f"{name}: {error}")
             continue
@@ -153,15 +172,17 @@ def require_suits(policy: KVCache, config: Config) -> None:
         raise UserError(f"{format_policy(policy)}: {error}") from None
 
 
-def require_fit(config: Config, policy: KVCache, shape: Shape, chunk: int, available: int) -> None:
+def require_fit(
+    config: Config, policy: KVCache, shape: Shape, chunk: int, available: int, weights: WeightSetting | None = None
+) -> None:
     """Raises UserError, naming the largest context that fits, if the plan needs more than `available`."""
-    plan = make_plan(config, policy, shape, chunk)
+    plan = make_plan(config, policy, shape, chunk, weights)
     if plan.total <= available:
         return
     fits, too_many = 0, shape.capacity
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        total = make_plan(config, policy, replace(shape, capacity=middle), chunk).total
+        total = make_plan(config, policy, replace(shape, capacity=middle), chunk, weights).total
         fits, too_many = (middle, too_many) if total <= available else (fits, middle)
     rest = f"the largest context that fits is {fits} tokens" if fits else "not even one token fits"
     raise UserError(
@@ -180,7 +201,7 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def make_report(engine: Engine, name: str, timing: Timing) -> dict[str, Any]:
+def make_report(engine: Engine, name: str, timing: Timing, weight_setting: str = "16") -> dict[str, Any]:
     """What a run took, for JSON. name: the model's; timing: of the run, or of all turns of a conversation.
 
     Bandwidth counts what a decode step must read: every weight (of the embedding, the rows used) and the
@@ -189,9 +210,7 @@ def make_report(engine: Engine, name: str, timing: Timing) -> dict[str, Any]:
     model, cache = engine.model, engine.cache
     lengths = cache.lengths.tolist()
     policy, shape = cache.policy, cache.shape
-    weights = sum(p.nbytes for p in model.parameters())
-    if not model.config.tied_embeddings:
-        weights -= model.tok_embeddings.weight.nbytes
+    weights = bytes_read(model)
     n_layer = model.config.n_layer
 
     def held(p: KVCache, n: float) -> int:
@@ -220,7 +239,8 @@ def make_report(engine: Engine, name: str, timing: Timing) -> dict[str, Any]:
         "full_cache_bytes": sum(kv_cache.plan(FullCache(), n_layer, shape).values()),
         "cache_bytes_held": sum(held(policy, n) for n in lengths),
         "full_cache_bytes_held": sum(held(FullCache(), n) for n in lengths),
-        "weight_bytes": sum(p.nbytes for p in model.parameters()),
+        "weights": weight_setting,
+        "weight_bytes": parameter_bytes(model),
         "peak_memory_bytes": peak_memory(shape.device),
         "bandwidth_bytes_per_s": (weights + read_cache) / seconds_per_step if seconds_per_step else 0.0,
     }
@@ -241,14 +261,15 @@ def report_lines(r: dict[str, Any]) -> list[str]:
     held = f"{size(r['cache_bytes_held'])} held at the end; the full cache: {size(r['full_cache_bytes_held'])}"
     first = f"time to first token {r['time_to_first_token_s']:.3f} s, {r['tokens_read']} tokens read; "
     first += f"{r['start_to_first_token_s']:.2f} s after the program began, {r['load_weights_s']:.2f} loading weights"
+    weights = "" if r["weights"] == "16" else f", weights {r['weights']}"
     where = "device" if r["device"] != "cpu" else "process"
     return [
-        f"{r['model']}, {r['dtype']} on {r['device']}; cache {name}"
+        f"{r['model']}, {r['dtype']} on {r['device']}{weights}; cache {name}"
         + (f" ({knobs.replace('=', ' ').replace(',', ', ')})" if knobs else "")
         + f"; {r['path']}",
         first if r["tokens_written"] else f"no token written, {r['tokens_read']} tokens read",
         f"decode {r['decode_tokens_per_s']:.2f} tokens/s, {r['tokens_written']} tokens written",
         *([f"cache {allocated}", f"cache {held}"] if r["cache_bytes"] else ["cache bytes: this cache does not say"]),
-        f"peak memory {size(r['peak_memory_bytes'])} ({where}); "
+        f"peak memory {size(r['peak_memory_bytes'])} ({where}), weights {size(r['weight_bytes'])} of it; "
         f"bandwidth {r['bandwidth_bytes_per_s'] / 1e9:.2f} GB/s, weights and cache",
     ]

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from checkpoint.quantised import skeleton
 from common.messages import say
 from engine import FusedStep, Sampling, chunk_size
 from kv_cache import ModelCache
-from model import Config, Transformer
+from model import Config
+from quantize import WeightSetting
 from selective_kv import Chunk, KVCache, Shape
 from selective_kv.kernels import uses_triton
 from selective_kv.kernels.launch import compiling
@@ -31,7 +33,13 @@ Part = tuple[int, int, int]  # of a prompt: its sequence, its first position, ho
 
 @contextmanager
 def compiled_ahead(
-    config: Config, policy: KVCache, shape: Shape, sampling: Sampling, lengths: Sequence[int], chunk: int
+    config: Config,
+    policy: KVCache,
+    shape: Shape,
+    sampling: Sampling,
+    lengths: Sequence[int],
+    chunk: int,
+    weights: WeightSetting | None = None,
 ) -> Iterator[None]:
     """Compile in the background; at the end wait for it. Nothing happens where no Triton kernel will run.
 
@@ -47,7 +55,7 @@ def compiled_ahead(
         try:
             if uses_triton(shape.device):
                 parts = prompt_parts(lengths or [shape.capacity], chunk_size(policy, config.context, chunk))
-                compile_all(lambda: walk(config, policy, shape, sampling, parts), shape.device)
+                compile_all(lambda: walk(config, policy, shape, sampling, parts, weights), shape.device)
         except Exception as error:
             failed.append(error)
 
@@ -90,13 +98,15 @@ class _Past(ModelCache):
 
 
 @torch.inference_mode()
-def walk(config: Config, policy: KVCache, shape: Shape, sampling: Sampling, parts: Sequence[Part]) -> None:
+def walk(
+    config: Config, policy: KVCache, shape: Shape, sampling: Sampling, parts: Sequence[Part],
+    weights: WeightSetting | None = None,
+) -> None:  # fmt: skip
     """Call every kernel that a run does, on the meta device: only in `compiling`."""
     from engine.kernels.triton_backend import TRITON as STEP
     from selective_kv.kernels.triton_backend import TRITON
 
-    with META:
-        model = Transformer(replace(config, n_layer=1)).to(shape.dtype)
+    model = skeleton(replace(config, n_layer=1), weights, shape.dtype)
     cache = _Past(policy, 1, replace(shape, device=META))
     if not cache.layers[0].wrap_kernels(lambda _: TRITON):  # a plugin's own attention
         return

@@ -74,23 +74,27 @@ def score_texts(subject: Subject, save: Save) -> list[dict[str, Any]]:
     """One row per text and setting, with everything that perplexity and divergence report."""
     rows: list[dict[str, Any]] = []
     texts = subject.texts()
-    bar = progress(None, sum(len(t.windows) for t in texts) * len(subject.policies), "scoring")
+    runs = [(subject.model, str(subject.weights or 16), policy) for policy in subject.policies]
+    if subject.reference is not subject.model:
+        runs.insert(0, (subject.reference, "16", FullCache()))
+    bar = progress(None, sum(len(t.windows) for t in texts) * len(runs), "scoring")
     for text in texts:
         done = list(rows)
-        scored: list[list[scoring.Scored]] = [[] for _ in subject.policies]
+        scored: list[list[scoring.Scored]] = [[] for _ in runs]
         n_bytes = 0
         for window in text.windows:  # the reference's states of one window at a time
             tokens = window.to(subject.device)
-            full = scoring.reader(FullCache(), subject.args.sequential)(subject.model, FullCache(), tokens)
-            for results, policy in zip(scored, subject.policies, strict=True):
+            full = scoring.reader(FullCache(), subject.args.sequential)(subject.reference, FullCache(), tokens)
+            for results, (model, _, policy) in zip(scored, runs, strict=True):
                 read = scoring.reader(policy, subject.args.sequential)
-                states = full if policy.name == FullCache.name else read(subject.model, policy, tokens)
-                results.append(scoring.score(subject.model, tokens, states, full))
+                same = policy.name == FullCache.name and model is subject.reference
+                states = full if same else read(model, policy, tokens)
+                results.append(scoring.score(model, tokens, states, full, subject.reference))
                 bar.update()
             n_bytes += subject.text_bytes(window[1:])
             rows = done + [
-                row_of(text, subject, policy, results, scored[0], n_bytes)
-                for policy, results in zip(subject.policies, scored, strict=True)
+                row_of(text, subject, policy, results, scored[0], n_bytes) | {"weights": weights}
+                for (_, weights, policy), results in zip(runs, scored, strict=True)
             ]
             save(rows)
     bar.close()
@@ -148,8 +152,8 @@ def record(subject: Subject, argv: list[str]) -> dict[str, Any]:
     kind = subject.args.kind
     return {
         "kind": kind, "model": subject.name, "dtype": str(subject.dtype).removeprefix("torch."),
-        "device": str(subject.device), "seed": subject.args.seed, "torch": torch.__version__,
-        "python": sys.version.split()[0], "commit": commit(),
+        "weights": str(subject.weights or 16), "device": str(subject.device), "seed": subject.args.seed,
+        "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit(),
         "settings": {name: getattr(subject.args, name) for name in SETTINGS[kind]},
         "command": ["scripts/evaluate.py", *shown(argv)],
     }  # fmt: skip
@@ -160,6 +164,10 @@ def make_parser() -> Parser:
     p.add_argument("kind", choices=tuple(SETTINGS))
     p.add_argument("--checkpoint_path", type=Path, help="(default: the bundled model)")
     p.add_argument("--model", metavar="NAME")
+    p.add_argument(
+        "--weights", metavar="SETTING",
+        help="as for generate.py; perplexity and divergence compare with the full cache and weights as they are",
+    )  # fmt: skip
     p.add_argument("--dtype", default="auto")
     p.add_argument("--device", default="auto")
     p.add_argument("--caches", nargs="+", default=CACHES, metavar="CACHE", help="beside the full cache")

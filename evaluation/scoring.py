@@ -175,11 +175,17 @@ def reader(policy: KVCache, sequential: bool) -> Callable[[Transformer, KVCache,
 
 
 @torch.inference_mode()
-def score(model: Transformer, tokens: Tensor, states: Tensor, reference: Tensor | None = None) -> Scored:
+def score(
+    model: Transformer,
+    tokens: Tensor,
+    states: Tensor,
+    reference: Tensor | None = None,
+    reference_model: Transformer | None = None,
+) -> Scored:
     """Score each token but the first from the state before it, a few at a time: a vocabulary is wide.
 
-    states, reference: [token, dim], as the readers give them. tokens: int64 [token]. Raises UserError where a logit
-    is not finite: a mean of it would be no figure.
+    states, reference: [token, dim], as the readers give them; reference_model: the one of the latter, where it is
+    another. tokens: int64 [token]. Raises UserError where a logit is not finite: a mean of it would be no figure.
     """
     parts: list[tuple[Tensor, ...]] = []
     for lo in range(0, len(tokens) - 1, HEAD_TOKENS):
@@ -189,7 +195,7 @@ def score(model: Transformer, tokens: Tensor, states: Tensor, reference: Tensor 
         if reference is None:
             parts.append((nll,))
             continue
-        want = model.head(reference[lo:hi]).float().log_softmax(-1)
+        want = (reference_model or model).head(reference[lo:hi]).float().log_softmax(-1)
         kl = (want.exp() * (want - logp)).double().sum(-1)
         parts.append((nll, kl, (want.argmax(-1) == logp.argmax(-1)).double()))
     scored = Scored(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))

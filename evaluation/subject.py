@@ -19,6 +19,7 @@ from tqdm import tqdm
 import kv_cache
 from checkpoint import (
     check_tokenizer,
+    chosen_weights,
     end_ids,
     find_demo,
     load_model,
@@ -65,7 +66,12 @@ class Subject:
         self.policies: list[KVCache] = [FullCache(), *(p for p in others if p.name != FullCache.name)]
         for policy in self.policies:
             require_suits(policy, self.config)
-        self.model = load_model(checkpoint, self.device, self.dtype)
+        self.weights = chosen_weights(checkpoint, args.weights)
+        self.model = load_model(checkpoint, self.device, self.dtype, weights=self.weights)
+        # What weights in fewer bits are compared with; the model itself where there are no others to be had.
+        self.reference = self.model
+        if self.weights is not None and checkpoint.weights is None and args.kind in ("perplexity", "divergence"):
+            self.reference = load_model(checkpoint, self.device, self.dtype)
         require_finite(self.model)
 
     def shape(self, capacity: int, batch: int = 1) -> Shape:

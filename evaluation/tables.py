@@ -9,6 +9,12 @@ from typing import Any
 from cli.report import size
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """The cache, and the weights where they are in fewer bits."""
+    weights = row.get("weights", "16")
+    return row["cache"] if weights == "16" else f"{row['cache']}, weights {weights}"
+
+
 def print_scores(rows: list[dict[str, Any]], kind: str) -> None:
     for name, group in itertools.groupby(rows, lambda r: r["text"]):
         found = list(group)
@@ -19,19 +25,19 @@ def print_scores(rows: list[dict[str, Any]], kind: str) -> None:
             print(f"{'cache':<58}{'perplexity':>11}{'rise':>10}{'+-':>9}{'bits/byte':>11}{'cache':>12}")
             for r in found:
                 error = "" if r["perplexity_rise_error"] is None else f"{r['perplexity_rise_error']:.4%}"
-                print(f"{r['cache']:<58}{r['perplexity']:>11.4f}{r['perplexity_rise']:>+10.4%}{error:>9}"
+                print(f"{name_of(r):<58}{r['perplexity']:>11.4f}{r['perplexity_rise']:>+10.4%}{error:>9}"
                       f"{r['bits_per_byte'] or math.nan:>11.4f}{size(r['cache_bytes']):>12}")  # fmt: skip
         else:
             print(f"{'cache':<58}{'mean KL':>11}{'+-':>9}{'99th pct':>10}{'same top':>10}{'cache':>12}")
             for r in found:
                 error = "" if r["kl_error"] is None else f"{r['kl_error']:.1e}"
-                print(f"{r['cache']:<58}{r['kl']:>11.2e}{error:>9}{r['kl_p99']:>10.1e}{r['same_top']:>10.2%}"
+                print(f"{name_of(r):<58}{r['kl']:>11.2e}{error:>9}{r['kl_p99']:>10.1e}{r['same_top']:>10.2%}"
                       f"{size(r['cache_bytes']):>12}")  # fmt: skip
         where = list(first["by_position"])
         value = "nll" if kind == "perplexity" else "kl"
         print(f"{f'{value} by position':<58}" + " ".join(f"{w:>11}" for w in where))
         for r in found:
-            print(f"{r['cache']:<58}" + " ".join(f"{r['by_position'][w][value]:>11.3g}" for w in where))
+            print(f"{name_of(r):<58}" + " ".join(f"{r['by_position'][w][value]:>11.3g}" for w in where))
 
 
 def print_passkeys(rows: list[dict[str, Any]]) -> None:

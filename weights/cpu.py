@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weights import formats
+import quantize
 from weights.modules import QuantizedLinear, QuantizedWeight, product
 
 MOST_TOKENS = 16  # of 8 bits: for more, a weight made dense once costs less than the kernel's rows one by one
@@ -61,7 +61,7 @@ class Int4Linear(nn.Module):
         n, k, group = len(linear.ints), linear.k, linear.group
         self.n, self.k, self.group, self.bias = n, k, group, linear.bias
         missing = -n % ROWS
-        u = F.pad(formats.unpack4(linear.ints, group).int(), (0, 0, 0, missing))
+        u = F.pad(quantize.unpack4(linear.ints, group).int(), (0, 0, 0, missing))
         scale, base = (linear.pairs.float() * linear.scale[:, None, None]).transpose(0, 1).unbind(-1)
         lines = F.pad(torch.stack((scale, base + 8 * scale), -1), (0, 0, 0, missing)).bfloat16()
         self.ints = nn.Parameter(torch.ops.aten._convert_weight_to_int4pack_for_cpu(u, 1), requires_grad=False)

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weights import formats
+import quantize
+from model import Transformer
+from quantize import WeightSetting
 
 DENSE_ELEMENTS = 1 << 24  # of a weight made dense at once, for many tokens: 32 MiB in 16 bits
 
@@ -22,7 +24,7 @@ class QuantizedWeight:
     """A weight [n, k] in 8 bits (group 0) or 4: what a product takes where it would take a Tensor.
 
     ints: int8 [n, k], or int16 [n, n_group * group / 4]; scale: float32 [n] (of 4 bits a row's unit); pairs: float16
-    [n, n_group, 2], scale and base of each group (None of 8 bits). `weights.formats` says what they mean.
+    [n, n_group, 2], scale and base of each group (None of 8 bits). `quantize.py` says what they mean.
     """
 
     ints: Tensor
@@ -50,9 +52,9 @@ class QuantizedWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight in a float dtype, [n, k]."""
         if self.pairs is None:
-            return formats.dequantize8(self.ints, self.scale).to(dtype)
-        u = formats.unpack4(self.ints, self.group)
-        return formats.dequantize4(u, self.pairs, self.scale, self.k).to(dtype)
+            return quantize.dequantize8(self.ints, self.scale).to(dtype)
+        u = quantize.unpack4(self.ints, self.group)
+        return quantize.dequantize4(u, self.pairs, self.scale, self.k).to(dtype)
 
 
 Weight = Tensor | QuantizedWeight
@@ -94,7 +96,7 @@ class QuantizedLinear(nn.Module):
             self.ints = _storage(n, k, dtype=torch.int8)
             self.register_parameter("pairs", None)
         else:
-            n_group = formats.n_groups(k, group)
+            n_group = quantize.n_groups(k, group)
             self.ints = _storage(n, n_group * group // 4, dtype=torch.int16)
             self.pairs = _storage(n, n_group, 2, dtype=torch.float16)
         self.scale = _storage(n, dtype=torch.float32)
@@ -109,15 +111,15 @@ class QuantizedLinear(nn.Module):
 
     def fill(self, rows: Tensor, start: int) -> None:
         """Quantise rows [n, k] of any float dtype and device, to be the ones from `start` on."""
-        step = max(1, formats.at_once(self.ints.device) // self.k)
+        step = max(1, quantize.at_once(self.ints.device) // self.k)
         for chunk in rows.split(step):
             at = slice(start, start + len(chunk))
             chunk = chunk.to(self.ints.device)
             if self.pairs is None:
-                self.ints[at], self.scale[at] = formats.quantize8(chunk)
+                self.ints[at], self.scale[at] = quantize.quantize8(chunk)
             else:
-                u, self.pairs[at], self.scale[at] = formats.quantize4(chunk, self.group)
-                self.ints[at] = formats.pack4(u, self.group)
+                u, self.pairs[at], self.scale[at] = quantize.quantize4(chunk, self.group)
+                self.ints[at] = quantize.pack4(u, self.group)
             start += len(chunk)
 
 
@@ -139,10 +141,10 @@ class QuantizedEmbedding(nn.Module):
 
     def fill(self, rows: Tensor, start: int) -> None:
         """As `QuantizedLinear.fill`."""
-        step = max(1, formats.at_once(self.ints.device) // rows.shape[1])
+        step = max(1, quantize.at_once(self.ints.device) // rows.shape[1])
         for chunk in rows.split(step):
             at = slice(start, start + len(chunk))
-            self.ints[at], self.scale[at] = formats.quantize8(chunk.to(self.ints.device))
+            self.ints[at], self.scale[at] = quantize.quantize8(chunk.to(self.ints.device))
             start += len(chunk)
 
 
@@ -163,3 +165,24 @@ def fillers(model: nn.Module) -> dict[str, Callable[[Tensor, int], None]]:
             seen.add(id(module.ints))
             found[f"{name}.weight"] = module.fill
     return found
+
+
+def replace_matrices(model: Transformer, setting: WeightSetting, dtype: torch.dtype) -> None:
+    """Put modules of fewer bits in the place of a model's matrices, on the meta device, and tie what is tied."""
+    with torch.device("meta"):
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, (nn.Linear, nn.Embedding)):
+                continue
+            bits = setting.bits_of(name, model.config)
+            if bits == 16:
+                continue
+            new: nn.Module
+            if isinstance(module, nn.Embedding):
+                new = QuantizedEmbedding(module.num_embeddings, module.embedding_dim, dtype)
+            else:
+                group = setting.group_size if bits == 4 else 0
+                n, k = module.out_features, module.in_features
+                new = QuantizedLinear(n, k, group, module.bias is not None, dtype)
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, new)
+    model.tie()

@@ -9,11 +9,11 @@ the same 16 bytes of a row, the largest m sets a step m / 127, and an activation
 
 Then `dp4a` multiplies four bytes by four and adds them up: 2 instructions for four weights of 8 bits, and 7 for
 eight of 4 bits, the masks and the shift included. The sums are exact in int32; a group's scale multiplies its sum,
-and its base the sum of the activations (`weights.formats` has the formula).
+and its base the sum of the activations (`quantize.py` has the formula).
 
 Making x into terms takes about 10 instructions an activation, so a program does it once, for `steps` times UNITS units
 of the output one after the other; the next units' weights are on their way while these are at work.
-The norm, RoPE, SwiGLU and residual are in the launch as they are in `triton_linear.py`.
+The norm, RoPE, SwiGLU and residual are in the launch as they are in `gemv.py`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.launch import launch
-from kernels.triton_around import Around, finish, rows_of, what_follows
-from kernels.triton_basics import INTERPRET
-from kernels.triton_plan import processor
+from engine.kernels.epilogue import Around, finish, rows_of, what_follows
+from selective_kv.kernels.basics import INTERPRET
+from selective_kv.kernels.decode_config import processor
+from selective_kv.kernels.launch import launch
 from weights.modules import QuantizedWeight
 
 ROUND = tl.constexpr(12582912.0)  # adding it rounds a float32 to an integer, whose low byte is then the sum's
@@ -206,7 +206,7 @@ def integers_kernel(
         gdc_wait()
 
     # The token: a chunk's largest, its sum, and its terms. Of 4 bits, word p of a group has elements 2p and 2p + 1 of
-    # each quarter of the group: `weights.formats` has the order.
+    # each quarter of the group: `quantize.py` has the order.
     squares = tl.zeros((CHUNKS, 1, 4), tl.float32)
     if GROUP > 0:
         QUARTER: tl.constexpr = GROUP // 8  # in pairs

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import quantize
+from common.errors import UserError
 from model import CONFIGS
-from tokenizer import UserError
-from weights import formats
+from quantize import WeightSetting, parse_weights
 from weights.cpu import for_cpu, has_kernels
 from weights.modules import QuantizedEmbedding, QuantizedLinear, product
-from weights.setting import WeightSetting, parse_weights
 
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 300))
-groups = st.sampled_from(formats.GROUP_SIZES)
+groups = st.sampled_from(quantize.GROUP_SIZES)
 
 
 def matrix(shape: tuple[int, int], seed: int, outliers: bool = False) -> Tensor:
@@ -27,9 +27,9 @@ def matrix(shape: tuple[int, int], seed: int, outliers: bool = False) -> Tensor:
 
 
 def round_trip4(w: Tensor, group: int) -> Tensor:
-    u, pairs, unit = formats.quantize4(w, group)
+    u, pairs, unit = quantize.quantize4(w, group)
     assert u.max() <= 15
-    return formats.dequantize4(formats.unpack4(formats.pack4(u, group), group), pairs, unit, w.shape[1])
+    return quantize.dequantize4(quantize.unpack4(quantize.pack4(u, group), group), pairs, unit, w.shape[1])
 
 
 def grouped(w: Tensor, group: int) -> Tensor:
@@ -42,9 +42,9 @@ def grouped(w: Tensor, group: int) -> Tensor:
 @settings(deadline=None, max_examples=40)
 def test_8_bits_are_within_half_a_step(shape: tuple[int, int], seed: int, outliers: bool) -> None:
     w = matrix(shape, seed, outliers)
-    ints, scale = formats.quantize8(w)
+    ints, scale = quantize.quantize8(w)
     step = w.abs().amax(1, keepdim=True) / 127
-    assert ((formats.dequantize8(ints, scale) - w).abs() <= 0.5001 * step).all()
+    assert ((quantize.dequantize8(ints, scale) - w).abs() <= 0.5001 * step).all()
 
 
 @given(shapes, groups, st.integers(0, 9), st.booleans())
@@ -71,14 +71,14 @@ def test_4_bits_search_beats_the_whole_range() -> None:
     assert (round_trip4(w, 128) - w).norm() < 0.94 * (plain - of_w).norm()
 
 
-@pytest.mark.parametrize("group", formats.GROUP_SIZES)
+@pytest.mark.parametrize("group", quantize.GROUP_SIZES)
 def test_zero_and_constant_groups_come_back_exactly(group: int) -> None:
     w = torch.zeros(4, 2 * group)
     w[1, :group] = 0.0123
     w[2] = -3.25e-8
     w = w.bfloat16().float()
     assert torch.equal(round_trip4(w, group), w)
-    assert torch.equal(formats.dequantize8(*formats.quantize8(torch.zeros(3, 5))), torch.zeros(3, 5))
+    assert torch.equal(quantize.dequantize8(*quantize.quantize8(torch.zeros(3, 5))), torch.zeros(3, 5))
 
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**-20, 2.0**100])
@@ -90,11 +90,11 @@ def test_4_bits_of_any_size(scale: float) -> None:
 @given(shapes, groups, st.integers(0, 9))
 @settings(deadline=None, max_examples=25)
 def test_packing_is_undone_and_has_the_documented_order(shape: tuple[int, int], group: int, seed: int) -> None:
-    n, k = shape[0], formats.n_groups(shape[1], group) * group
+    n, k = shape[0], quantize.n_groups(shape[1], group) * group
     u = torch.randint(16, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    words = formats.pack4(u, group)
+    words = quantize.pack4(u, group)
     assert words.shape == (n, k // 4) and words.dtype == torch.int16
-    assert torch.equal(formats.unpack4(words, group), u)
+    assert torch.equal(quantize.unpack4(words, group), u)
     at = seed % (group // 4)
     nibbles = [(int(words[0, at]) >> shift) & 15 for shift in (0, 4, 8, 12)]
     assert nibbles == u[0, at : group : group // 4].tolist()
@@ -113,7 +113,7 @@ def wanted(made: QuantizedLinear, x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x.double(), made.weight.dense(torch.float64), bias)
 
 
-@given(shapes, st.sampled_from((0, *formats.GROUP_SIZES)), st.booleans(), st.integers(1, 20))
+@given(shapes, st.sampled_from((0, *quantize.GROUP_SIZES)), st.booleans(), st.integers(1, 20))
 @settings(deadline=None, max_examples=30)
 def test_products_agree_with_float64(shape: tuple[int, int], group: int, bias: bool, n_token: int) -> None:
     made = linear(*shape, group, bias, torch.float32)

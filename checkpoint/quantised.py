@@ -1,0 +1,154 @@
+"""Checkpoints in 8 and 4 bits: a folder that loads at the speed of its own size.
+
+    config.json         model_type "selective_kv", which other programs refuse by name; the shape as `model.Config` has
+                        it; and what `--weights` said
+    model.safetensors   the model's parameters as they lie in memory, under their names in `model.Transformer`
+    tokenizer files     copied
+
+Nothing is quantised twice: what was chosen when the folder was written is what runs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoint.layout import Fill, Slot
+from checkpoint.stored import FLOATS, INTEGERS, Stored
+from checkpoint.tokenizer_files import TOKENIZER_FILES
+from common.errors import UserError
+from common.files import part_of, write_whole
+from model import Config, RopeScaling, Transformer
+from quantize import WeightSetting, parse_weights
+from weights.modules import replace_matrices
+
+MODEL_TYPE = "selective_kv"
+VERSION = 1
+DTYPES = FLOATS | INTEGERS  # that `stored_tensors` may meet in such a folder
+COMPANIONS = (
+    *TOKENIZER_FILES,
+    "generation_config.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+@dataclass(frozen=True)
+class Described:
+    """What config.json says."""
+
+    name: str
+    config: Config
+    weights: WeightSetting
+    dtype: torch.dtype
+
+
+def describe(fields: dict[str, Any], path: Path) -> Described | None:
+    """Of such a folder's config.json; None of any other. Raises UserError."""
+    if fields.get("model_type") != MODEL_TYPE:
+        return None
+    if fields.get("version") != VERSION:
+        raise UserError(f"{path}: version {fields.get('version')!r} of this format, and {VERSION} is read")
+    try:
+        shape = dict(fields["config"])
+        if shape["rope_scaling"] is not None:
+            shape["rope_scaling"] = RopeScaling(
+                **{**shape["rope_scaling"], "factors": tuple(shape["rope_scaling"]["factors"])}
+            )
+        config = Config(**shape)
+        setting = parse_weights(fields["weights"])
+        dtype = {str(d).removeprefix("torch."): d for d in FLOATS.values()}[fields["dtype"]]
+        name = str(fields["name"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not as quantize.py writes it ({type(error).__name__}: {error})") from None
+    if setting is None:
+        raise UserError(f"{path}: weights {fields['weights']!r}, which are in no fewer bits")
+    return Described(name, config, setting, dtype)
+
+
+def skeleton(config: Config, weights: WeightSetting | None, dtype: torch.dtype) -> Transformer:
+    """The model on the meta device, its matrices in the bits that `weights` says."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    if weights is not None:
+        replace_matrices(model, weights, dtype)
+    return model
+
+
+def parameter_fills(described: Described, tensors: dict[str, Stored], file: Path) -> tuple[Fill, ...]:
+    """Each parameter from the tensor of its name. Raises UserError about one that is missing, or of another kind."""
+    fills = []
+    wanted = dict(skeleton(described.config, described.weights, described.dtype).named_parameters())
+    for name, parameter in wanted.items():
+        if name not in tensors:
+            raise UserError(f"{file}: missing {name}, which the config has")
+        stored = tensors[name]
+        if stored.shape != tuple(parameter.shape):
+            raise UserError(f"{file}: {name} has shape {[*stored.shape]}, and the config's is {[*parameter.shape]}")
+        if stored.dtype != parameter.dtype:
+            raise UserError(f"{file}: {name} is {stored.dtype}, and the config's is {parameter.dtype}")
+        fills.append(Fill(stored, (Slot(name, stored.shape),), interleaved=False))
+    for name in tensors.keys() - wanted.keys():
+        raise UserError(f"{file}: {name} has no place in this model or its config")
+    return tuple(fills)
+
+
+def write_quantised(
+    out: Path, name: str, weights: WeightSetting, eos_ids: tuple[int, ...], tokenizer_folder: Path | None,
+    load: Callable[[], Transformer],
+) -> Path:  # fmt: skip
+    """Write a model, which `load` returns when the folder is ready for it, and the tokenizer's files beside it.
+
+    config.json comes last: a folder without it is none. Returns the file of the weights. Raises UserError.
+    """
+    file = out / "model.safetensors"
+    with _told(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").unlink(missing_ok=True)
+    model = load()
+    tensors: dict[str, Tensor] = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+    fields = {
+        "model_type": MODEL_TYPE, "version": VERSION, "name": name, "weights": str(weights),
+        "dtype": str(model.norm.weight.dtype).removeprefix("torch."), "config": asdict(model.config),
+        "eos_token_id": list(eos_ids),
+    }  # fmt: skip
+    part = part_of(file)
+    with _told(out):
+        try:
+            save_file(tensors, part, {"format": "pt"})
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+        for companion in COMPANIONS if tokenizer_folder is not None else ():
+            assert tokenizer_folder is not None
+            source = tokenizer_folder / companion
+            if source.is_file() and source.resolve() != (out / companion).resolve():
+                (out / companion).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, out / companion)
+        write_whole(out / "config.json", json.dumps(fields, indent=1) + "\n")
+    return file
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Errors of writing, in one line."""
+    try:
+        yield
+    except FileExistsError:
+        raise UserError(f"{out}: not a folder") from None
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise UserError(f"{out}: {error}") from None
