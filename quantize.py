@@ -219,6 +219,6 @@ def weights_help(default: str) -> str:
 
 
 if __name__ == "__main__":
-    from cli.quantize import main
+    from common.program import start
 
-    main()
+    start("cli.quantize")

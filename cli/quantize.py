@@ -21,6 +21,7 @@ from checkpoint.quantised import write_quantised
 from cli.options import Parser
 from cli.report import size
 from common.errors import UserError
+from common.program import program
 from model import Transformer
 from quantize import WeightSetting, parse_weights, weights_help
 
@@ -69,18 +70,14 @@ def checkpoint_bytes(checkpoint: Checkpoint) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser().parse(sys.argv[1:] if argv is None else argv)
-    began = time.perf_counter()
-    try:
+    parser = make_parser()
+    with program("quantize.py", "interrupted: nothing is written"):
+        args = parser.parse(sys.argv[1:] if argv is None else argv)
+        began = time.perf_counter()
         weights = parse_weights(args.weights)
         if weights is None:
             raise UserError(f"--weights {args.weights}: give int8 or int4")
         file = quantise(args.checkpoint_path, args.model, weights, args.out, parse_device(args.device))
         before = checkpoint_bytes(open_checkpoint(args.checkpoint_path, args.model))
-    except UserError as error:
-        print(f"quantize.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    after = file.stat().st_size
-    print(
-        f"{file}: {weights}, {size(after)}, {after / before:.0%} of {size(before)}, {time.perf_counter() - began:.1f} s"
-    )
+        after, seconds = file.stat().st_size, time.perf_counter() - began
+        print(f"{file}: {weights}, {size(after)}, {after / before:.0%} of {size(before)}, {seconds:.1f} s")

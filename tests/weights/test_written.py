@@ -1,0 +1,120 @@
+"""--weights end to end: quantised while loading, or written by quantize.py and loaded again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import CPU
+from safetensors.torch import load_file, save_file
+
+from checkpoint import Checkpoint, find_demo, load_model, open_checkpoint
+from cli import quantize as command
+from cli.report import make_plan, parameter_bytes
+from common.errors import UserError
+from model import CONFIGS, Config, Transformer
+from quantize import parse_weights
+from selective_kv import FullCache, Shape
+from weights.modules import QuantizedLinear
+
+
+def same(a: Transformer, b: Transformer) -> bool:
+    ours, theirs = dict(a.named_parameters()), dict(b.named_parameters())
+    return ours.keys() == theirs.keys() and all(torch.equal(p, theirs[name]) for name, p in ours.items())
+
+
+@pytest.fixture(scope="module")
+def source() -> Path:
+    return find_demo()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4:group_size=32", "int4:group_size=32,embedding_bits=16,down_bits=8"])
+def test_what_is_written_is_what_loading_would_make(source: Path, tmp_path: Path, weights: str) -> None:
+    command.main(["--checkpoint_path", str(source), "--weights", weights, "--out", str(tmp_path), "--device", "cpu"])
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path)
+    assert str(after.weights) == weights and after.config == before.config
+    assert after.tokenizer_path is not None and after.eos_ids == before.eos_ids
+    loaded = load_model(after, CPU, torch.bfloat16)
+    assert same(loaded, load_model(before, CPU, torch.bfloat16, weights=parse_weights(weights)))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_program_that_does_not_know_it_says_so(source: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    command.main(["--checkpoint_path", str(source), "--out", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(ValueError, match="selective_kv"):
+        transformers.AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def written(source: Path, tmp_path: Path) -> Path:
+    command.main(["--checkpoint_path", str(source), "--weights", "int4", "--out", str(tmp_path), "--device", "cpu"])
+    return tmp_path
+
+
+def test_damage_is_told(written: Path) -> None:
+    config = json.loads((written / "config.json").read_text())
+    for change, said in (({"version": 9}, "version 9"), ({"weights": "int3"}, "int3"), ({"config": {}}, "quantize.py"),
+                         ({"weights": "int8"}, "shape")):  # fmt: skip
+        (written / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=said):
+            open_checkpoint(written)
+    (written / "config.json").write_text(json.dumps(config))
+    tensors = load_file(written / "model.safetensors")
+    name = "layers.0.attention.wqkv.scale"
+    for other, said in (({name: tensors[name].half()}, "float16"), ({"odd": torch.zeros(1)}, "no place")):
+        save_file(tensors | other, written / "model.safetensors")
+        with pytest.raises(UserError, match=said):
+            open_checkpoint(written)
+    save_file({n: t for n, t in tensors.items() if n != name}, written / "model.safetensors")
+    with pytest.raises(UserError, match=f"missing {name}"):
+        open_checkpoint(written)
+
+
+def test_it_is_not_quantised_twice(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--checkpoint_path", str(written), "--out", str(tmp_path / "again")],
+                 ["--checkpoint_path", str(written), "--out", str(tmp_path / "x"), "--weights", "16"]):  # fmt: skip
+        with pytest.raises(SystemExit):
+            command.main(argv)
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_weight_that_is_no_number_is_named(source: Path, tmp_path: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("o_proj.weight"))
+    tensors[name][0, 0] = float("nan")
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=name):
+        load_model(open_checkpoint(tmp_path), CPU, torch.float32, weights=parse_weights("int4"))
+
+
+def test_a_plan_counts_what_will_be_allocated(source: Path) -> None:
+    checkpoint, setting = open_checkpoint(source), parse_weights("int4:group_size=32")
+    config = checkpoint.config
+    shape = Shape(1, config.n_kv_head, config.head_dim, 64, torch.bfloat16, CPU)
+    plan = make_plan(config, FullCache(), shape, 16, setting)
+    model = load_model(checkpoint, CPU, torch.bfloat16, weights=setting, to_run=False)
+    assert plan.weights == parameter_bytes(model) < plan.dense_weights
+    assert any("int4" in line for line in plan.lines())
+
+
+def test_an_8b_in_4_bits_fits_a_small_card() -> None:
+    """4.25 bits a weight of the layers, 8 of the embedding and head, each with its scales."""
+    config = CONFIGS["llama-3.1-8b"]
+    shape = Shape(1, config.n_kv_head, config.head_dim, 64, torch.bfloat16, torch.device("meta"))
+    plan = make_plan(config, FullCache(), shape, 16, parse_weights("int4"))
+    layers = 32 * (6144 * 4096 + 4096 * 4096 + 3 * 4096 * 14336)
+    assert plan.weights == pytest.approx(layers * 4.25 / 8 + 2 * 128256 * 4096, rel=2e-3)
+
+
+def test_random_weights_are_quantised_too() -> None:
+    checkpoint = Checkpoint(None, "small", Config(64, 64, 2, 2, 2, 96, 128, 32))
+    model = load_model(checkpoint, CPU, torch.float32, random_weights=True, weights=parse_weights("int4"), to_run=False)
+    w2 = model.layers[1].feed_forward.w2
+    assert isinstance(w2, QuantizedLinear)
+    assert w2.weight.dense(torch.float32).std() == pytest.approx(0.01, rel=0.1)
