@@ -61,6 +61,7 @@ from common.program import program, uninterrupted
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from engine.precompile import compiled_ahead
 from kv_cache import ModelCache
+from model import Config
 from quantize import WeightSetting, weights_help
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, caches
 from tokenizer import Tokenizer
@@ -198,9 +199,9 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
     prompts = [] if args.interactive else [p for p in ids for _ in range(args.num_samples)]
     longest = max(map(len, prompts), default=0)
     if args.interactive:
-        capacity, n_new = conversation_room(args, policy, config.context), args.max_new_tokens
+        capacity, n_new = conversation_room(args, policy, config), args.max_new_tokens
     else:
-        n_new = new_tokens(args, policy, config.context, longest)
+        n_new = new_tokens(args, policy, config, longest)
         capacity = longest + n_new
     ends = frozenset() if args.ignore_eos or tokenizer is None else end_ids(checkpoint, tokenizer)
     if chat is not None and not args.ignore_eos:
@@ -217,6 +218,7 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
             capacity,
             parse_dtype(args.dtype, checkpoint, device),
             device,
+            config.reach or None,
         ),
         sampling,
         ends,
@@ -240,29 +242,32 @@ def start_chat(args: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Toke
     return Conversation(chat_template_of(checkpoint, template_variables(args.template_vars)), tokenizer, args.system)
 
 
-def check_exact(policy: KVCache, context: int) -> None:
+def context_with(policy: KVCache, config: Config) -> int:
+    """The tokens that the model was trained to handle with this cache, having checked that it fits them."""
+    context = config.far_context if config.reach and policy.slides else config.context
     if policy.n_exact > context:
         raise UserError(
             f"--sink_size + --window_size is {policy.n_exact}, {policy.n_exact - context} past the model's "
             f"context of {context}"
         )
+    return context
 
 
-def conversation_room(args: argparse.Namespace, policy: KVCache, context: int) -> int:
+def conversation_room(args: argparse.Namespace, policy: KVCache, config: Config) -> int:
     """Tokens that a conversation may have."""
-    check_exact(policy, context)
+    context = context_with(policy, config)
     room = args.context or context
     if room < policy.n_exact:
         raise UserError(f"--context {room} is less than --sink_size + --window_size, {policy.n_exact}")
-    if room > context and not policy.endless:
+    if room > context and not policy.endless_with(config.reach or None):
         raise UserError(f"--context {room} is {room - context} past the model's context of {context}")
     return room
 
 
-def new_tokens(args: argparse.Namespace, policy: KVCache, context: int, longest: int) -> int:
+def new_tokens(args: argparse.Namespace, policy: KVCache, config: Config, longest: int) -> int:
     """How many tokens to write after the longest prompt."""
-    check_exact(policy, context)
-    if policy.endless:
+    context = context_with(policy, config)
+    if policy.endless_with(config.reach or None):
         return args.max_new_tokens
     if longest > context:
         raise UserError(

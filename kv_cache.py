@@ -25,11 +25,17 @@ class ModelCache:
     def __init__(self, policy: KVCache, n_layer: int, shape: Shape) -> None:
         self.policy = policy
         self.shape = shape
+        require_slides(policy, shape)
         self.layers: list[KVCache] = [dataclasses.replace(policy) for _ in range(n_layer)]
         for layer in self.layers:
             layer.allocate(shape)
         self.lengths = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
         self.row = 0
+
+    @property
+    def endless(self) -> bool:
+        """Whether a sequence may be longer than the model's context."""
+        return self.policy.endless_with(self.shape.reach)
 
     def slot(self, b: int) -> ModelCache:
         view = copy.copy(self)
@@ -54,7 +60,7 @@ class ModelCache:
 
     def check_room(self, n_token: int) -> None:
         """Raises ValueError if a sequence of n_token tokens is past the capacity."""
-        if n_token > self.shape.capacity and not self.policy.endless:
+        if n_token > self.shape.capacity and not self.endless:
             raise ValueError(f"{n_token} tokens do not fit a cache made for {self.shape.capacity}")
 
     def advance(self, chunk: Chunk) -> None:
@@ -74,8 +80,18 @@ class ModelCache:
         return total
 
 
+def require_slides(policy: KVCache, shape: Shape) -> None:
+    """Raises ValueError where a cache would show a query more than the model's own attention looks back to."""
+    if shape.reach is not None and shape.capacity > shape.reach and not policy.slides:
+        raise ValueError(
+            f"the model attends to the last {shape.reach} tokens only, which {policy.name or type(policy).__name__} "
+            f"does not keep to: at most {shape.reach} tokens, not {shape.capacity}"
+        )
+
+
 def plan(policy: KVCache, n_layer: int, shape: Shape) -> dict[str, int]:
     """The bytes by region that a cache will need, found by allocating it on the meta device."""
+    require_slides(policy, shape)
     layer = dataclasses.replace(policy)
     layer.allocate(dataclasses.replace(shape, device=torch.device("meta")))
     return {region: n * n_layer for region, n in layer.nbytes().items()}

@@ -73,7 +73,12 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model. `context` is the number of tokens that it was trained to handle."""
+    """The shape of a model. `context` is the number of tokens that it was trained to handle.
+
+    reach: how many tokens back its attention looks, the query's own among them (Mistral 7B 0.1); 0: to the first. Then
+    `context` is no more than that, for up to there every cache is right, and `far_context` is what it was trained to
+    handle where the cache keeps to the reach.
+    """
 
     vocab_size: int
     dim: int
@@ -90,6 +95,8 @@ class Config:
     qkv_bias: bool = False
     wo_bias: bool = False
     ffn_bias: bool = False
+    reach: int = 0
+    far_context: int = 0
     qk_norm: bool = False
 
     def __post_init__(self) -> None:

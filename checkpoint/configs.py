@@ -104,7 +104,6 @@ def config_from_hugging_face(fields: dict[str, Any], path: Path) -> Config:
         n_head=n_head,
         n_kv_head=f.whole("num_key_value_heads", n_head),
         ffn_dim=f.whole("intermediate_size"),
-        context=_context(f, kind, scaling),
         head_dim=f.whole("head_dim", 128 if kind == "qwen3" else 0),
         norm_eps=f.number("rms_norm_eps", 1e-6, least=0),
         rope_theta=theta,
@@ -113,6 +112,7 @@ def config_from_hugging_face(fields: dict[str, Any], path: Path) -> Config:
         qkv_bias=attention_bias or kind == "qwen2",
         wo_bias=attention_bias,
         ffn_bias=kind == "llama" and bool(f.get("mlp_bias")),
+        **_context(f, kind, scaling),
         qk_norm=kind == "qwen3",
     )
 
@@ -184,25 +184,43 @@ def _yarn_magnitude(rope: Fields, factor: float) -> float:
     return (log * scale + 1) / (log * scale_all + 1)
 
 
-def _context(f: Fields, kind: str, scaling: RopeScaling | None) -> int:
-    """The positions a model was trained for, or its attention window where that is shorter.
-
-    Within the window, attention is the full one; past it, it would not be.
-    """
+def _context(f: Fields, kind: str, scaling: RopeScaling | None) -> dict[str, int]:
+    """The positions a model was trained for; or its attention's window where that is shorter, and both."""
     context = f.whole("max_position_embeddings")
     if scaling is not None and scaling.kind == "yarn":  # model cards add the scaling and leave the context as it was
         context = max(context, int(min(scaling.factor * scaling.original_context, LARGEST_WHOLE)))
-    has_window = kind == "mistral" or (kind in ("qwen2", "qwen3") and f.get("use_sliding_window"))
-    unsaid = 4096 if "sliding_window" not in f.fields else context  # the former is transformers' default
-    window = f.whole("sliding_window", unsaid) if has_window else context
-    if 0 < window < context:
+    window = _window(f, kind)
+    if not 0 < window < context:
+        return {"context": context}
+    n_layer, n_slide = f.whole("num_hidden_layers"), _sliding_layers(f, kind)
+    if n_slide == 0:
+        return {"context": context}
+    if n_slide < n_layer:  # no cache here is right for both kinds of layers past the window
         note(
-            f"{f.path.parent.name} attends to the last {window} tokens only, so its context is {window}; "
-            f"compress_kv --sink_size 0 --window_size {window} --positions original is that attention, "
-            f"without end"
+            f"{f.path.parent.name}: {n_slide} of {n_layer} layers attend to the last {window} tokens only, "
+            f"so its context is {window}"
         )
-        return window
-    return context
+        return {"context": window}
+    return {"context": window, "reach": window, "far_context": context}
+
+
+def _window(f: Fields, kind: str) -> int:
+    """sliding_window, where the family has one; 0: none."""
+    if kind != "mistral" and not (kind in ("qwen2", "qwen3") and f.get("use_sliding_window")):
+        return 0
+    unsaid = 4096 if "sliding_window" not in f.fields else 0  # transformers' default; null is none
+    return f.whole("sliding_window", unsaid)
+
+
+def _sliding_layers(f: Fields, kind: str) -> int:
+    """How many layers slide. Of Qwen 2 and 3: those that layer_types says, or from max_window_layers on."""
+    n_layer = f.whole("num_hidden_layers")
+    if kind == "mistral":
+        return n_layer
+    kinds = f.get("layer_types")
+    if isinstance(kinds, list):
+        return sum(kind == "sliding_attention" for kind in kinds)
+    return max(0, n_layer - f.whole("max_window_layers", 28, least=0))
 
 
 def config_from_params(fields: dict[str, Any], path: Path, vocab_size: int, tied: bool) -> Config:
@@ -223,8 +241,10 @@ def config_from_params(fields: dict[str, Any], path: Path, vocab_size: int, tied
         scaling, context = RopeScaling("llama3", factor), 131072
     elif theta == 500000.0:
         context = 8192
-    elif theta == 1000000.0:  # Mistral 7B 0.2 and 0.3
+    elif theta == 1000000.0 or "sliding_window" in fields:  # Mistral 7B
         context = 32768
+    window = f.whole("sliding_window", 0, least=0)
+    slides = {"reach": window, "far_context": context} if 0 < window < context else {}
     ffn_dim = int(f.number("ffn_dim_multiplier", 1.0, most=LARGEST_WHOLE) * (8 * dim // 3))
     multiple = f.whole("multiple_of", 256, least=1)
     return make_config(
@@ -235,12 +255,13 @@ def config_from_params(fields: dict[str, Any], path: Path, vocab_size: int, tied
         n_head=n_head,
         n_kv_head=f.whole("n_kv_heads", n_head),
         ffn_dim=f.whole("hidden_dim", -(-ffn_dim // multiple) * multiple),
-        context=context,
+        context=window if slides else context,
         head_dim=f.whole("head_dim", 0),
         norm_eps=f.number("norm_eps", least=0),
         rope_theta=theta,
         rope_scaling=scaling,
         tied_embeddings=tied,
+        **slides,
     )
 
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from checkpoint.configs import Fields, make_config, note
+from checkpoint.configs import Fields, make_config
 from checkpoint.gguf import GGUF
 from checkpoint.layout import Fill, match_tensors
 from checkpoint.stored import Stored
@@ -53,7 +53,7 @@ def gguf_config(gguf: GGUF) -> Config:
         n_head=n_head,
         n_kv_head=_same_in_layers(f, "attention.head_count_kv", n_head),
         ffn_dim=_same_in_layers(f, "feed_forward_length"),
-        context=_context(f),
+        **_context(f),
         head_dim=head_dim,
         norm_eps=f.number("attention.layer_norm_rms_epsilon", least=0),
         rope_theta=f.number("rope.freq_base", 10000.0, least=1e-30),
@@ -74,14 +74,13 @@ def _same_in_layers(f: Fields, name: str, default: int | None = None) -> int:
     return f.whole(name, default)
 
 
-def _context(f: Fields) -> int:
-    """As for config.json: the window where attention has one, for within it attention is the full one."""
+def _context(f: Fields) -> dict[str, int]:
+    """As for config.json: where attention has a window, up to there every cache is right."""
     context = f.whole("context_length")
     window = f.whole("attention.sliding_window", 0)
-    if 0 < window < context:
-        note(f"{f.path.name} attends to the last {window} tokens only, so its context is {window}")
-        return window
-    return context
+    return (
+        {"context": window, "reach": window, "far_context": context} if 0 < window < context else {"context": context}
+    )
 
 
 def _scaling(f: Fields, freqs: Stored | None, head_dim: int) -> RopeScaling | None:

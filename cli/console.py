@@ -137,7 +137,7 @@ def converse(
 
     given: the first lines, before those of standard input. Yields what each turn took, and what was written.
     """
-    endless, capacity = engine.cache.policy.endless, engine.cache.shape.capacity
+    endless, capacity = engine.cache.endless, engine.cache.shape.capacity
     say("Type a line; /reset forgets, Ctrl-D ends.")
     pending: list[int] = []  # the last token written, which the cache has not read yet
     reply, n_seen, told = "", 0, False

@@ -54,9 +54,9 @@ class Timing:
         return n_decoded / self.decode_seconds if self.decode_seconds else 0.0
 
 
-def chunk_size(policy: KVCache, context: int, most: int) -> int:
-    """How many tokens of a prompt are read at once, where `most` are allowed."""
-    if policy.endless:  # positions within the cache must stay inside the trained context
+def chunk_size(policy: KVCache, context: int, most: int, reach: int | None = None) -> int:
+    """How many tokens of a prompt are read at once, where `most` are allowed. reach: as for `Shape`."""
+    if policy.endless and reach is None:  # positions within the cache must stay inside the trained context
         return min(most, max(1, context - policy.n_exact))
     return most
 
@@ -134,7 +134,7 @@ class Engine:
     def read(self, prompts: Sequence[Sequence[int]]) -> None:
         """Prefill: append each prompt to its sequence and choose every sequence's next token."""
         self._notify("prefill")
-        chunk = chunk_size(self.cache.policy, self.model.config.context, self.prefill_chunk)
+        chunk = chunk_size(self.cache.policy, self.model.config.context, self.prefill_chunk, self.cache.shape.reach)
         last = []
         for b, prompt in enumerate(prompts):
             ids = torch.tensor([list(prompt)], dtype=torch.int64).to(self.device)

@@ -12,7 +12,8 @@ What a query at position p sees, with S = sink_size and W = window_size:
     selective      quantize_kv    pos < S and pos > p - W     the rest    -      (8 or 4 bits: formats.py)
 
 A chunk of tokens sees itself causally in full precision, and what the cache held when the chunk's
-first token came. A token is written once, and quantised once: when it leaves the window.
+first token came; where the model itself slides (`Shape.reach`), the window holds inside the chunk too
+(sliding.py). A token is written once, and quantised once: when it leaves the window.
 
 To write a cache of your own, subclass `KVCache` and define `update`: return the dense keys, values and
 positions that a chunk may look at. That is also the slow, obvious reference of the caches here, which
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """What one layer's cache must hold. capacity: the most tokens that a sequence will ever have."""
+    """What one layer's cache must hold. capacity: the most tokens that a sequence will ever have.
+
+    reach: how many tokens back the model's own attention looks, the query's among them (Mistral 7B 0.1); None: all.
+    """
 
     batch: int
     n_kv_head: int
@@ -46,6 +50,7 @@ class Shape:
     capacity: int
     dtype: torch.dtype
     device: torch.device
+    reach: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class KVCache:
 
     name: ClassVar[str] = ""
     endless: ClassVar[bool] = False  # True: may read more tokens than the model's context
+    slides: ClassVar[bool] = False  # True: keeps to `Shape.reach`; others must not hold more tokens than that
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -104,6 +110,10 @@ class KVCache:
     def n_exact(self) -> int:
         """How many tokens are kept in full precision; 0: no such limit. It must fit the model's context."""
         return 0
+
+    def endless_with(self, reach: int | None) -> bool:
+        """Whether more tokens than the model's context may be read of a model that looks `reach` tokens back."""
+        return self.endless
 
     def sees(self) -> Visible | None:
         """What a query sees, where that can be said in advance: a text can then be scored in parallel, and a prompt

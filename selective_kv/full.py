@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from selective_kv.cache import Visible
-from selective_kv.region_cache import RegionCache
+from selective_kv.sliding import SlidingCache
 
 
 @dataclass
-class FullCache(RegionCache):
-    """Keep every token in full precision."""
+class FullCache(SlidingCache):
+    """Keep every token in full precision: all that the model itself can look back to."""
 
     name: ClassVar[str] = "full"
 
@@ -19,4 +19,7 @@ class FullCache(RegionCache):
         return Visible() if type(self) is FullCache else None  # what a subclass changes is not known
 
     def sizes(self, capacity: int) -> tuple[int, int]:
-        return 0, capacity
+        return 0, capacity if self.reach is None else min(self.reach, capacity)
+
+    def endless_with(self, reach: int | None) -> bool:
+        return self.endless or reach is not None

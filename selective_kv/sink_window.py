@@ -8,20 +8,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from selective_kv.cache import RopeLike, Visible, knob
-from selective_kv.region_cache import RegionCache
+from selective_kv.cache import Chunk, RopeLike, Visible, knob, wide
+from selective_kv.sliding import SlidingCache
 
 
-def rotate(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
-    """Turn x [..., head_dim] by `offset` more positions of RoPE."""
+def rotate(x: Tensor, offset: int | Tensor, frequencies: Tensor) -> Tensor:
+    """Turn x [..., head_dim] by `offset` more positions of RoPE: one number, or as many as broadcast to [..., 1]."""
     angle = frequencies * offset  # float64: a million positions are many turns
-    cos, sin = angle.cos().float(), angle.sin().float()
-    a, b = x.float().chunk(2, -1)
+    a, b = wide(x).chunk(2, -1)
+    cos, sin = angle.cos().to(a.dtype), angle.sin().to(a.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
 @dataclass
-class SinkWindowCache(RegionCache):
+class SinkWindowCache(SlidingCache):
     """Keep the first tokens and the most recent ones; drop the middle.
 
     StreamingLLM (Xiao et al. 2023, arXiv:2309.17453). Constant memory and speed, however long the text;
@@ -53,7 +53,10 @@ class SinkWindowCache(RegionCache):
         return self.sink_size + self.window_size
 
     def sizes(self, capacity: int) -> tuple[int, int]:
-        return self.sink_size, self.window_size
+        return self.sink_size, self.window_size if self.reach is None else min(self.window_size, self.reach)
+
+    def endless_with(self, reach: int | None) -> bool:
+        return self.endless or (reach is not None and self.sink_size == 0)
 
     def sink_turn(self, rope: RopeLike) -> tuple[Tensor, Tensor] | None:
         if self.positions == "original" or not self.sink_size:
@@ -66,3 +69,10 @@ class SinkWindowCache(RegionCache):
             return k
         sink = self.regions.sink_size
         return torch.cat((rotate(k[:, :sink], n_dropped, rope.frequencies), k[:, sink:]), 1)
+
+    def sink_queries(self, q: Tensor, chunk: Chunk, rope: RopeLike) -> Tensor | None:
+        if self.positions == "original" or not self.sink_size:
+            return None
+        n_slot = self.regions.sink_size + self.regions.window_size
+        n_dropped = (chunk.positions + 1 - n_slot).clamp_min(0)[:, None, :, None]  # [batch, 1, token, 1]
+        return rotate(q, -n_dropped, rope.frequencies)

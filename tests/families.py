@@ -74,6 +74,15 @@ FAMILIES = {  # name: (config class, model class, what differs from _SHAPE)
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=16, rope_parameters=_THETA)),
 }
 
+SLIDING = {  # past the window only caches that keep to it are right: not among the others
+    "mistral-sliding": (MistralConfig, MistralForCausalLM, dict(sliding_window=32, rope_parameters=_THETA)),
+    "qwen2-sliding": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        dict(use_sliding_window=True, sliding_window=32, max_window_layers=0, rope_parameters=_THETA),
+    ),
+}
+
 
 def make(family: str, folder: Path, seed: int = 0, max_shard_size: str = "5GB") -> PreTrainedModel:
     """Save a tiny model of `family` in `folder`, and return it: float32, on the CPU, in eval mode.
@@ -81,7 +90,7 @@ def make(family: str, folder: Path, seed: int = 0, max_shard_size: str = "5GB") 
     Every parameter is random, norms and biases too, and large enough that attention is not uniform: a
     tensor that is swapped, permuted wrongly or forgotten changes the logits.
     """
-    config_class, model_class, changes = FAMILIES[family]
+    config_class, model_class, changes = (FAMILIES | SLIDING)[family]
     model = model_class(config_class(**_SHAPE | changes)).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

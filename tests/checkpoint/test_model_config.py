@@ -112,17 +112,28 @@ def test_configs_that_are_refused(tmp_path: Path, changes: dict[str, object], me
     assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_sliding_windows_bound_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Within the window, full attention is what the model was trained with; past it, it is not."""
-    assert config_of(tmp_path, model_type="mistral", sliding_window=1024).context == 1024
-    assert "compress_kv --sink_size 0 --window_size 1024 --positions original" in capsys.readouterr().err
-    assert config_of(tmp_path, model_type="mistral", sliding_window=None).context == 4096
-    assert config_of(tmp_path, model_type="mistral", max_position_embeddings=8192).context == 4096  # unsaid
-    capsys.readouterr()
+def test_sliding_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Within the window every cache is right; past it, those that keep to the window."""
+
+    def spans(**changes: object) -> tuple[int, int, int]:
+        config = config_of(tmp_path, **changes)
+        return config.context, config.reach, config.far_context
+
+    assert spans(model_type="mistral", sliding_window=1024) == (1024, 1024, 4096)
+    assert spans(model_type="mistral", sliding_window=None) == (4096, 0, 0)
+    assert spans(model_type="mistral", max_position_embeddings=8192) == (4096, 4096, 8192)  # unsaid
     qwen = dict(model_type="qwen2", sliding_window=1024)
-    assert config_of(tmp_path, **qwen, use_sliding_window=False).context == 4096
+    assert spans(**qwen, use_sliding_window=False) == (4096, 0, 0)
+    assert spans(**qwen, use_sliding_window=True, max_window_layers=3) == (
+        4096,
+        0,
+        0,
+    )  # was ignored: all three are full
+    assert spans(**qwen, use_sliding_window=True, max_window_layers=0) == (1024, 1024, 4096)
+    assert spans(**qwen, use_sliding_window=True, layer_types=["sliding_attention"] * 3) == (1024, 1024, 4096)
     assert capsys.readouterr().err == ""
-    assert config_of(tmp_path, **qwen, use_sliding_window=True).context == 1024
+    assert spans(**qwen, use_sliding_window=True, max_window_layers=1) == (1024, 0, 0)
+    assert "2 of 3 layers attend to the last 1024 tokens only, so its context is 1024" in capsys.readouterr().err
 
 
 META = {"norm_eps": 1e-5, "vocab_size": 128256, "rope_theta": 500000.0, "n_heads": 32, "n_kv_heads": 8}
