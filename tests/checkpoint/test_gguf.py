@@ -109,7 +109,7 @@ def test_every_type(tmp_path: Path, wide: LlamaForCausalLM, kind: str, monkeypat
     reference = theirs(path)
     assert reference.isfinite().all() and reference.std() > 1e-3
     assert_near(forward(load(path)), reference)
-    monkeypatch.setattr("checkpoint._AT_ONCE", 256 * 64)  # a head at a time
+    monkeypatch.setattr("checkpoint.loading._AT_ONCE", 256 * 64)  # a head at a time
     assert_near(forward(load(path)), reference)
 
 
@@ -279,7 +279,7 @@ def test_damaged_headers_are_told(tmp_path_factory: pytest.TempPathFactory, good
 
 def test_nothing_lies_in_memory_twice(tmp_path: Path, wide: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than a few rows are dequantised at a time."""
-    monkeypatch.setattr("checkpoint._AT_ONCE", 256 * 64)
+    monkeypatch.setattr("checkpoint.loading._AT_ONCE", 256 * 64)
     checkpoint = open_checkpoint(gguf_files.write(tmp_path / "model.gguf", wide, "Q4_0"))
     largest = 0
     for fill in checkpoint.fills:
