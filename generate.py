@@ -43,6 +43,7 @@ from cli.console import Printer, converse, encode_prompt, read_prompts
 from cli.conversation import Conversation
 from cli.options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
 from cli.profile import Profiler
+from cli.provenance import FORMAT, made_from
 from cli.report import (
     choose_bits,
     device_memory,
@@ -347,6 +348,9 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
         report |= startup(age, loading, timing)
         report |= {"finished": not interrupted, "texts": turns or printer.texts, "command": ["generate.py", *args.argv]}
         say("", *report_lines(report))
+        if args.json:  # after the run: hashing all weights takes seconds
+            files, where = [args.prompt_file, args.plugin], job.checkpoint.path
+            report |= {"format": FORMAT, "made_from": made_from(where, files, job.shape.dtype, job.shape.device)}
         if profiler is not None:
             say(*profiler.write(report))
         if args.json:

@@ -41,6 +41,7 @@ from benchmark.clock import read_ceiling
 from benchmark.contestant import Contestant, Timed, gate
 from checkpoint import Checkpoint, chosen_weights, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from cli.options import Parser, add_plugin_flag, load_plugin, parse_size, positive
+from cli.provenance import FORMAT, device_name, made_from
 from cli.report import device_memory, make_plan, parameter_bytes, require_suits, size
 from common.errors import UserError
 from common.files import append_line, require_writable, to_json
@@ -273,7 +274,7 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
         "model": checkpoint.name,
         "dtype": str(dtype).removeprefix("torch."),
         "weights": str(weights or 16),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "device": device_name(device),
         "read_ceiling_bytes_per_s": ceiling,
         "rows": rows,
         "slope_us_per_1000_tokens": slopes,
@@ -298,7 +299,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         if path:
             require_writable(path, flag)
     record = (run_kernels if args.kernels else run_caches)(checkpoint, device, args)
-    record |= {"torch": torch.__version__, "command": ["scripts/benchmark.py", *argv]}
+    dtype = parse_dtype(args.dtype, checkpoint, device)
+    record |= {"format": FORMAT, "torch": torch.__version__, "command": ["scripts/benchmark.py", *argv]}
+    if args.json:
+        record["made_from"] = made_from(where, [args.plugin], dtype, device)
     if args.json:
         append_line(args.json, to_json(record))
     if args.png:

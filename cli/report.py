@@ -17,6 +17,7 @@ import torch
 
 import kv_cache
 from checkpoint.quantised import skeleton
+from cli.provenance import device_name
 from common.errors import UserError
 from common.messages import say
 from engine import Engine, Timing
@@ -225,7 +226,7 @@ def make_report(engine: Engine, name: str, timing: Timing, weight_setting: str =
         "cache": {"name": policy.name, **asdict(policy)},
         "setting": format_policy(policy),
         "dtype": str(shape.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(shape.device) if shape.device.type == "cuda" else str(shape.device),
+        "device": device_name(shape.device),
         "path": f"{cache.layers[0].path}, {engine.step_path}",
         "torch": torch.__version__,
         "batch": shape.batch,

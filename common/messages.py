@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from common.errors import printable
 
@@ -11,3 +12,10 @@ def say(*lines: str) -> None:
     """Each line as one, whatever the names in it hold."""
     for line in lines:
         print(printable(line, None), file=sys.stderr)
+
+
+def progress(items: Any, total: int | None, what: str) -> Any:
+    """A bar on standard error around what is iterated over, where a person looks on; gone when it is done."""
+    from tqdm import tqdm  # not above: entry points, which say what is not installed, stand on this module
+
+    return tqdm(items, total=total, desc=what, disable=not sys.stderr.isatty(), leave=False)

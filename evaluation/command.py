@@ -33,16 +33,18 @@ import torch
 
 from cli.console import shown
 from cli.options import Parser, add_plugin_flag, load_plugin, positive
+from cli.provenance import FORMAT, made_from
 from common.errors import UserError
 from common.files import require_writable, to_json, write_whole
+from common.messages import progress
 from common.program import program
 from evaluation import scoring
 from evaluation.passkeys import score_passkeys
 from evaluation.ruler import score_ruler
 from evaluation.ruler_tasks import TASKS
-from evaluation.subject import Subject, Text, progress
+from evaluation.subject import Subject, Text
 from evaluation.summaries import score_summaries
-from evaluation.tables import print_passkeys, print_ruler, print_scores, print_summaries
+from evaluation.tables import PRINTERS
 from kv_cache import format_policy
 from selective_kv import FullCache, KVCache
 
@@ -53,6 +55,7 @@ CACHES = [
     "compress_kv:sink_size=16,window_size=32",
     "compress_kv:sink_size=4,window_size=256",
 ]
+MOST_NLL = 700.0  # nats: the exponential of more is no number any more
 BUCKETS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 SETTINGS = {  # what a record names of the command line, defaults included
     "perplexity": ("context", "windows", "sequential"),
@@ -109,6 +112,8 @@ def row_of(
     nll = torch.cat([r.nll for r in results])
     kl = torch.cat([r.kl for r in results if r.kl is not None])
     mean, error = mean_and_error([r.nll.mean().item() for r in results])
+    if mean > MOST_NLL:
+        raise UserError(f"{format_policy(policy)} on {text.name}: {mean:.0f} nats a token: no model of this text")
     rise, rise_error = mean_and_error(
         [(r.nll.mean() - f.nll.mean()).item() for r, f in zip(results, full, strict=True)]
     )
@@ -151,11 +156,12 @@ def record(subject: Subject, argv: list[str]) -> dict[str, Any]:
     """What it takes to repeat a run; its rows come into it as they are made."""
     kind = subject.args.kind
     return {
-        "kind": kind, "model": subject.name, "dtype": str(subject.dtype).removeprefix("torch."),
+        "kind": kind, "format": FORMAT, "model": subject.name, "dtype": str(subject.dtype).removeprefix("torch."),
         "weights": str(subject.weights or 16), "device": str(subject.device), "seed": subject.args.seed,
         "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit(),
         "settings": {name: getattr(subject.args, name) for name in SETTINGS[kind]},
         "command": ["scripts/evaluate.py", *shown(argv)],
+        "made_from": made_from(subject.path, [*subject.args.text, subject.args.plugin], subject.dtype, subject.device),
     }  # fmt: skip
 
 
@@ -213,19 +219,16 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
     if args.kind == "passkey":
         rows = score_passkeys(subject, save)
-        print_passkeys(rows)
     elif args.kind == "ruler":
         rows = score_ruler(subject, save)
-        print_ruler(rows)
     elif args.kind == "rouge":
         rows = score_summaries(subject, save)
-        print_summaries(rows)
     else:
         rows = score_texts(subject, save)
-        print_scores(rows, args.kind)
-    if args.json:
+    if args.json:  # before the table, whose reader may have left
         save(rows, args.json)
         unfinished(args.json).unlink(missing_ok=True)
+    PRINTERS[args.kind](rows)
 
 
 def main(argv: list[str] | None = None) -> None:

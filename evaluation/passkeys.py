@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
+from common.messages import progress
 from engine import Engine
 from evaluation import passkey
-from evaluation.subject import Subject, Text, progress, read_text, sha256_of
+from evaluation.subject import Subject, Text, read_text, sha256_of
 from kv_cache import format_policy
 
 ANSWER_TOKENS = 8

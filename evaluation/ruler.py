@@ -10,9 +10,10 @@ from typing import Any
 
 from cli.chat_template import ChatTemplate, chat_template_of
 from common.errors import UserError
+from common.messages import progress
 from evaluation.passkeys import wilson
 from evaluation.ruler_tasks import TASKS, Sample, fitted
-from evaluation.subject import Subject, progress, sha256_of
+from evaluation.subject import Subject, sha256_of
 from kv_cache import format_policy
 
 LEAST_FULL = 0.2  # tasks that the full cache scores no better on say nothing about a cache

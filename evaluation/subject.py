@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import lzma
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import kv_cache
 from checkpoint import (
@@ -30,6 +28,7 @@ from checkpoint import (
 )
 from cli.report import require_suits
 from common.errors import UserError
+from common.messages import progress
 from engine import PREFILL_CHUNK, Engine, Sampling
 from evaluation import scoring
 from kv_cache import ModelCache, parse_policy
@@ -54,6 +53,7 @@ class Subject:
         self.args = args
         self.device = parse_device(args.device)
         checkpoint = open_checkpoint(args.checkpoint_path or find_demo(), args.model)
+        self.path = checkpoint.path
         tokenizer = checkpoint.tokenizer()
         if tokenizer is None:
             raise UserError(f"{checkpoint.path}: no tokenizer with the weights")
@@ -158,10 +158,6 @@ def adopt(cache: ModelCache, full: ModelCache, n_token: int) -> None:
         k, v = held.k[:, :, :n_token], held.v[:, :, :n_token]
         layer.kernels.store_chunk(layer.regions, k, v, 0)  # type: ignore[attr-defined]
     cache.lengths.fill_(n_token)
-
-
-def progress(items: Any, total: int, what: str) -> Any:
-    return tqdm(items, total=total, desc=what, disable=not sys.stderr.isatty(), leave=False)
 
 
 def sha256_of(text: str) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.messages import progress
 from common.packages import missing
-from evaluation.subject import Subject, progress, read_lines, read_plain, sha256_of, text_field
+from evaluation.subject import Subject, read_lines, read_plain, sha256_of, text_field
 from kv_cache import format_policy
 
 RESAMPLES = 2000

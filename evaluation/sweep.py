@@ -8,6 +8,7 @@ KIND is one of evaluate.py's, or `speed` (generate.py's report). What stands beh
 A task whose result is there is skipped; one that fails or was killed is not done, is tried again by the next
 call, and makes this one exit with 1 after the others have run. Programs write their results in one step,
 so a killed sweep goes on where it was, and tasks may run at the same time (sweep.sbatch: `--count`, `--index`).
+A result is this sweep's where its command is, and what it was made from: weights, texts, dtype and device.
 """
 
 from __future__ import annotations
@@ -15,42 +16,66 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
+from checkpoint import find_demo, open_checkpoint, parse_device, parse_dtype
 from cli.console import shown
 from cli.options import Parser, add_plugin_flag, load_plugin
+from cli.provenance import FORMAT, made_from
 from common.errors import UserError
-from common.files import require_writable
+from common.files import read_json, require_writable
+from common.messages import progress, say
+from common.program import program
+from evaluation.tables import PRINTERS, print_speeds
 from kv_cache import format_policy, make_policy, parse_policy
+from selective_kv import FullCache
 
 ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One setting, where its result goes, and the command that makes it."""
+    """One setting, where its result goes, the command that makes it, and what it will have been made from."""
 
     setting: str
     result: Path
     command: tuple[str, ...]
+    made_from: dict[str, Any]
 
-    def is_done(self) -> bool:
-        """Whether the result is there, whole, and of this command. Raises UserError where it is another's."""
+    def record(self) -> dict[str, Any] | None:
+        """The result, where it is there, whole, and this task's; None where it has to be made, also again.
+
+        What a dead run left is made again. Raises UserError where the result is somebody else's: of another command,
+        of other weights or texts, or from before records said what they were made from.
+        """
         try:
-            record = json.loads(self.result.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return False
-        if not isinstance(record, dict) or not record.get("finished", True):
-            return False
-        command = [*shown(record.get("command", []))]
-        if command != self.shown:
-            raise UserError(f"{self.result} was made by another command, {' '.join(command)}: choose another --name")
-        return True
+            found = read_json(self.result, missing_ok=True)
+        except UserError:  # half a record, not UTF-8, another shape: what was cut off is made again
+            return None
+        if not found or found.get("finished") is False:
+            return None
+        another = "choose another --name, or remove it"
+        if found.get("format") != FORMAT:
+            raise UserError(f"{self.result} was made by another version of this program: {another}")
+        command = found.get("command")
+        words = shown(command) if isinstance(command, list) and all(isinstance(w, str) for w in command) else []
+        if words != self.shown:
+            raise UserError(f"{self.result} was made by another command, {' '.join(words)}: {another}")
+        if found.get("made_from") != self.made_from:
+            raise UserError(f"{self.result} was made from {self._difference(found.get('made_from'))}: {another}")
+        return found
+
+    def _difference(self, made_from: Any) -> str:
+        """What differs of what a result was made from, in words."""
+        if not isinstance(made_from, dict):
+            return "something else"
+        words = {"checkpoint": "other weights", "files": "another text, prompt file or plugin"}
+        names = [name for name, value in self.made_from.items() if made_from.get(name) != value]
+        return words.get(names[0], f"another {names[0]}") if names else "something else"
 
     @property
     def shown(self) -> list[str]:
@@ -58,17 +83,35 @@ class Task:
         program = Path(self.command[1])
         return [*shown([str(program.relative_to(ROOT))]), *shown(self.command[2:])]
 
-    def run(self) -> bool:
-        """Run it, unless it is done; whether it is done then."""
-        if not self.is_done():
-            process = subprocess.run(
-                self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-            )
-            if process.returncode or not self.is_done():
-                last = (process.stdout.strip().splitlines() or ["(it said nothing)"])[-1]
-                print(f"{self.setting}: exit code {process.returncode}: {last}", file=sys.stderr)
-                return False
-        return True
+    def run(self) -> str | None:
+        """Run it, unless it is done. Returns the last thing that it said where it failed."""
+        if self.record() is not None:
+            return None
+        process = subprocess.run(
+            self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            encoding="utf-8", errors="backslashreplace", check=False,
+        )  # fmt: skip
+        if process.returncode or self.record() is None:
+            said = (process.stdout.strip().splitlines() or ["(it said nothing)"])[-1]
+            return f"exit code {process.returncode}: {said}"
+        return None
+
+
+def what_tasks_are_made_from(args: argparse.Namespace) -> dict[str, Any]:
+    """As the programs will record it. Raises UserError where what they are to read is not there."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--text", nargs="+", type=Path, default=[])
+    for name in ("checkpoint_path", "prompt_file"):
+        own.add_argument(f"--{name}", type=Path, nargs="?")  # that it lacks its value, the program will say
+    for name in ("model", "dtype", "device"):
+        own.add_argument(f"--{name}", nargs="?")
+    own.add_argument("--random_weights", action="store_true")
+    given = own.parse_known_args(args.rest)[0]
+    where = None if given.random_weights else given.checkpoint_path or find_demo()
+    checkpoint = open_checkpoint(where, given.model)
+    device = parse_device(given.device or "auto")
+    files = [given.prompt_file] if args.kind == "speed" else given.text
+    return made_from(where, [*files, args.plugin], parse_dtype(given.dtype or "auto", checkpoint, device), device)
 
 
 def settings(args: argparse.Namespace) -> list[str]:
@@ -91,7 +134,7 @@ def flag(knob: str, value: str) -> list[str]:
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:
-    made = []
+    made, source = [], {} if args.count else what_tasks_are_made_from(args)
     plugin = ["--plugin", str(args.plugin)] if args.plugin else []
     for setting in settings(args):
         name = setting.translate(str.maketrans(":,=", "---"))
@@ -111,7 +154,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
                 "--json",
                 str(result),
             ]
-        made.append(Task(setting, result, (sys.executable, str(ROOT / command[0]), *command[1:])))
+        made.append(Task(setting, result, (sys.executable, str(ROOT / command[0]), *command[1:]), source))
     return made
 
 
@@ -132,14 +175,41 @@ def make_parser() -> Parser:
     return p
 
 
+def run_all(todo: Sequence[Task], name: str) -> list[str]:
+    """Run what is not done; the settings that failed. What the full cache's task finds wrong is wrong in all."""
+    failed = []
+    for task in progress(todo, len(todo), name):
+        error = task.run()
+        if error is None:
+            continue
+        failed.append(task.setting)
+        say(f"{task.setting}: {error}")
+        if task.setting == FullCache.name and error.startswith("exit code 2:"):
+            raise UserError("stopped: the full cache's task failed, and the others would for the same reason")
+    return failed
+
+
+def print_results(tasks: Sequence[Task], kind: str) -> None:
+    """What has been found so far, the full cache first, in one table a text."""
+    records = [found for task in tasks if (found := task.record()) is not None]
+    if not records:
+        return
+    if kind == "speed":
+        print_speeds(records)
+        return
+    rows = [row for record in records for row in record["rows"]]
+    once = {(row.get("text", ""), row["cache"]): row for row in reversed(rows)}  # the full cache's are in every record
+    PRINTERS[kind](sorted(once.values(), key=lambda row: (row.get("text", ""), row["cache"] != FullCache.name)))
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
-    try:
+    with program("sweep.py", "interrupted: the same command goes on from here"):
         load_plugin(argv[:cut])
         args = make_parser().parse(argv[:cut])
         args.rest = argv[cut + 1 :]
-        todo = tasks(args)
+        every = todo = tasks(args)
         args.outputs.mkdir(parents=True, exist_ok=True)  # where a Slurm array's logs go, too
         if args.count:
             print(len(todo))
@@ -150,18 +220,11 @@ def main(argv: list[str] | None = None) -> None:
             todo = [todo[args.index]]
         require_writable(todo[0].result, "--outputs")
         for task in todo:
-            task.is_done()  # a result of another command is told before any work
-        bar = tqdm(todo, desc=args.name, disable=not sys.stderr.isatty())
-        failed = [task.setting for task in bar if not task.run()]
-    except UserError as error:
-        print(f"sweep.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"sweep.py: error: --outputs {args.outputs}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    print(f"{len(todo) - len(failed)} of {len(todo)} done, in {args.outputs / args.name}/", file=sys.stderr)
-    if failed:
-        sys.exit(1)
+            task.record()  # somebody else's result is told before any work
+        failed = run_all(todo, args.name)
+        if args.index is None:
+            print_results(every, args.kind)
+        say(f"{len(todo) - len(failed)} of {len(todo)} done, in {args.outputs / args.name}/")
+        sys.stdout.flush()
+        if failed:
+            sys.exit(1)

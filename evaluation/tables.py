@@ -3,55 +3,75 @@
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cli.report import size
+from common.errors import printable
+from common.tables import table
+
+Row = dict[str, Any]
 
 
-def name_of(row: dict[str, Any]) -> str:
+def name_of(row: Row) -> str:
     """The cache, and the weights where they are in fewer bits."""
     weights = row.get("weights", "16")
     return row["cache"] if weights == "16" else f"{row['cache']}, weights {weights}"
 
 
-def print_scores(rows: list[dict[str, Any]], kind: str) -> None:
-    for name, group in itertools.groupby(rows, lambda r: r["text"]):
+def held(row: Row) -> str:
+    """A cache's bytes; a cache of the user's may not say."""
+    return size(row["cache_bytes"]) if row["cache_bytes"] else "not told"
+
+
+def named(row: Row) -> str:
+    """The text, as a terminal can be shown its name."""
+    return printable(row["text"], 80)
+
+
+def print_scores(rows: list[Row], kind: str) -> None:
+    """A table a text, then the same by position in the window."""
+    for _, group in itertools.groupby(rows, lambda r: r["text"]):
         found = list(group)
         first = found[0]
         entropy = f"; the text's entropy {first['nll']:.4f} nats a token" if first["sampled"] else ""
-        print(f"{name}: {first['windows']} windows, {first['tokens']} tokens{entropy}")
+        print(f"{named(first)}: {first['windows']} windows, {first['tokens']} tokens{entropy}")
         if kind == "perplexity":
-            print(f"{'cache':<58}{'perplexity':>11}{'rise':>10}{'+-':>9}{'bits/byte':>11}{'cache':>12}")
-            for r in found:
-                error = "" if r["perplexity_rise_error"] is None else f"{r['perplexity_rise_error']:.4%}"
-                print(f"{name_of(r):<58}{r['perplexity']:>11.4f}{r['perplexity_rise']:>+10.4%}{error:>9}"
-                      f"{r['bits_per_byte'] or math.nan:>11.4f}{size(r['cache_bytes']):>12}")  # fmt: skip
+            header = ["cache", "perplexity", "rise", "+-", "bits/byte", "cache"]
+            cells = [
+                [name_of(r), f"{r['perplexity']:.4f}", f"{r['perplexity_rise']:+.4%}",
+                 "" if r["perplexity_rise_error"] is None else f"{r['perplexity_rise_error']:.4%}",
+                 f"{r['bits_per_byte']:.4f}" if r["bits_per_byte"] else "", held(r)]
+                for r in found
+            ]  # fmt: skip
         else:
-            print(f"{'cache':<58}{'mean KL':>11}{'+-':>9}{'99th pct':>10}{'same top':>10}{'cache':>12}")
-            for r in found:
-                error = "" if r["kl_error"] is None else f"{r['kl_error']:.1e}"
-                print(f"{name_of(r):<58}{r['kl']:>11.2e}{error:>9}{r['kl_p99']:>10.1e}{r['same_top']:>10.2%}"
-                      f"{size(r['cache_bytes']):>12}")  # fmt: skip
+            header = ["cache", "mean KL", "+-", "99th pct", "same top", "cache"]
+            cells = [
+                [name_of(r), f"{r['kl']:.2e}", "" if r["kl_error"] is None else f"{r['kl_error']:.1e}",
+                 f"{r['kl_p99']:.1e}", f"{r['same_top']:.2%}", held(r)]
+                for r in found
+            ]  # fmt: skip
+        print(table(header, cells))
         where = list(first["by_position"])
         value = "nll" if kind == "perplexity" else "kl"
-        print(f"{f'{value} by position':<58}" + " ".join(f"{w:>11}" for w in where))
+        by = [[name_of(r), *(f"{r['by_position'][w][value]:.3g}" for w in where)] for r in found]
+        print(table([f"{value} by position", *where], by))
+
+
+def print_passkeys(rows: list[Row]) -> None:
+    for _, group in itertools.groupby(rows, lambda r: r["text"]):
+        found = list(group)
+        first = found[0]
+        print(f"{named(first)}: {first['trials']} keys a cache, {first['trials_per_cell']} a cell; 95% intervals")
         for r in found:
-            print(f"{name_of(r):<58}" + " ".join(f"{r['by_position'][w][value]:>11.3g}" for w in where))
+            interval = f"[{r['low']:.1%}, {r['high']:.1%}]"
+            print(f"{name_of(r)}: {r['mean']:.1%} {interval} of keys recalled; {held(r)}")
+            depths = list(next(iter(r["recalled"].values())))
+            cells = [[length, *(f"{row[d]:.0%}" for d in depths)] for length, row in r["recalled"].items()]
+            print(table(["length \\ depth", *(f"{float(d):.0%}" for d in depths)], cells, left=0))
 
 
-def print_passkeys(rows: list[dict[str, Any]]) -> None:
-    print(f"{rows[0]['text']}: {rows[0]['trials']} keys a cache, {rows[0]['trials_per_cell']} a cell; 95% intervals")
-    for r in rows:
-        interval = f"[{r['low']:.1%}, {r['high']:.1%}]"
-        print(f"{r['cache']}: {r['mean']:.1%} {interval} of keys recalled; {size(r['cache_bytes'])}")
-        depths = list(next(iter(r["recalled"].values())))
-        print(f"  {'length':>8} " + " ".join(f"{float(d):>5.0%}" for d in depths) + "   depth")
-        for length, row in r["recalled"].items():
-            print(f"  {length:>8} " + " ".join(f"{row[d]:>5.0%}" for d in depths))
-
-
-def print_ruler(rows: list[dict[str, Any]]) -> None:
+def print_ruler(rows: list[Row]) -> None:
     first = rows[0]
     print(f"RULER: {first['trials']} samples a cache, {first['trials_per_cell']} a cell; the share of answers given, "
           "95% intervals; kept: cells where the full cache scores above 20%")  # fmt: skip
@@ -61,20 +81,42 @@ def print_ruler(rows: list[dict[str, Any]]) -> None:
         if "kept" in r:
             kept = f"kept {r['kept']:.1%} [{r['kept_low']:.1%}, {r['kept_high']:.1%}]"
             kept += f", {r['kept_rise']:+.1%} +- {r['kept_rise_error']:.1%} to full"
-        print(f"{r['cache']}: {r['mean']:.1%} [{r['low']:.1%}, {r['high']:.1%}]; {kept}; {size(r['cache_bytes'])}")
-        print(f"  {'task':<16}" + " ".join(f"{n:>7}" for n in lengths) + "   tokens")
-        for task, row in r["scores"].items():
-            print(f"  {task:<16}" + " ".join(f"{row[n]:>7.1%}" for n in lengths))
+        print(f"{name_of(r)}: {r['mean']:.1%} [{r['low']:.1%}, {r['high']:.1%}]; {kept}; {held(r)}")
+        cells = [[task, *(f"{row[n]:.1%}" for n in lengths)] for task, row in r["scores"].items()]
+        print(table(["task \\ tokens", *lengths], cells))
 
 
-def print_summaries(rows: list[dict[str, Any]]) -> None:
+def print_summaries(rows: list[Row]) -> None:
     first = rows[0]
-    print(f"{first['text']}: {first['documents']} documents, {first['cut']} cut to fit, {first['tokens']} tokens; "
+    print(f"{named(first)}: {first['documents']} documents, {first['cut']} cut to fit, {first['tokens']} tokens; "
           "ROUGE-L F by the package rouge_score, 95% intervals")  # fmt: skip
-    print(f"{'cache':<58}{'to references':>26}{'over the full cache':>28}{'to the full cache':>26}{'cache':>12}")
-    for r in rows:
-        cells = [
+    cells = [
+        [name_of(r), *(
             "{mean:{s}.4f} [{low:{s}.4f}, {high:{s}.4f}]".format(s=sign, **r[key]) if key in r else "no references"
             for key, sign in (("rouge_l", ""), ("rouge_l_rise", "+"), ("rouge_l_to_full", ""))
-        ]
-        print(f"{r['cache']:<58}{cells[0]:>26}{cells[1]:>28}{cells[2]:>26}{size(r['cache_bytes']):>12}")
+        ), held(r)]
+        for r in rows
+    ]  # fmt: skip
+    print(table(["cache", "to references", "over the full cache", "to the full cache", "cache"], cells))
+
+
+def print_speeds(reports: Sequence[Row]) -> None:
+    """generate.py's reports, one setting a line."""
+    first = reports[0]
+    print(f"{printable(first['model'], 80)}, {first['dtype']} on {first['device']}, batch {first['batch']}, "
+          f"{first['tokens_read']} tokens read, {first['tokens_written']} written")  # fmt: skip
+    cells = [
+        [r["setting"], f"{r['decode_tokens_per_s']:.2f}", f"{r['time_to_first_token_s']:.3f}",
+         size(sum(r["cache_bytes"].values())) if r["cache_bytes"] else "not told", size(r["peak_memory_bytes"])]
+        for r in reports
+    ]  # fmt: skip
+    print(table(["cache", "tokens/s", "first token, s", "cache", "peak"], cells))
+
+
+PRINTERS: dict[str, Callable[[list[Row]], None]] = {
+    "perplexity": lambda rows: print_scores(rows, "perplexity"),
+    "divergence": lambda rows: print_scores(rows, "divergence"),
+    "passkey": print_passkeys,
+    "ruler": print_ruler,
+    "rouge": print_summaries,
+}

@@ -5,9 +5,10 @@
 # PLUGIN=my_cache.py makes caches of your own known.
 # Call it again after an interruption or a failure: it does what is left, and exits with 1 while something fails.
 set -euo pipefail
-read -ra caches <<<"${CACHES:-quantize_kv compress_kv}"
-read -ra sinks <<<"${SINKS:-4 16}"
-read -ra windows <<<"${WINDOWS:-32 128}"
+words() { read -rd '' -a "$1" <<<"$2" || true; } # over line ends, too: at the end of the text `read` returns 1
+words caches "${CACHES:-quantize_kv compress_kv}"
+words sinks "${SINKS:-4 16}"
+words windows "${WINDOWS:-32 128}"
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$root/.venv/bin/python
 [ -x "$python" ] || python=python3

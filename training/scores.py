@@ -6,8 +6,7 @@ import argparse
 import math
 import random
 import shlex
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from common.messages import progress
 from evaluation import passkey
 from model import Cache, Transformer
 
 PASSKEY_LENGTHS = (1024, 2048, 4096, 8192)
 BUCKETS = (0, 256, 1024, 2048, 4096, 6144, 8192)
-
-
-def progress(items: Iterable[int], what: str) -> Iterable[int]:
-    return tqdm(items, desc=what, disable=not sys.stderr.isatty(), leave=False)
 
 
 @torch.inference_mode()
@@ -34,7 +29,7 @@ def score_text(model: Transformer, cache: Cache, tokens: np.ndarray, sizes: np.n
     context, device = model.config.context, model.norm.weight.device
     n = (len(tokens) - 1) // context
     sums = {lo: [0.0, 0] for lo in BUCKETS[:-1] if lo < context}
-    for i in progress(range(n), "windows"):
+    for i in progress(range(n), n, "windows"):
         ids = torch.from_numpy(tokens[i * context : (i + 1) * context + 1].astype(np.int64)).to(device)[None]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(ids[:, :-1], cache)
@@ -59,7 +54,7 @@ def score_passkeys(
     table: dict[str, dict[str, float]] = {}
     for length in (n for n in PASSKEY_LENGTHS if n <= model.config.context):
         table[str(length)] = {}
-        for tenth in progress(range(11), f"passkeys at {length}"):
+        for tenth in progress(range(11), 11, f"passkeys at {length}"):
             right = 0
             for _ in range(trials):
                 start = rng.randrange(len(tokens) - length)

@@ -281,3 +281,30 @@ def test_numbers_that_are_none_are_an_error(
         evaluate.main([*map(str, argv)])
     said = "the weight layers.1.feed_forward.w13.weight holds a NaN" if bad == "weight" else "the logits are not finite"
     assert exit_.value.code == 2 and said in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["perplexity", "divergence", "passkey", "rouge"])
+def test_a_weight_that_is_not_finite_is_named(
+    kind: str, tiny: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 0, a table of nan, `"finished": true`, and NaN in the JSON."""
+    bad, out = tmp_path / "bad", tmp_path / "out" / "r.json"
+    shutil.copytree(tiny, bad)
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, bad / "model.safetensors")
+    argv = [kind, "--checkpoint_path", bad, "--context", 100, "--windows", 1, "--max_new_tokens", 4, *CACHES]
+    stories = tmp_path / "stories.jsonl"
+    stories.write_text(json.dumps({"text": TEXT[:200], "summary": "A fox."}))
+    argv += ["--text", stories if kind == "rouge" else text, "--lengths", 200, "--trials", 1, "--json", out]
+    assert "layers.1.feed_forward.w2.weight" in fails(capsys, *argv)
+    assert not list(out.parent.iterdir())
+
+
+def test_what_a_record_was_made_from(tiny: Path, tmp_path: Path, text: Path) -> None:
+    argv = ["divergence", "--checkpoint_path", tiny, "--text", text, "--context", 60, "--windows", 1, *CACHES]
+    r = record(tmp_path, *argv)
+    files = r["made_from"]["files"]
+    assert r["format"] == 2 and [name for name, _ in files] == [text.name]
+    assert len(r["made_from"]["checkpoint"]) == 64 and r["made_from"]["device"] == "cpu"
+    assert record(tmp_path, *argv)["made_from"] == r["made_from"]

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SENTENCES
+from conftest import ROOT, SENTENCES, write_checkpoint
+from forks import fork_instead
 
 from evaluation import sweep
 
 NAMES = ["--caches", "quantize_kv", "compress_kv", "--sinks", "2", "4", "--windows", "8", "16"]
+
+
+# sweep.sh takes python3 where the tree has no .venv
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+pytestmark = pytest.mark.usefixtures("ran")
 
 
 MINE = """
@@ -29,6 +38,12 @@ class Mine(FullCache):
 
 
 @pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Programs are forked; the list of those that were."""
+    return fork_instead(monkeypatch, tmp_path)
+
+
+@pytest.fixture
 def base(tiny: Path, tmp_path: Path) -> list[str]:
     (tmp_path / "t.txt").write_text("\n".join(SENTENCES))
     return ["--name", "s", "--outputs", str(tmp_path / "out")]
@@ -40,7 +55,7 @@ def rest(tiny: Path, tmp_path: Path) -> list[str]:
 
 
 def test_every_setting_is_visited_once_and_then_skipped(
-    tiny: Path, tmp_path: Path, base: list[str], monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, base: list[str], ran: list[str]
 ) -> None:
     """Shell loops elsewhere visited one element."""
     argv = [*base, "--kind", "divergence", "--caches", "quantize_kv", "--sinks", "2", "--windows", "8", "16", "8"]
@@ -55,11 +70,89 @@ def test_every_setting_is_visited_once_and_then_skipped(
         assert f.read_text().count("\n") == 1 and json.loads(f.read_text())["rows"]
     files[1].write_text('{"half of a')  # as if killed by a program that does not write in one step
     files[2].write_text('{"finished": false, "rows": []}')  # as if killed between two texts
-    ran: list[str] = []
-    original = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda c, **k: ran.append(c[1]) or original(c, **k))
+    ran.clear()
     sweep.main([*argv, *rest(tiny, tmp_path)])
     assert len([c for c in ran if c.endswith("evaluate.py")]) == 2
+    for damaged in (b"\xff\xfe\x00", b"[1, 2]", b"[" * 100_000, b""):
+        files[1].write_bytes(damaged)
+        task = sweep.tasks(parsed([*argv, *rest(tiny, tmp_path)]))[2]
+        assert task.result == files[1] and task.record() is None
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+    cut = argv.index("--")
+    args = sweep.make_parser().parse(argv[:cut])
+    args.rest = argv[cut + 1 :]
+    return args
+
+
+def test_results_of_other_weights_texts_and_plugins_are_not_taken_for_these(
+    tiny: Path, tmp_path: Path, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A/model.pth and B/model.pth under one name: the second sweep said "2 of 2 done" with A's perplexities."""
+    argv = [*base, "--caches", "quantize_kv", "--sinks", "2", "--windows", "8"]
+    first, second = tmp_path / "A" / "ckpt", write_checkpoint(tmp_path / "B" / "ckpt", seed=1)
+    shutil.copytree(tiny, first)
+    sweep.main([*argv, *rest(first, tmp_path)])
+    out, err = capsys.readouterr()
+    assert "2 of 2 done" in err and out.count("quantize_kv") == 2 and out.count("\nfull") == 2  # both tables, once
+
+    def refused(checkpoint: Path) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            sweep.main([*argv, *rest(checkpoint, tmp_path)])
+        assert exit_.value.code == 2
+        return capsys.readouterr().err
+
+    assert "was made from other weights: choose another --name" in refused(second)
+    config = first / "config.json"
+    changed = json.loads(config.read_text()) | {"rope_theta": 20000.0}
+    before = config.read_text()
+    config.write_text(json.dumps(changed))
+    assert "other weights" in refused(first)
+    config.write_text(before)
+    text = (tmp_path / "t.txt").read_text()
+    (tmp_path / "t.txt").write_text(text.replace("fox", "dog"))
+    assert "another text" in refused(first)
+    (tmp_path / "t.txt").write_text(text)
+    sweep.main([*argv, *rest(first, tmp_path)])
+    result = next((tmp_path / "out" / "s").glob("*window*"))
+    record = json.loads(result.read_text())
+    for change, words in (
+        ({"format": 1}, "another version"),
+        ({"format": None}, "another version"),
+        ({"made_from": record["made_from"] | {"device": "H100"}}, "another device"),
+        ({"made_from": 3}, "something else"),
+        ({"command": {"a": 1}}, "another command"),
+        ({"command": [1, 2]}, "another command"),
+    ):
+        result.write_text(json.dumps(record | change))
+        assert words in refused(first), change
+
+
+def test_an_interrupted_run_is_not_done(tiny: Path, tmp_path: Path, base: list[str]) -> None:
+    """A speed task whose generate.py got SIGINT after 851 of 3,000 tokens was "1 of 1 done"."""
+    argv = [*base, "--kind", "speed", "--caches", "quantize_kv", "--sinks", "2", "--windows", "8"]
+    argv += ["--index", "0", "--", "--checkpoint_path", str(tiny), "--prompt", "The", "--max_new_tokens", "4"]
+    sweep.main(argv)
+    (result,) = (tmp_path / "out" / "s").iterdir()
+    report = json.loads(result.read_text())
+    assert report["finished"] is True
+    task, _ = sweep.tasks(parsed(argv))
+    assert task.record() == report
+    result.write_text(json.dumps(report | {"finished": False}))
+    assert task.record() is None
+
+
+def test_a_bad_flag_fails_once(tiny: Path, tmp_path: Path, base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """It failed nine times, in 82 s."""
+    for kind, words in (("divergence", "unknown argument --contxt"), ("speed", "unknown argument --contxt")):
+        with pytest.raises(SystemExit) as exit_:
+            sweep.main([*base, *NAMES, "--kind", kind, "--", "--checkpoint_path", str(tiny), "--contxt", "60"])
+        err = capsys.readouterr().err
+        assert exit_.value.code == 2 and err.count(words) == 1 and "stopped" in err
+    with pytest.raises(SystemExit) as exit_:
+        sweep.main([*base, *NAMES, "--", "--checkpoint_path", str(tmp_path / "nowhere")])
+    assert exit_.value.code == 2 and "nowhere: no such file" in capsys.readouterr().err
 
 
 def test_results_of_another_command_are_not_taken_for_these(
@@ -118,7 +211,7 @@ def test_a_cache_may_bring_knobs_of_its_own(base: list[str]) -> None:
 
 def test_a_cache_of_ones_own_without_sink_and_window_is_one_task(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    env = os.environ | {"CACHES": "mine_kv", "SINKS": "0 4", "WINDOWS": "8 32", "COUNT": "1"}
+    env = ENVIRONMENT | {"CACHES": "mine_kv", "SINKS": "0 4", "WINDOWS": "8 32", "COUNT": "1"}
     for plugin, count in (("mine.py", "2"), ("", "")):
         out = subprocess.run(
             ["bash", str(ROOT / "scripts" / "sweep.sh")],
@@ -132,11 +225,20 @@ def test_the_shell_scripts_visit_every_element(tmp_path: Path) -> None:
     lists = {"CACHES": "quantize_kv compress_kv", "SINKS": "0 4 16", "WINDOWS": "8 32", "COUNT": "1"}
     out = subprocess.run(
         ["bash", str(ROOT / "scripts" / "sweep.sh")],
-        env=os.environ | lists,
+        env=ENVIRONMENT | lists,
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert out.stdout.strip() == "13", out.stderr
+    lines = lists | {"SINKS": "4\n16\t64", "WINDOWS": "8\n"}  # the second line was lost in silence
+    out = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "sweep.sh")],
+        env=ENVIRONMENT | lines,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert out.stdout.strip() == "7", out.stderr
     sbatch = (ROOT / "scripts" / "sweep.sbatch").read_text()
     assert "SLURM_ARRAY_TASK_ID" in sbatch and subprocess.run(["bash", "-n"], input=sbatch, text=True).returncode == 0
