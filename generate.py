@@ -5,6 +5,7 @@
   python generate.py --prompt "..." quantize_kv --window_size 32       sink + window exact, the middle int8
   python generate.py --prompt "..." quantize_kv --bits 4               the middle in 4 bits
   python generate.py --prompt "..." --weights int4                     the weights in 4 bits
+  torchrun --standalone --nproc_per_node 2 generate.py ...             one model on two GPUs
   python generate.py --checkpoint_path DIR --chat --interactive        an instruct model, turn by turn
 
 Text goes to standard output, everything else to standard error. Options may stand before or after the
@@ -35,7 +36,6 @@ from checkpoint import (
     find_demo,
     load_model,
     open_checkpoint,
-    parse_device,
     parse_dtype,
 )
 from cli.chat_template import chat_template_of, template_variables
@@ -44,9 +44,9 @@ from cli.conversation import Conversation
 from cli.options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
 from cli.profile import Profiler
 from cli.provenance import FORMAT, made_from
+from cli.ranks import make_profiler, memory_budget, rank_part, world_size
 from cli.report import (
     choose_bits,
-    device_memory,
     make_plan,
     make_report,
     process_age,
@@ -60,6 +60,8 @@ from common.messages import say
 from common.packages import missing_packages_told
 from common.program import program, uninterrupted
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
+from engine.link import Link, linked
+from engine.parallel import Parallel, connect, rank_device
 from engine.precompile import compiled_ahead
 from kv_cache import ModelCache
 from model import Config
@@ -124,6 +126,11 @@ def make_parser() -> Parser:
     )  # fmt: skip
     g.add_argument("--dry_run", action="store_true", help="print the memory plan and stop")
     g.add_argument(
+        "--world_size", type=positive, metavar="N",
+        help="ranks that hold the model together: with --dry_run, to plan for them here; under torchrun, which "
+        "says it itself, to be refused if it is another",
+    )  # fmt: skip
+    g.add_argument(
         "--json", nargs="?", const="-", metavar="FILE",
         help="the report as JSON: standard output's last line, or FILE",
     )  # fmt: skip
@@ -165,15 +172,17 @@ class Job:
     chunk: int  # prompt tokens read at once
     echo: bool
     chat: Conversation | None
+    ranks: Parallel | None  # those that hold the model together, where there are several
 
 
-def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
+def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None) -> Job:
     """Read prompts, configs and headers; find every mistake that can be found without the weights."""
+    n_rank = world_size(args, link)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     texts = read_prompts(args)
     if not texts and not args.interactive:
         texts = ["16"] if args.random_weights else ["Once upon a time"]
-    device = parse_device(args.device)
+    device = rank_device(args.device, link)
     if args.interactive and (args.prompt_file is not None or args.num_samples > 1):
         raise UserError(
             "--interactive takes its turns from standard input and --prompt: no --prompt_file, no --num_samples"
@@ -185,6 +194,8 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
     if args.random_weights and (args.model is None or args.checkpoint_path is not None):
         raise UserError("--random_weights needs --model NAME, and no --checkpoint_path")
     checkpoint = open_checkpoint(None if args.random_weights else args.checkpoint_path or find_demo(), args.model)
+    if n_rank > 1:
+        checkpoint = checkpoint.share_of(0 if link is None else link.rank, n_rank)
     config = checkpoint.config
     tokenizer = checkpoint.tokenizer()
     if tokenizer is not None:
@@ -197,6 +208,9 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
     else:
         name = "a model of random weights" if args.random_weights else str(checkpoint.path)
         ids = [encode_prompt(text, tokenizer, config.vocab_size, args.seed, name) for text in texts]
+    ranks = None if link is None else connect(link, device)
+    if ranks is not None:  # a chat template may look at the clock
+        ids = ranks.from_first(lambda: ids)
     prompts = [] if args.interactive else [p for p in ids for _ in range(args.num_samples)]
     longest = max(map(len, prompts), default=0)
     if args.interactive:
@@ -228,6 +242,7 @@ def prepare(args: argparse.Namespace, policy: KVCache) -> Job:
         min(args.prefill_chunk, longest or capacity),
         args.echo and chat is None and not all(text.isdecimal() for text in texts),
         chat,
+        ranks,
     )
 
 
@@ -291,7 +306,9 @@ def build(args: argparse.Namespace, job: Job, profiler: Profiler | None) -> tupl
         config, job.policy, job.shape, job.sampling, list(map(len, job.prompts)), job.chunk, job.weights
     )
     with nullcontext() if args.reference else kernels:
-        model = load_model(job.checkpoint, device, dtype, args.random_weights, args.seed, weights=job.weights)
+        model = load_model(
+            job.checkpoint, device, dtype, args.random_weights, args.seed, weights=job.weights, ranks=job.ranks
+        )
         loading = time.perf_counter() - began
     cache = ModelCache(job.policy, config.n_layer, job.shape)
     if args.reference:
@@ -299,34 +316,38 @@ def build(args: argparse.Namespace, job: Job, profiler: Profiler | None) -> tupl
             layer.use_reference()
     lag = 0 if args.interactive else -1  # a conversation's cache must not run ahead of its end token
     hook = profiler.hook if profiler else None
-    return Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, hook=hook), loading
+    return Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, ranks=job.ranks, hook=hook), loading
 
 
-def run(args: argparse.Namespace, policy: KVCache) -> None:
-    job = prepare(args, policy)
-    free = device_memory(job.shape.device)
-    budget = args.memory_budget or free
-    if not args.dry_run:  # which may plan for another machine
-        budget = min(free, budget)
+def run(args: argparse.Namespace, policy: KVCache, link: Link | None) -> None:
+    job = prepare(args, policy, link)
+    budget = memory_budget(args, job.shape.device, job.ranks)
+    share = job.checkpoint.share
+    config = job.checkpoint.config if share is None else replace(share, rank=0).config  # the first has the most
     if args.bits == "auto":
-        policy = choose_bits(job.checkpoint.config, job.policy, job.shape, job.chunk, budget, job.weights)
+        policy = choose_bits(config, job.policy, job.shape, job.chunk, budget, job.weights)
         job = replace(job, policy=policy)
-    plan = (job.checkpoint.config, job.policy, job.shape, job.chunk)
+    plan = (config, job.policy, job.shape, job.chunk)
     try:
         planned = make_plan(*plan, job.weights)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if args.json not in (None, "-"):
+    first = link is None or link.rank == 0
+    if args.json not in (None, "-") and first:
         require_writable(Path(args.json), "--json")
     if args.dry_run:
-        print("\n".join(planned.lines()))
-        if args.json:
-            write_json(args.json, {"plan": asdict(planned) | {"total": planned.total}})
+        n_rank = 1 if share is None else share.n_rank
+        print("\n".join(planned.lines(n_rank)))
+        if args.json and first:
+            every = {} if n_rank == 1 else {"world_size": n_rank, "sum": n_rank * planned.total}
+            write_json(args.json, {"plan": asdict(planned) | {"total": planned.total} | every})
     require_fit(*plan, budget, job.weights)
     if args.dry_run:
         return
-    profiler = None if args.profile is None else Profiler(args.profile, job.shape.device)
+    profiler = make_profiler(args.profile, job.shape.device, link)
     engine, loading = build(args, job, profiler)
+    if link is not None:
+        link.answer = lambda: rank_part(engine)
     printer = Printer(job.tokenizer, job.prompts, job.echo)
     timing, turns, interrupted, age = Timing(), [], False, process_age()
     try:
@@ -347,28 +368,32 @@ def run(args: argparse.Namespace, policy: KVCache) -> None:
         report = make_report(engine, job.checkpoint.name, timing, str(job.weights or 16))
         report |= startup(age, loading, timing)
         report |= {"finished": not interrupted, "texts": turns or printer.texts, "command": ["generate.py", *args.argv]}
+        if link is not None and first:
+            report["ranks"] = link.reports()
         say("", *report_lines(report))
-        if args.json:  # after the run: hashing all weights takes seconds
+        if args.json and first:  # after the run: hashing all weights takes seconds
             files, where = [args.prompt_file, args.plugin], job.checkpoint.path
             report |= {"format": FORMAT, "made_from": made_from(where, files, job.shape.dtype, job.shape.device)}
         if profiler is not None:
             say(*profiler.write(report))
-        if args.json:
+        if args.json and first:
             write_json(args.json, report)
     if interrupted:
         sys.exit(130)
+    if link is not None:
+        link.finish()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    with program("generate.py", ""):  # an interrupted run has told what it took
+    with linked("generate.py") as link, program("generate.py", ""):  # an interrupted run has told what it took
         load_plugin(argv)
         for i, word in enumerate(argv[:-1]):  # "--json quantize_kv": the subcommand, not a file of that name
             if word == "--json" and argv[i + 1] in caches():
                 argv[i] = "--json=-"
         args = make_parser().parse(argv)
         args.argv = argv
-        run(args, chosen_policy(args))
+        run(args, chosen_policy(args), link)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,8 @@ class Config:
     reach: int = 0
     far_context: int = 0
     qk_norm: bool = False
+    vocab_start: int = 0  # the first token that the head scores
+    vocab_rows: int = 0  # how many it scores; 0: the whole vocabulary. Several devices may share it
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "context"):
@@ -179,6 +181,14 @@ class Cache(Protocol):
     def begin(self, n_token: int) -> Step: ...
 
     def advance(self, step: Step) -> None: ...
+
+
+class Ranks(Protocol):
+    """What the model asks of the devices that hold its layers together, where there are several."""
+
+    def sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual plus every rank's x, [..., dim]; in x's memory, maybe."""
+        ...
 
 
 def both_ways(frequencies: Tensor) -> Tensor:
@@ -265,30 +275,40 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config) -> None:
+    """ranks: the devices that each hold some heads and columns of it; None: all is here."""
+
+    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
         super().__init__()
+        self.ranks = ranks
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, rope: Rope, cache: LayerCache, step: Step) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cache, step)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = self.add(x, self.attention(self.attention_norm(x), rope, cache, step))
+        return self.add(x, self.feed_forward(self.ffn_norm(x)))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x and y, or every rank's y."""
+        return x + y if self.ranks is None else self.ranks.sum(y, x)
 
 
 class Transformer(nn.Module):
-    """Build it under `torch.device("meta")`, then `materialize` it: the weights are allocated once."""
+    """Build it under `torch.device("meta")`, then `materialize` it: the weights are allocated once.
 
-    def __init__(self, config: Config) -> None:
+    ranks: the devices that hold it together, of which `config` describes one's share.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ranks = config, ranks
         self.frequencies = config.rope_frequencies
         self.signed_frequencies = both_ways(self.frequencies)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, ranks) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = nn.Linear(config.dim, config.vocab_rows or config.vocab_size, bias=False)
         self.tie()
 
     def tie(self) -> None:
@@ -328,9 +348,25 @@ class Transformer(nn.Module):
         cache.advance(step)
         return x
 
+    @property
+    def output_weight(self) -> Tensor:
+        """The head's rows, [vocab_rows or vocab_size, dim]: where it is tied, of the embedding, which is whole."""
+        start, n = self.config.vocab_start, self.config.vocab_rows
+        weight = self.output.weight
+        if not (n and self.config.tied_embeddings):
+            return weight
+        rows = getattr(weight, "rows", None)  # of a matrix that is no tensor, because it has fewer bits
+        return weight[start : start + n] if rows is None else rows(start, start + n)
+
     def head(self, x: Tensor) -> Tensor:
-        """x: [..., dim]. Returns logits [..., vocab_size] in the weights' dtype."""
-        return self.output(self.norm(x))
+        """x: [..., dim]. Returns logits [..., vocab_rows or vocab_size] in the weights' dtype."""
+        x = self.norm(x)
+        weight = self.output.weight
+        if not (self.config.vocab_rows and self.config.tied_embeddings):
+            return self.output(x)
+        if isinstance(weight, Tensor):
+            return F.linear(x, self.output_weight)
+        return self.output(x)[..., self.config.vocab_start :][..., : self.config.vocab_rows]
 
     def forward(self, tokens: Tensor, cache: Cache, last_only: bool = False) -> Tensor:
         """Logits after a chunk, [batch, token, vocab_size]; with `last_only` after its last token, [batch, 1, ...]."""

@@ -23,6 +23,7 @@ from checkpoint.layout import Fill, match_tensors
 from checkpoint.loading import first_bad_parameter, load_model, require_finite
 from checkpoint.quantised import DTYPES as QUANTISED_DTYPES
 from checkpoint.quantised import Described, describe, parameter_fills
+from checkpoint.share import Share
 from checkpoint.stored import Stored, stored_tensors
 from checkpoint.tokenizer_files import TOKENIZER_FILES, eos_ids_of, find_tokenizer, load_tokenizer
 from common.errors import UserError
@@ -33,6 +34,7 @@ from tokenizer import Tokenizer
 
 __all__ = [
     "Checkpoint",
+    "Share",
     "check_tokenizer",
     "chosen_weights",
     "end_ids",
@@ -58,12 +60,20 @@ class Checkpoint:
     eos_ids: tuple[int, ...] = ()
     gguf: GGUF | None = field(default=None, repr=False)  # the file, where it is one: it holds the tokenizer too
     weights: WeightSetting | None = None  # in how many bits they are stored, where `quantize.py` wrote them
+    share: Share | None = field(default=None, repr=False)  # of the model, where this is one rank's part of it
 
     def tokenizer(self) -> Tokenizer | None:
         """Its tokenizer; None where it has none. Raises UserError."""
         if self.gguf is not None and (own := gguf_tokenizer(self.gguf)) is not None:
             return own
         return None if self.tokenizer_path is None else load_tokenizer(self.tokenizer_path)
+
+    def share_of(self, rank: int, n_rank: int) -> Checkpoint:
+        """The part of it that one of several ranks holds: its config, its tensors. Raises UserError."""
+        if self.weights is not None:
+            raise UserError(f"{self.path}: in fewer bits already, which ranks cannot share: give what it was made of")
+        share = Share(self.config, rank, n_rank)
+        return replace(self, config=share.config, fills=share.fills(self.fills), share=share)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -264,12 +264,21 @@ class _Header:
         if not _dequantises(kind):
             raise self.error(f"{_shown(info.name)} is of type {kind.name}, which is not read")
         packed = data.view(*info.shape[:-1], -1)
+        block, block_bytes = _package().GGML_QUANT_SIZES[kind]
+
+        def read_rows(start: int, stop: int, columns: tuple[int, int] | None = None) -> Tensor:
+            if columns is None:
+                return _dequantise(packed[start:stop], kind)
+            first, last = columns[0] // block, -(-columns[1] // block)  # whole blocks, and of them what is wanted
+            bytes_ = packed[start:stop, first * block_bytes : last * block_bytes].contiguous()
+            return _dequantise(bytes_, kind)[:, columns[0] - first * block : columns[1] - first * block]
+
         return Stored(
             info.name,
             info.shape,
             torch.bfloat16,  # what the model was trained in, as a rule; float16 would not hold its activations
             lambda: _dequantise(packed, kind),
-            lambda start, stop: _dequantise(packed[start:stop], kind),
+            read_rows,
         )
 
 

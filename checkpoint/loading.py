@@ -15,11 +15,12 @@ from torch import Tensor
 from checkpoint.configs import note
 from checkpoint.layout import Fill, Slot
 from checkpoint.quantised import skeleton
+from checkpoint.share import Share
 from common.errors import UserError
-from model import Config, Transformer
+from model import Config, Ranks, Transformer
 from quantize import WeightSetting
 from weights.cpu import use_cpu_kernels
-from weights.modules import QuantizedEmbedding, QuantizedLinear, fillers, quantized
+from weights.modules import fillers, quantized
 
 if TYPE_CHECKING:
     from checkpoint import Checkpoint
@@ -37,20 +38,26 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     weights: WeightSetting | None = None,
     to_run: bool = True,
+    ranks: Ranks | None = None,
 ) -> Transformer:
     """The model with its weights on `device`, in `dtype`, ready to generate.
 
     random_weights: fill it with seeded noise instead, made on the device. progress: called with (elements done, of how
     many) after each tensor. weights: in how many bits, unless the checkpoint says so. to_run: in the order that the
-    device's products want; False: in the one that is written. Raises UserError.
+    device's products want; False: in the one that is written. ranks: those that hold the model together, where the
+    checkpoint is one's share. Raises UserError.
     """
     if not (checkpoint.fills or random_weights):
         raise UserError(f"{checkpoint.name} is a shape without weights: give a checkpoint or --random_weights")
-    model = skeleton(checkpoint.config, checkpoint.weights or weights, dtype).materialize(device)
+    model = skeleton(checkpoint.config, checkpoint.weights or weights, dtype, ranks).materialize(device)
     if random_weights:
-        _randomize(model, torch.Generator(device).manual_seed(seed))
+        _randomize(model, torch.Generator(device).manual_seed(seed), checkpoint.share)
     else:
         _fill(model, checkpoint, progress)
+    if checkpoint.share is not None and checkpoint.share.rank:  # what is summed over the ranks has its bias once
+        for name, parameter in model.named_parameters():
+            if name.endswith(("wo.bias", "w2.bias")):
+                parameter.zero_()
     if to_run and device.type == "cpu" and not use_cpu_kernels(model):
         note("no kernels for 8 and 4 bits on this processor: a weight is made dense whenever it is used, slowly")
     return model.eval().requires_grad_(False)
@@ -93,8 +100,14 @@ def _pieces(fill: Fill, head_dim: int) -> Iterator[tuple[Slot, int, Tensor]]:
         yield slot, slot.start + start, fill.stored.read_rows(start, min(start + step, slot.shape[0]))
 
 
-def _randomize(model: Transformer, generator: torch.Generator) -> None:
-    """GPT-2's initialisation: what writes to the residual stream is smaller the deeper the model."""
+def _randomize(model: Transformer, generator: torch.Generator, share: Share | None) -> None:
+    """GPT-2's initialisation: what writes to the residual stream is smaller the deeper the model.
+
+    A share is cut from the same noise, which is made whole for it, a matrix (or some of its rows) at a time.
+    """
+    with torch.device("meta"):
+        whole = Transformer(model.config if share is None else share.whole)
+    shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
     quantise = fillers(model)
     kept = {id(p) for module in quantized(model) for p in (module.ints, module.scale, getattr(module, "pairs", None))}
     for name, parameter in model.named_parameters():
@@ -104,15 +117,30 @@ def _randomize(model: Transformer, generator: torch.Generator) -> None:
             parameter.fill_(1.0)
         elif name.endswith("bias"):
             parameter.zero_()
-        else:
+        elif parameter.shape == shapes[name]:
             parameter.normal_(0.0, _spread(name, model.config), generator=generator)
+        else:
+            noise = parameter.new_empty(shapes[name]).normal_(0.0, _spread(name, model.config), generator=generator)
+            for at, rows in _kept(share, name, noise, 0):
+                parameter[at : at + len(rows)] = rows
     for name, fill in quantise.items():
-        module = model.get_submodule(name.removesuffix(".weight"))
-        assert isinstance(module, (QuantizedLinear, QuantizedEmbedding))
-        n, k = module.weight.shape
+        n, k = shapes[name]
         for start in range(0, n, RANDOM_ROWS):
-            rows = torch.empty(min(RANDOM_ROWS, n - start), k, device=generator.device)
-            fill(rows.normal_(0.0, _spread(name, model.config), generator=generator), start)
+            noise = torch.empty(min(RANDOM_ROWS, n - start), k, device=generator.device)
+            noise.normal_(0.0, _spread(name, model.config), generator=generator)
+            for at, rows in _kept(share, name, noise, start):
+                fill(rows, at)
+
+
+def _kept(share: Share | None, name: str, noise: Tensor, start: int) -> Iterator[tuple[int, Tensor]]:
+    """Of rows of a whole parameter, from `start` on, what a share has of them, and the row of its own for each part."""
+    if share is None:
+        yield start, noise
+        return
+    columns = share.columns(name)
+    for at, first, last in share.spans(name, start, start + len(noise)):
+        rows = noise[first - start : last - start]
+        yield at, rows if columns is None else rows[:, slice(*columns)].contiguous()
 
 
 def _spread(name: str, config: Config) -> float:

@@ -28,7 +28,7 @@ from checkpoint.stored import FLOATS, INTEGERS, Stored
 from checkpoint.tokenizer_files import TOKENIZER_FILES
 from common.errors import UserError
 from common.files import part_of, write_whole
-from model import Config, RopeScaling, Transformer
+from model import Config, Ranks, RopeScaling, Transformer
 from quantize import WeightSetting, parse_weights
 from weights.modules import replace_matrices
 
@@ -78,10 +78,12 @@ def describe(fields: dict[str, Any], path: Path) -> Described | None:
     return Described(name, config, setting, dtype)
 
 
-def skeleton(config: Config, weights: WeightSetting | None, dtype: torch.dtype) -> Transformer:
+def skeleton(
+    config: Config, weights: WeightSetting | None, dtype: torch.dtype, ranks: Ranks | None = None
+) -> Transformer:
     """The model on the meta device, its matrices in the bits that `weights` says."""
     with torch.device("meta"):
-        model = Transformer(config).to(dtype)
+        model = Transformer(config, ranks).to(dtype)
     if weights is not None:
         replace_matrices(model, weights, dtype)
     return model

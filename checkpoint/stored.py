@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,12 @@ UNPICKLING_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, Attribute
 LARGEST_PICKLE = 1 << 26  # bytes: names and shapes of the tensors, 200 bytes each
 
 
+class ReadRows(Protocol):
+    def __call__(self, start: int, stop: int, columns: tuple[int, int] | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor, or of those rows the columns [start, stop)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a checkpoint. `read` maps it into memory; nothing is copied yet."""
@@ -38,11 +45,26 @@ class Stored:
     dtype: torch.dtype
     read: Callable[[], Tensor] = field(repr=False)
     # Where reading makes the values, by dequantising: rows [start, stop), for it need not lie in memory whole.
-    read_rows: Callable[[int, int], Tensor] | None = field(default=None, repr=False)
+    read_rows: ReadRows | None = field(default=None, repr=False)
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def part(self, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> Stored:
+        """Some of its rows and columns, as a tensor in a checkpoint: nothing else is read when they are."""
+        (first, last), whole = rows, self.read_rows
+        shape = (last - first, *self.shape[1:]) if columns is None else (last - first, columns[1] - columns[0])
+
+        def read() -> Tensor:
+            found = self.read()[first:last] if whole is None else whole(first, last, columns)
+            return found if columns is None or whole is not None else found[:, slice(*columns)]
+
+        def read_rows(start: int, stop: int, columns: tuple[int, int] | None = columns) -> Tensor:
+            assert whole is not None
+            return whole(first + start, first + stop, columns)
+
+        return Stored(self.name, shape, self.dtype, read, read_rows if whole is not None else None)
 
 
 def stored_tensors(file: Path, dtypes: Mapping[str, torch.dtype] = FLOATS) -> dict[str, Stored]:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from cli.conversation import Conversation
+from cli.conversation import Conversation, Turn
 from common.errors import UserError
 from common.files import TOO_DEEP
 from common.messages import say
 from engine import Engine, Timing
+from engine.parallel import Parallel
 from tokenizer import StreamDecoder, Tokenizer
 
 
@@ -129,15 +130,40 @@ def shown(argv: Sequence[str]) -> list[str]:
     return [flag + equals + (Path(value).name if "/" in value else value) for flag, equals, value in parts]
 
 
+def read_line() -> str:
+    """The user's next line; "" at the end."""
+    print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline()
+
+
+def next_turn(
+    chat: Conversation, ranks: Parallel | None, text: str, reply: str, pending: Sequence[int], end_ids: frozenset[int]
+) -> Turn:
+    """`Conversation.turn`, which of several ranks the first alone asks: a template may look at the clock, and has a
+    time limit. Raises UserError, everywhere.
+    """
+    if ranks is None:
+        return chat.turn(text, reply, pending, end_ids)
+    mine: list[Turn] = []
+
+    def take() -> tuple[list[int], bool]:
+        mine.append(chat.turn(text, reply, pending, end_ids))
+        return mine[0].ids, mine[0].anew
+
+    ids, anew = ranks.from_first(take)
+    return mine[0] if mine else Turn(ids, anew, chat)
+
+
 def converse(
     engine: Engine, tokenizer: Tokenizer, chat: Conversation | None, given: Sequence[str], n_new: int
 ) -> Iterator[tuple[Timing, str]]:
     """A line in, a continuation of at most n_new tokens out; the cache keeps it all, and each turn reads only what is
     new to it, unless a chat's template now writes the earlier ones in another way.
 
-    given: the first lines, before those of standard input. Yields what each turn took, and what was written.
+    given: the first lines, before those of standard input. Yields what each turn took, and what was written. Of
+    several ranks the first reads standard input and makes the ids of a turn.
     """
-    endless, capacity = engine.cache.endless, engine.cache.shape.capacity
+    endless, capacity, ranks = engine.cache.endless, engine.cache.shape.capacity, engine.ranks
     say("Type a line; /reset forgets, Ctrl-D ends.")
     pending: list[int] = []  # the last token written, which the cache has not read yet
     reply, n_seen, told = "", 0, False
@@ -145,8 +171,7 @@ def converse(
     while True:
         text = next(first, None)
         if text is None:
-            print("> ", end="", file=sys.stderr, flush=True)
-            text = sys.stdin.readline()
+            text = read_line() if ranks is None else ranks.from_first(read_line)
             if not text:
                 return
         text = text.strip("\n")
@@ -159,7 +184,7 @@ def converse(
         after, held = chat, n_seen
         try:
             if chat is not None:
-                turn = chat.turn(text, reply, pending, engine.end_ids)
+                turn = next_turn(chat, ranks, text, reply, pending, engine.end_ids)
                 ids, after = turn.ids, turn.after
                 held = 0 if turn.anew else n_seen
             else:

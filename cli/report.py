@@ -85,7 +85,8 @@ class Plan:
     def total(self) -> int:
         return self.weights + sum(self.cache.values()) + self.activations
 
-    def lines(self) -> list[str]:
+    def lines(self, n_rank: int = 1) -> list[str]:
+        """For people. n_rank: how many ranks there are, of which this is one's."""
         regions = ", ".join(f"{name} {size(n)}" for name, n in self.cache.items())
         cache = sum(self.cache.values())
         kept = ""
@@ -97,7 +98,8 @@ class Plan:
             f"cache        {size(cache):>12}  {what}",
             f"  full cache {size(self.full_cache):>12}  this one takes {cache / self.full_cache:.1%} of it",
             f"activations  {size(self.activations):>12}  at most, estimated",
-            f"total        {size(self.total):>12}",
+            f"total        {size(self.total):>12}" + ("" if n_rank == 1 else f"  on each of {n_rank} ranks"),
+            *([] if n_rank == 1 else [f"  in all     {size(n_rank * self.total):>12}"]),
         ]
 
 
@@ -110,9 +112,13 @@ def parameter_bytes(model: torch.nn.Module) -> int:
 
 
 def bytes_read(model: Transformer) -> int:
-    """What a decode step reads of the weights: all, but of an embedding that is not the head's too only rows."""
-    n = parameter_bytes(model)
-    return n if model.config.tied_embeddings else n - parameter_bytes(model.tok_embeddings)
+    """What a decode step reads of the weights: all, but of an embedding only rows, unless it is the head's too. A
+    rank's head is a part of it.
+    """
+    n, embedding, config = parameter_bytes(model), parameter_bytes(model.tok_embeddings), model.config
+    if not config.tied_embeddings:
+        return n - embedding
+    return n - embedding * (config.vocab_size - (config.vocab_rows or config.vocab_size)) // config.vocab_size
 
 
 def activation_bytes(config: Config, shape: Shape, n_token: int) -> int:
@@ -247,6 +253,18 @@ def make_report(engine: Engine, name: str, timing: Timing, weight_setting: str =
     }
 
 
+def rank_lines(parts: list[dict[str, Any]]) -> list[str]:
+    """Of several ranks, for people: each one's bytes and their sum. A rank that could not be asked has no numbers."""
+
+    def column(key: str) -> str:
+        found = [part.get(key) for part in parts]
+        each = ", ".join("?" if n is None else size(n) for n in found)
+        return each + f" = {size(sum(n or 0 for n in found))}"
+
+    words = (("peak memory", "peak_memory_bytes"), ("weights", "weight_bytes"), ("cache", "cache_bytes"))
+    return [f"{len(parts)} ranks; the figures above are rank 0's"] + [f"  {word} {column(key)}" for word, key in words]
+
+
 def startup(age: float, loading: float, timing: Timing) -> dict[str, float]:
     """What a report says of the way to the first token. age: of the process when the prompt's reading began;
     loading: seconds of it that went into the weights."""
@@ -273,4 +291,5 @@ def report_lines(r: dict[str, Any]) -> list[str]:
         *([f"cache {allocated}", f"cache {held}"] if r["cache_bytes"] else ["cache bytes: this cache does not say"]),
         f"peak memory {size(r['peak_memory_bytes'])} ({where}), weights {size(r['weight_bytes'])} of it; "
         f"bandwidth {r['bandwidth_bytes_per_s'] / 1e9:.2f} GB/s, weights and cache",
+        *(rank_lines(r["ranks"]) if "ranks" in r else []),
     ]

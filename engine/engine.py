@@ -21,6 +21,7 @@ from checkpoint import first_bad_parameter
 from common.errors import UserError
 from engine.fused import FusedStep
 from engine.kernels import PYTORCH, step_kernels
+from engine.parallel import Parallel
 from engine.sampling import BAD, Sampling
 from kv_cache import ModelCache
 from model import Transformer
@@ -74,6 +75,7 @@ class Engine:
     fuse: bool = True  # small operations into the matrix products, where there are kernels for that
     lag: int = -1  # steps ahead of the tokens seen; -1: the device's best. 0 if the cache is used on after an end token
     timing: Timing = field(default_factory=Timing)
+    ranks: Parallel | None = None  # those that hold the model together, where several do
     hook: Callable[[str], None] | None = None  # called with "prefill", "decode", "step", "end"; for profiling
 
     def __post_init__(self) -> None:
@@ -90,6 +92,8 @@ class Engine:
             fused = FusedStep(self.model, kernels)
             self.forward = lambda tokens: fused(tokens, self.cache)
             self.step_path = "fused step"
+        if self.ranks is not None:
+            self.step_path += f", {self.ranks.path}"
         if self.lag < 0:
             self.lag = LAG if device.type == "cuda" else 0
         if self.capture and self.cache.layers[0].capturable:
@@ -106,7 +110,10 @@ class Engine:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
+        # NCCL's own thread may look at its events meanwhile, which only a capture of this thread alone allows.
+        mode = "global" if self.ranks is None else "thread_local"
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.graph(graph, capture_error_mode=mode):
             self._step()
         self.graph, self.step_path = graph, self.step_path.replace("eager", "captured") + " (CUDA graph)"
         self.reset()
@@ -120,7 +127,15 @@ class Engine:
         self._choose(self.forward(self.tokens))
 
     def _choose(self, logits: Tensor) -> None:
-        self.picked.copy_(self.sampling.pick(logits, self.generator))
+        """logits: [batch, vocab_size], or a rank's part of it: every rank then chooses the same token."""
+        config, ranks = self.model.config, self.ranks
+        if ranks is None:
+            picked = self.sampling.pick(logits, self.generator)
+        elif self.sampling.temperature == 0:
+            picked = ranks.greedy(logits, config.vocab_start)
+        else:
+            picked = self.sampling.pick(ranks.gather(logits, config.vocab_size), self.generator)
+        self.picked.copy_(picked)
         torch.clamp(self.picked, min=0, out=self.tokens[:, 0])  # BAD must not index the embedding
 
     def step(self) -> None:
@@ -202,7 +217,7 @@ class Engine:
 
         written: a token per sequence, step after step.
         """
-        bad = first_bad_parameter(self.model)
+        bad = self._first_of_all(first_bad_parameter(self.model))
         if bad is not None:
             return f"the logits are not finite: the weight {bad} holds a NaN or an infinity"
         found: list[str] = []
@@ -219,13 +234,19 @@ class Engine:
         with torch.inference_mode():
             self.read(prompts)
             for row in torch.tensor(written, dtype=torch.int64).view(-1, len(prompts), 1):
-                if found:
+                if self._first_of_all(next(iter(found), None)):
                     break
                 self.model(row.to(self.device), self.cache)
         for handle in handles:
             handle.remove()
-        where = f"the output of {found[0]} is the first" if found else "they were when all was read again"
+        first = self._first_of_all(next(iter(found), None))
+        where = f"the output of {first} is the first" if first else "they were when all was read again"
         return f"the logits are not finite: {where} ({str(self.cache.shape.dtype).split('.')[-1]} is the dtype)"
+
+    def _first_of_all(self, name: str | None) -> str | None:
+        """The first rank's that has one: what all decide by must be the same everywhere."""
+        names = [name] if self.ranks is None else self.ranks.from_all(name)
+        return next((n for n in names if n is not None), None)
 
 
 class _Pending:

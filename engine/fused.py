@@ -25,7 +25,7 @@ class FusedStep:
         self.model, self.kernels = model, kernels
 
     def __call__(self, tokens: Tensor, cache: ModelCache) -> Tensor:
-        """tokens: int64 [batch, 1]. Returns logits [batch, vocab_size]."""
+        """tokens: int64 [batch, 1]. Returns logits [batch, vocab_size], of a rank's share [batch, vocab_rows]."""
         model, linear = self.model, self.kernels.linear
         step = cache.begin(1)
         rope = model.rope(step.positions)
@@ -50,16 +50,21 @@ class FusedStep:
             q, k, v = qkv[:, :, None].split([n_head, n_kv_head, n_kv_head], 1)
             then = replace(step, then=attention.wo.weight)
             y = layer_cache.attend(q, k, v, then, rope).reshape(len(x), -1)
-            bias = attention.wo.bias  # few models have it: a launch of its own
-            x = linear(y, attention.wo.weight, residual=x if bias is None else x + bias)
+            x = self._add(x, y, attention.wo.weight, attention.wo.bias)
             norm = block.ffn_norm
             if model.config.ffn_bias:  # as few: not fused
-                x = x + feed_forward(norm(x))
+                x = block.add(x, feed_forward(norm(x)))
                 continue
             h = linear(x, feed_forward.w13.weight, norm=norm.weight, eps=model.config.norm_eps, swiglu=True)
-            x = linear(h, feed_forward.w2.weight, residual=x)
+            x = self._add(x, h, feed_forward.w2.weight)
         cache.advance(step)
-        return linear(x, model.output.weight, norm=model.norm.weight, eps=model.config.norm_eps)
+        return linear(x, model.output_weight, norm=model.norm.weight, eps=model.config.norm_eps)
+
+    def _add(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x plus weight @ y plus bias, which is the sum of every rank's where several hold the model together."""
+        if self.model.ranks is None:  # few models have a bias here: a launch of its own
+            return self.kernels.linear(y, weight, residual=x if bias is None else x + bias)
+        return self.model.ranks.sum(self.kernels.linear(y, weight, bias), x)
 
     def _norms(self, attention: Attention) -> tuple[Tensor, Tensor, float] | None:
         if not self.model.config.qk_norm:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from checkpoint.quantised import skeleton
 from common.messages import say
@@ -97,6 +98,13 @@ class _Past(ModelCache):
         return super().begin(1) if n_token == 1 else Chunk(self.lengths[:, None] + own, self.row, self.start)
 
 
+class _Ranks:
+    """Those who hold a share's model with it, on the meta device: what they add has no kernel of ours."""
+
+    def sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        return x
+
+
 @torch.inference_mode()
 def walk(
     config: Config, policy: KVCache, shape: Shape, sampling: Sampling, parts: Sequence[Part],
@@ -106,14 +114,17 @@ def walk(
     from engine.kernels.triton_backend import TRITON as STEP
     from selective_kv.kernels.triton_backend import TRITON
 
-    model = skeleton(replace(config, n_layer=1), weights, shape.dtype)
+    ranks = _Ranks() if config.vocab_rows else None
+    model = skeleton(replace(config, n_layer=1), weights, shape.dtype, ranks)
     cache = _Past(policy, 1, replace(shape, device=META))
     if not cache.layers[0].wrap_kernels(lambda _: TRITON):  # a plugin's own attention
         return
     tokens = torch.zeros(shape.batch, 1, dtype=torch.int64, device=META)
     logits = FusedStep(model, STEP)(tokens, cache)
-    if sampling.temperature == 0:
+    if sampling.temperature == 0 and ranks is None:
         STEP.greedy(logits)
+    elif sampling.temperature == 0:
+        STEP.chosen(STEP.best(logits, config.vocab_start))
     for row, start, n_token in parts:
         view: Any = cache.slot(row)
         view.start = start

@@ -216,7 +216,8 @@ def compile_the_rest() -> None:
     for overlap in (False, True):  # before Hopper, and since
         picking = types | {"logits": "*bf16", "keys": "*i64", "out": "*i64"}
         compile_kernel(part_kernel, picking, {"BLOCK": 4096, "OVERLAP": overlap})
-        compile_kernel(pick_kernel, picking, {"BLOCK": 32, "OVERLAP": overlap})
+        for key in (False, True):
+            compile_kernel(pick_kernel, picking, {"KEY": key, "BLOCK": 32, "OVERLAP": overlap})
         compile_kernel(combine_kernel, types, {
             "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "FLOAT_BLOCK": 64, "INT_BLOCK": 64, "FLOAT_COST": 2, "INT_COST": 1,
             "WARPS": 2, "HAS_INT": True, "OVERLAP": overlap, **merging(68, 128),

@@ -12,10 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint import (
-    load_model,
-    open_checkpoint,
-)
+from checkpoint import Checkpoint, load_model, open_checkpoint
 from checkpoint.layout import slots_of
 from model import Config, Rope, Transformer
 
@@ -137,3 +134,30 @@ def edited(tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], family: 
     edit(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     return tmp_path
+
+
+def assert_shares(load: Callable[[Checkpoint], Transformer], checkpoint: Checkpoint, n_rank: int) -> None:
+    """The ranks' parameters are the whole model's, each element somewhere, and in the places that heads say."""
+    whole = dict(load(checkpoint).named_parameters())
+    for rank in range(n_rank):
+        part = checkpoint.share_of(rank, n_rank)
+        c, model = checkpoint.config, load(part)
+        n_q, n_kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        q, kv, ffn = n_q // n_rank, n_kv // n_rank, c.ffn_dim // n_rank
+        for name, got in model.named_parameters():
+            want = whole[name]
+            if "wqkv" in name:
+                heads = zip(want.split([n_q, n_kv, n_kv]), (q, kv, kv), strict=True)
+                want = torch.cat([part[rank * n :][:n] for part, n in heads])
+            elif "w13" in name:
+                want = torch.cat([half[rank * ffn :][:ffn] for half in want.chunk(2)])
+            elif "wo." in name:
+                want = want[:, rank * q :][:, :q]
+            elif "w2." in name:
+                want = want[:, rank * ffn :][:, :ffn]
+            elif name == "output.weight":
+                want = want[part.config.vocab_start :][: part.config.vocab_rows]
+            assert torch.equal(got, want), (name, rank)
+        rows = whole.get("output.weight", whole["tok_embeddings.weight"])
+        start = part.config.vocab_start
+        assert torch.equal(model.output_weight, rows[start : start + part.config.vocab_rows])

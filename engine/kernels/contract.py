@@ -73,6 +73,23 @@ class Greedy(Protocol):
         ...
 
 
+class Best(Protocol):
+    def __call__(self, logits: Tensor, start: int) -> Tensor:
+        """The largest logit of each row and its index, in one number whose maximum over ranks is the largest of all.
+
+        logits: [sequence, n], a float dtype of at most 32 bits, of the vocabulary's tokens from `start` on. Returns
+        keys, int64 [sequence]: the number, in an order that integers have, above the index, the first one largest.
+        Above the key of any number where a row holds a NaN or an infinity.
+        """
+        ...
+
+
+class Chosen(Protocol):
+    def __call__(self, keys: Tensor) -> Tensor:
+        """The indices in keys of `Best`, int64 [sequence]; -1 where a row was not finite."""
+        ...
+
+
 @dataclass(frozen=True)
 class StepKernels:
     """One implementation of a decode step's products. `name` is what a report shows."""
@@ -82,3 +99,5 @@ class StepKernels:
     qkv: QKV
     rotate_qk: RotateQK
     greedy: Greedy
+    best: Best
+    chosen: Chosen

@@ -70,4 +70,26 @@ def greedy(logits: Tensor) -> Tensor:
     return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
 
 
-PYTORCH = StepKernels(name="PyTorch products", linear=linear, qkv=qkv, rotate_qk=rotate_qk, greedy=greedy)
+_LAST = 0x7FFFFFFF  # no index is larger
+_SPOILED = 0x7FFFFFFFFFFFFFFF  # above the key of any finite number
+
+
+def best(logits: Tensor, start: int) -> Tensor:
+    """The largest logit of each row above its index, as `contract.Best` says. logits: [sequence, n].
+
+    The bits of a float32 are in order but for negative numbers, whose other bits are turned.
+    """
+    value, index = logits.float().max(-1)
+    bits = (value + 0.0).view(torch.int32)  # -0 is no less than 0
+    order = torch.where(bits < 0, bits ^ _LAST, bits).to(torch.int64)
+    return torch.where(logits.isfinite().all(-1), (order << 32) | (_LAST - start - index), _SPOILED)
+
+
+def chosen(keys: Tensor) -> Tensor:
+    """The indices in keys of `best`, -1 where a row was not finite. keys: int64 [sequence]."""
+    return torch.where(keys == _SPOILED, -1, _LAST - (keys & _LAST))
+
+
+PYTORCH = StepKernels(
+    name="PyTorch products", linear=linear, qkv=qkv, rotate_qk=rotate_qk, greedy=greedy, best=best, chosen=chosen
+)

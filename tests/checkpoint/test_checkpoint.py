@@ -160,6 +160,13 @@ def test_peak_is_one_copy_of_the_weights(tmp_path: Path, kind: str) -> None:
     n_bytes = sum(p.numel() * 4 for p in model.parameters())
     assert n_bytes > 100e6 and opened - before < 0.1 * n_bytes
     assert max(seen) - before < 1.15 * n_bytes
+    del model
+    before, seen = anonymous_memory(), []
+    part = open_checkpoint(tmp_path).share_of(1, 2)  # and of a rank's share, that share
+    model = load_model(part, CPU, torch.float32, progress=lambda done, of: seen.append(anonymous_memory()))
+    n_share = sum(p.numel() * 4 for p in model.parameters())
+    assert n_share < 0.6 * n_bytes
+    assert max(seen) - before < 1.15 * n_share
 
 
 # --- Tensors that do not fit ------------------------------------------------------------------------

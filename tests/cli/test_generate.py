@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, STORIES, needs, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+import cli.ranks
 import generate
 
 QUANTIZE = ["quantize_kv", "--sink_size", "4", "--window_size", "8"]
@@ -134,7 +135,7 @@ def test_an_integer_is_a_synthetic_prompt(tiny: Path, capsys: pytest.CaptureFixt
 
 
 def test_random_weights_need_no_checkpoint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "device_memory", lambda device: 20 << 30)
+    monkeypatch.setattr(cli.ranks, "device_memory", lambda device: 20 << 30)
     with pytest.raises(SystemExit) as exit_:
         generate.main(["--random_weights", "--prompt", "8"])
     assert exit_.value.code == 2
@@ -369,7 +370,7 @@ def test_checkpoints_that_are_wrong(tiny: Path, tmp_path: Path, capsys: pytest.C
 def test_what_cannot_fit_is_said_before_loading(
     tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "device_memory", lambda device: 20 << 30)
+    monkeypatch.setattr(cli.ranks, "device_memory", lambda device: 20 << 30)
     line = fails(capsys, "--random_weights", "--model", "llama-3.1-8b", "--prompt", 100_000, "--dtype", "bfloat16")
     assert "the largest context that fits is" in line
     fits = int(line.split("fits is ")[1].split()[0])

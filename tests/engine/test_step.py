@@ -228,3 +228,8 @@ def test_greedy(dtype: torch.dtype, n: int, device: str) -> None:
     want = torch.where(logits.isfinite().all(-1), (logits == logits.amax(-1, keepdim=True)).int().argmax(-1), -1)
     assert got.tolist() == want.tolist() and want[1] == n // 3 and want[7] == n // 2
     assert eager.greedy(logits).tolist() == want.tolist()
+    for kernels in (triton_kernels, eager):  # the vocabulary in two parts
+        x = logits.to(device if kernels is triton_kernels else "cpu")
+        parts = [(x[:, : n // 3], 0), (x[:, n // 3 :], n // 3)][n < 3 :]
+        keys = torch.stack([kernels.best(part, start) for part, start in parts]).amax(0)
+        assert kernels.chosen(keys).tolist() == want.tolist()

@@ -1,0 +1,119 @@
+"""Several devices that hold one model together: tensor parallelism by torch.distributed, started by torchrun.
+
+Each rank has its share of every layer (`checkpoint.Share`) and the cache of its own KV heads. All of them read the same
+tokens and take the same steps; what a layer's second product gives is summed over the ranks, twice a layer, and the
+next token is chosen from all logits by every rank alike, so that nothing has to be sent between steps. What only
+rank 0 knows (a line of standard input) it hands to the others with `from_first`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from checkpoint import parse_device
+from common.errors import UserError
+from engine.kernels import step_kernels
+from engine.link import Link
+
+T = TypeVar("T")
+FOREVER = timedelta(days=365)  # collectives wait as long as a person types: the link's threads know who has died
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """One of `size` ranks. group: for the device's tensors; control: for the host's objects."""
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup
+    control: dist.ProcessGroup
+
+    # --- Tensors of the device: these are in a captured step ---
+
+    @property
+    def path(self) -> str:
+        """How sums go between the ranks, for reports."""
+        return f"sums over {self.size} ranks by {dist.get_backend(self.group)}"
+
+    def sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual plus every rank's x; in x's memory."""
+        dist.all_reduce(x, group=self.group)
+        return x.add_(residual)
+
+    def greedy(self, logits: Tensor, start: int) -> Tensor:
+        """The likeliest token of the whole vocabulary; -1 where a row is not finite on some rank. int64 [batch].
+
+        logits: [batch, n], of this rank's part of the vocabulary, which begins at `start`. A rank's best logit and
+        its index are one number, and the largest of those is all that is exchanged.
+        """
+        kernels = step_kernels(self.device)
+        keys = kernels.best(logits, start)
+        dist.all_reduce(keys, dist.ReduceOp.MAX, self.group)
+        return kernels.chosen(keys)
+
+    def gather(self, logits: Tensor, n_vocab: int) -> Tensor:
+        """All logits [batch, n_vocab], on every rank. logits: this rank's, [batch, at most ceil(n_vocab / size)]."""
+        most = -(-n_vocab // self.size)  # Share gives the last ranks fewer, where they do not come out even
+        mine = logits if logits.shape[1] == most else torch.nn.functional.pad(logits, (0, most - logits.shape[1]))
+        every = mine.new_empty(self.size * len(mine), most)
+        dist.all_gather_into_tensor(every, mine.contiguous(), self.group)
+        return every.view(self.size, len(mine), most).transpose(0, 1).reshape(len(mine), -1)[:, :n_vocab]
+
+    # --- Objects of the host ---
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, which alone calls it; or everywhere the UserError that it raises there."""
+        box: list[T | UserError | None] = [None]
+        if self.rank == 0:
+            try:
+                box = [make()]
+            except UserError as error:
+                box = [error]
+        dist.broadcast_object_list(box, 0, self.control)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]  # type: ignore[return-value]
+
+    def from_all(self, value: T) -> list[T]:
+        """Every rank's value, in order."""
+        found: list[T] = [value] * self.size
+        dist.all_gather_object(found, value, self.control)
+        return found
+
+
+def rank_device(name: str, link: Link | None) -> torch.device:
+    """`--device` for one of several ranks: a GPU each, or the CPU they share. Raises UserError."""
+    if link is None:
+        return parse_device(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: of several ranks each takes its own GPU (cuda), or all share the cpu")
+    n_device = torch.cuda.device_count() if name == "cuda" and torch.cuda.is_available() else 0
+    if name == "cuda" and 0 < n_device <= link.local_rank:
+        raise UserError(f"rank {link.rank} is without a GPU: {n_device} here (--nproc_per_node {n_device})")
+    return parse_device(f"cuda:{link.local_rank}" if name == "cuda" else name)
+
+
+def connect(link: Link, device: torch.device) -> Parallel:
+    """Make the groups that tensors and objects go through. Every rank calls it."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("parallel", link.store),
+        rank=link.rank,
+        world_size=link.size,
+        timeout=FOREVER,
+        device_id=device if device.type == "cuda" else None,
+    )
+    group = dist.group.WORLD
+    assert group is not None
+    return Parallel(link.rank, link.size, device, group, dist.new_group(backend="gloo", timeout=FOREVER))

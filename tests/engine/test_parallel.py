@@ -1,0 +1,126 @@
+"""One model on several ranks (gloo, processes on this CPU): its shares, and tokens equal to one device's."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import CPU
+from conftest import STORIES, needs
+from ranks import finish, start
+
+from checkpoint import Checkpoint, load_model, open_checkpoint
+from common.errors import UserError
+from engine import Engine, Sampling
+from engine.link import linked
+from engine.parallel import Parallel, connect
+from kv_cache import ModelCache
+from model import Config
+from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
+
+FP32 = torch.float32
+
+
+# --- Tokens -----------------------------------------------------------------------------------------
+
+POLICIES: list[KVCache] = [
+    FullCache(), SinkWindowCache(3, 8), SelectiveCache(3, 8)
+]  # fmt: skip
+K8V4 = SelectiveCache(3, 8, k_bits=8, v_bits=4)
+SAMPLINGS = [Sampling(0), Sampling(0.9, 50, 0.95, seed=3)]
+N_NEW = 16
+
+
+def texts(
+    checkpoint: Checkpoint, policies: list[KVCache], lengths: list[int], ranks: Parallel | None
+) -> list[list[list[int | None]]]:
+    """What each cache writes, greedily and by sampling, after prompts of these lengths; a second time after `reset`."""
+    config, found = checkpoint.config, []
+    model = load_model(checkpoint, CPU, FP32, not checkpoint.fills, ranks=ranks)
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    shape = Shape(len(lengths), config.n_kv_head, config.head_dim, max(lengths) + N_NEW, FP32, CPU)
+    for policy in policies:
+        for sampling in SAMPLINGS:
+            cache = ModelCache(policy, config.n_layer, shape)
+            engine = Engine(model, cache, sampling, prefill_chunk=16, ranks=ranks)
+            rows = list(engine.generate(prompts, N_NEW))
+            assert len(rows) == N_NEW
+            found.append(rows)
+    return found
+
+
+def on_ranks(n_rank: int, jobs: dict[str, Callable[[Parallel], object]], folder: Path) -> list[dict[str, object]]:
+    """What each rank's jobs return, as JSON has it."""
+
+    def body(rank: int) -> None:
+        with linked("test") as link:
+            assert link is not None
+            ranks = connect(link, CPU)
+            results = {name: job(ranks) for name, job in jobs.items()}
+            (folder / f"result{rank}").write_text(json.dumps(results))
+            link.finish()
+
+    ranks = start(n_rank, body, folder)
+    assert finish(ranks) == [0] * n_rank, [rank.err.read_text() for rank in ranks]
+    return [json.loads((folder / f"result{rank}").read_text()) for rank in range(n_rank)]
+
+
+@pytest.mark.parametrize("n_rank", [2, 4])
+def test_tokens_equal_one_devices(n_rank: int, tmp_path: Path) -> None:
+    """Every cache, ragged batches, greedy and by sampling; of a trained model, where it is there, and of made ones: an
+    odd vocabulary (the last rank has fewer tokens to score), tied and not, 4 KV heads on 2 ranks and on 4.
+    """
+    made = Checkpoint(None, "made", Config(101, 48, 2, 8, 4, 96, 64, 64, qkv_bias=True, qk_norm=True))
+    tied = Checkpoint(None, "tied", replace(made.config, tied_embeddings=True))
+    cases = {"made": (made, [K8V4], [20, 1, 9]), "tied": (tied, POLICIES[:1], [20])}
+    if STORIES.exists():  # four processes take their time on few cores
+        cases["stories"] = (open_checkpoint(STORIES), POLICIES if n_rank == 2 else POLICIES[2:], [30, 4])
+
+    def job(checkpoint: Checkpoint, policies: list[KVCache], lengths: list[int], ranks: Parallel) -> object:
+        return texts(checkpoint.share_of(ranks.rank, ranks.size), policies, lengths, ranks)
+
+    want = {name: texts(*case, None) for name, case in cases.items()}
+    jobs = {name: functools.partial(job, *case) for name, case in cases.items()}
+    for got in on_ranks(n_rank, jobs, tmp_path):
+        assert got == want
+
+
+def test_a_nan_is_named_by_every_rank(tmp_path: Path) -> None:
+    """The weight that holds it is in one rank's share alone; the others must neither hang nor go on."""
+
+    def job(ranks: Parallel) -> str:
+        made = Checkpoint(None, "made", Config(101, 48, 2, 4, 2, 96, 64)).share_of(ranks.rank, ranks.size)
+        model = load_model(made, CPU, FP32, True, ranks=ranks)
+        if ranks.rank == 1:
+            model.layers[1].feed_forward.w2.weight[3, 5] = float("nan")
+        shape = Shape(1, made.config.n_kv_head, made.config.head_dim, 16, FP32, CPU)
+        engine = Engine(model, ModelCache(FullCache(), 2, shape), Sampling(0), ranks=ranks)
+        with pytest.raises(UserError) as caught:
+            list(engine.generate([[1, 2, 3]], 4))
+        return str(caught.value)
+
+    found = on_ranks(2, {"job": job}, tmp_path)
+    assert found[0] == found[1]
+    assert "the weight layers.1.feed_forward.w2.weight holds a NaN" in str(found[0]["job"])
+
+
+@needs(STORIES)
+def test_greedy_takes_the_first_of_equals_and_tells_what_is_not_finite(tmp_path: Path) -> None:
+    logits = torch.randn(5, 101, generator=torch.Generator().manual_seed(0))
+    logits[0, [7, 60, 90]] = 9.0  # on two ranks
+    logits[1] = -100.0
+    logits[2, 100], logits[3, 10] = float("nan"), float("inf")
+
+    def job(ranks: Parallel) -> list[object]:
+        part = logits.split([51, 50], 1)[ranks.rank]
+        gathered = ranks.gather(part, 101)
+        return [ranks.greedy(part, 51 * ranks.rank).tolist(), torch.equal(gathered[:2], logits[:2])]
+
+    want = [7, 0, -1, -1, int(logits[4].argmax())]
+    assert [found["job"] for found in on_ranks(2, {"job": job}, tmp_path)] == [[want, True]] * 2
