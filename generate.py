@@ -127,8 +127,7 @@ def make_parser() -> Parser:
     g.add_argument("--dry_run", action="store_true", help="print the memory plan and stop")
     g.add_argument(
         "--world_size", type=positive, metavar="N",
-        help="ranks that hold the model together: with --dry_run, to plan for them here; under torchrun, which "
-        "says it itself, to be refused if it is another",
+        help="ranks that share the model: to plan for, with --dry_run; under torchrun, another number is refused",
     )  # fmt: skip
     g.add_argument(
         "--json", nargs="?", const="-", metavar="FILE",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -59,6 +61,7 @@ def start(
             ranks.append(rank)
             continue
         status = 1
+        gc.freeze()  # what the tests' process has left over is its own to end
         try:
             variables = {"RANK": k, "WORLD_SIZE": n, "LOCAL_RANK": k, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in variables.items()})
@@ -66,6 +69,7 @@ def start(
                 with file.open(mode) as stream:
                     os.dup2(stream.fileno(), fd)
             sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+            faulthandler.enable(sys.stderr)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             body(k)
             status = 0
@@ -87,7 +91,7 @@ def finish(ranks: list[Rank], seconds: float = 60) -> list[int | None]:
         time.sleep(0.02)
     found = [rank.poll() for rank in ranks]
     for rank in ranks:
-        rank.kill()
+        rank.kill(signal.SIGABRT)  # its error output then says where it stood
     return found
 
 
