@@ -111,6 +111,8 @@ class Config:
             raise ValueError(f"config: n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"config: head_dim {self.head_dim} is not even, and RoPE needs pairs")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"config: yarn needs a rope_theta above 1, not {self.rope_theta}")
 
     @property
     def rope_frequencies(self) -> Tensor:

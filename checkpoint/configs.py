@@ -155,8 +155,8 @@ def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     else:
         low, high = rope.number("beta_slow", 1.0) or 1.0, rope.number("beta_fast", 32.0) or 32.0
-        if low <= 0 or theta <= 1:
-            raise f.error("yarn needs a rope_theta above 1 and a beta_slow above 0")
+        if low <= 0:
+            raise f.error(f"beta_slow is {low}, not a positive number")
     if high <= low:
         names = ("high_freq_factor", "low_freq_factor") if kind == "llama3" else ("beta_fast", "beta_slow")
         raise f.error(f"{names[0]} {high} is not above {names[1]} {low}")

@@ -171,3 +171,31 @@ def test_a_folder_prefers_tokenizer_json(tmp_path: Path) -> None:
     assert load_tokenizer(folder).n_vocab == 330
     folder_with(tmp_path)
     assert load_tokenizer(folder).n_vocab == load_tokenizer(folder / "tokenizer.json").n_vocab != 330
+
+
+def test_begin_and_end_that_only_special_tokens_map_names(tmp_path: Path) -> None:
+    """Older repositories have no tokenizer_config.json, or one that names neither."""
+    folder = folder_with(tmp_path, special_tokens_map={"eos_token": {"content": "<|end|>"}}, tokenizer_config={})
+    assert load_tokenizer(folder).eos_ids == (2,)
+    (folder / "tokenizer_config.json").unlink()
+    assert load_tokenizer(folder).eos_ids == (2,)
+    pieces = sentencepiece_folder(tmp_path / "sp")
+    (pieces / "special_tokens_map.json").write_text('{"bos_token": "</s>", "eos_token": "<s>"}')
+    assert (load_tokenizer(pieces).bos_id, load_tokenizer(pieces).eos_ids) == (2, (1,))
+
+
+def test_a_text_in_the_midst_of_another(tmp_path: Path) -> None:
+    """A chat's later turns: the space that a text begins with is not put there again."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(metaspace("first")))
+    tokenizer = load_tokenizer(tmp_path)
+    whole = tokenizer.encode("the fox</s>the fox", bos=False, special=True)
+    at = whole.index(2) + 1
+    assert whole[at:] == tokenizer.encode("the fox", bos=False, special=True, begins=False)
+    assert whole[at:] != tokenizer.encode("the fox", bos=False, special=True)
+
+
+def test_a_name_that_is_half_a_surrogate_pair(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path)
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "\\ud800"}')
+    with pytest.raises(UserError, match=r"tokenizer_config.json: half a surrogate pair, which is no text$"):
+        load_tokenizer(folder)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from conftest import write_checkpoint
+from tokenizers_made import byte_level_json
 
-from cli.console import read_prompts
+from checkpoint import load_tokenizer
+from cli.console import encode_prompt, read_prompts
 from common.errors import UserError
 
 
@@ -43,3 +47,14 @@ def test_files_that_are_wrong(tmp_path: Path, content: bytes, message: str) -> N
     with pytest.raises(UserError, match=message) as caught:
         prompts_of(tmp_path, content)
     assert "\n" not in str(caught.value) and "prompts.txt" in str(caught.value)
+
+
+def test_a_prompt_that_is_no_token_at_all(tmp_path: Path) -> None:
+    """A normaliser that strips: the engine was given an empty prompt."""
+    folder = write_checkpoint(tmp_path / "m", vocab_size=320)
+    strips = {"type": "Replace", "pattern": {"String": "x"}, "content": ""}
+    fields = json.loads(byte_level_json(False)) | {"normalizer": strips}
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="--prompt 'xx' is no token at all for this model's tokenizer"):
+        encode_prompt("xx", load_tokenizer(folder), 320, 0, "m")
+    assert encode_prompt("xax", load_tokenizer(folder), 320, 0, "m")
