@@ -20,9 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import quantize
 from checkpoint import load_model, open_checkpoint
 from common.errors import UserError
 from model import RopeScaling
+from quantize import parse_weights
+from weights.modules import QuantizedLinear
 
 KINDS = [
     "F32",
@@ -297,3 +300,18 @@ def test_nothing_lies_in_memory_twice(tmp_path: Path, wide: LlamaForCausalLM, mo
         object.__setattr__(fill.stored, "read", None)
     load_model(checkpoint, CPU, torch.float32)
     assert largest == 256 * 64
+
+
+def test_four_bits_stay_as_they_are(tmp_path: Path, wide: LlamaForCausalLM) -> None:
+    """`--weights int4:group_size=32` has Q4_1's blocks, scales and bases: nothing is rounded twice."""
+    checkpoint = open_checkpoint(gguf_files.write(tmp_path / "model.gguf", wide, "Q4_1"))
+    setting = parse_weights("int4:group_size=32,embedding_bits=16,head_bits=4")
+    packed, dense = (load_model(checkpoint, CPU, torch.float32, weights=w, to_run=False) for w in (setting, None))
+    names = [name for name, module in packed.named_modules() if isinstance(module, QuantizedLinear)]
+    assert len(names) == 4 + 1  # wqkv, wo, w13, w2 and the head
+    for name in names:
+        module = packed.get_submodule(name)
+        assert module.group == 32
+        u = quantize.unpack4(module.ints, 32)
+        kept = quantize.dequantize4(u, module.pairs, module.scale, module.k)
+        torch.testing.assert_close(kept, dense.get_submodule(name).weight, rtol=1e-6, atol=1e-7)
