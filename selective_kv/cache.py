@@ -151,6 +151,13 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything. (Fixed storage need not be cleared: positions say what is valid.)"""
 
+    def storage(self) -> list[Tensor] | None:
+        """The tensors, [batch, ...], that tokens are written to, always in the same order: whoever copies them copies
+        the sequences. With more capacity they are longer, or more follow, and the same tokens stand at the same places.
+        None: this cache cannot be copied.
+        """
+        return None
+
     def nbytes(self) -> dict[str, int]:
         """Bytes really allocated, by region."""
         return {}

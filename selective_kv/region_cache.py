@@ -72,6 +72,9 @@ class RegionCache(KVCache):
     def capturable(self) -> bool:
         return not self._reference and self.regions.k.is_cuda and self.kernels.captures
 
+    def storage(self) -> list[Tensor] | None:
+        return [t for t in self.regions[:6] if t is not None]
+
     def nbytes(self) -> dict[str, int]:
         r = self.regions
         slot_bytes = 2 * r.k[:, :, 0].nbytes

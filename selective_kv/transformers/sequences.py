@@ -1,0 +1,299 @@
+"""Where each sequence of a cache stands, and the memory of its layers: what transformers' `Cache` keeps beside them.
+
+transformers counts columns: the tokens of the longest prompt, padding included. A cache here counts tokens: sequence b
+has `lengths[b]` of them, and padding is none. A prompt in a batch with left padding is read alone, at its own
+positions 0, 1, ..., into its own slot, so each sequence gets what it would get alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from selective_kv.cache import Chunk, KVCache, Shape
+from selective_kv.transformers.rope import Turn, rope_frequencies
+
+ROOM = 1024  # tokens more than are needed, where a cache grows by itself: one copy of it in so many steps
+
+# A compiled graph can hold tensors and numbers only. A step's operator finds the cache that it is about by a number,
+# one for each place in memory that a cache has ever had.
+by_handle: WeakValueDictionary[int, Sequences] = WeakValueDictionary()
+_handles = itertools.count(2)  # a compiler takes 0 and 1 for constants
+
+
+@dataclass
+class Part:
+    """Tokens of a forward pass that are read together: sequences `chunk.row` and on, and which columns of the pass."""
+
+    chunk: Chunk
+    turn: Turn
+    columns: slice | Tensor  # int64, where padding stands between the tokens
+
+
+class Sequences:
+    """Lengths, and the `KVCache` of every layer. max_length: the most columns, or None: memory grows as it is needed.
+
+    counts: int64 [batch + 1] on the device, the lengths and the number of columns, one tensor because a step adds one
+    to all of them. In decoding the host does not read it where memory is `fixed`.
+    """
+
+    def __init__(self, policy: KVCache, config: Any, max_length: int | None) -> None:
+        self.config, self.max_length = config, max_length
+        self.layers = [dataclasses.replace(policy) for _ in range(config.num_hidden_layers)]
+        self.policy = policy
+        self.shape: Shape | None = None
+        self.counts = torch.zeros(1, dtype=torch.int64)
+        self.n_column = 0  # as `counts` has it; not kept where memory is `fixed`: replayed steps run no Python
+        self.last_padding = 0  # columns up to the last one that is padding in some sequence
+        self.empty = True
+        self.under_way = False  # between a forward pass's first layer and its last
+        self.turn: Turn | None = None  # in decoding
+        self.parts: list[Part] = []  # of a chunk; `whole`: there is one, and it is all of the pass
+        self.whole = False
+        self.handle = -1  # what a compiled graph knows the memory by
+        self._frequencies: Tensor | None = None
+        seen = policy.sees()
+        if seen is not None and seen.within:
+            self.frequencies()  # raises now where they are not known, and not in the middle of a text
+
+    @property
+    def fixed(self) -> bool:
+        """Whether memory stays where it is, so that a step may be captured."""
+        return self.max_length is not None or self.policy.endless
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.counts[:-1]
+
+    def frequencies(self) -> Tensor:
+        device = self.counts.device
+        if self._frequencies is None or self._frequencies.device != device:
+            self._frequencies = rope_frequencies(self.config).to(device)
+        return self._frequencies
+
+    # Memory
+
+    def allocate(self, k: Tensor) -> None:
+        """For keys like k [batch, n_kv_head, token, head_dim]."""
+        batch, n_kv_head, n_token, head_dim = k.shape
+        capacity = self._capacity(n_token)
+        self.shape = Shape(batch, n_kv_head, head_dim, capacity, k.dtype, k.device)
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside of it
+            for layer in self.layers:
+                layer.allocate(self.shape)
+            self.counts = torch.zeros(batch + 1, dtype=torch.int64, device=k.device)
+        self._settle()
+
+    def expect(self, k: Tensor) -> None:
+        """Keys k [batch, n_kv_head, token, head_dim] are about to come: make memory for them where there is none.
+
+        Raises ValueError where they do not fit what is there.
+        """
+        held = self.shape
+        if held is None or (self.empty and k.shape[0] != held.batch):
+            self.allocate(k)
+        elif (held.batch, held.dtype, held.device) != (k.shape[0], k.dtype, k.device):
+            raise ValueError(
+                f"this cache holds {held.batch} sequences in {held.dtype} on {held.device}, and {k.shape[0]} in "
+                f"{k.dtype} on {k.device} came: reset() it, or make another one (all layers must be on one device)"
+            )
+
+    def _settle(self) -> None:
+        """Memory is at a new place: nothing that was captured for the old one may be used again."""
+        by_handle.pop(self.handle, None)
+        self.handle = next(_handles)
+        by_handle[self.handle] = self
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.counts)
+
+    def _capacity(self, n_column: int) -> int:
+        """How many tokens to make room for, when a sequence will have n_column of them."""
+        if self.max_length is not None:
+            return self.max_length
+        if self.policy.endless:
+            return self.policy.n_exact + 1
+        return n_column + ROOM
+
+    def _make_room(self, n_column: int) -> None:
+        """Raises ValueError if there is none for n_column columns and none can be made."""
+        assert self.shape is not None
+        if n_column <= self.shape.capacity or self.policy.endless:
+            return
+        if self.max_length is not None:
+            raise ValueError(f"{n_column} tokens do not fit a cache made with max_cache_len={self.max_length}")
+        self._move(dataclasses.replace(self.shape, capacity=self._capacity(n_column)), None)
+
+    def _move(self, shape: Shape, rows: Tensor | None) -> None:
+        """Into memory of another shape, a layer at a time. rows: which sequence each one is a copy of; None: itself."""
+        with torch.inference_mode(False):
+            for i, layer in enumerate(self.layers):
+                old = layer.storage()
+                if old is None:
+                    raise ValueError(
+                        f"{type(layer).__name__} has no `storage()`, so its sequences cannot be copied: give it "
+                        "max_cache_len, or define that method"
+                    )
+                new = dataclasses.replace(layer)
+                new.allocate(shape)
+                into = new.storage()
+                assert into is not None
+                for source, target in zip(old, into, strict=False):  # more memory may have tensors that less has not
+                    source = source if rows is None else source.index_select(0, rows)
+                    target[tuple(slice(0, n) for n in source.shape)].copy_(source)
+                self.layers[i] = new
+        self.shape = shape
+        self._settle()
+
+    def select(self, rows: Tensor) -> None:
+        """Sequence i becomes what sequence rows[i] was. rows: int64 [new batch]."""
+        if self.shape is None or self.empty:
+            return
+        rows = rows.to(self.counts.device)
+        if len(rows) == self.shape.batch:  # in place: captured steps go on
+            for layer in self.layers:
+                storage = layer.storage()
+                if storage is None:
+                    raise ValueError(
+                        f"{type(layer).__name__} has no `storage()`, so its sequences cannot be reordered (beam search)"
+                    )
+                for tensor in storage:
+                    tensor.copy_(tensor.index_select(0, rows))
+            self.lengths.copy_(self.lengths.index_select(0, rows))
+            return
+        with torch.inference_mode(False):
+            self.counts = torch.cat((self.counts.index_select(0, rows), self.counts[-1:]))
+        self._move(dataclasses.replace(self.shape, batch=len(rows)), rows)
+
+    def reset(self) -> None:
+        self.counts.zero_()
+        for layer in self.layers if self.shape else ():
+            layer.reset()
+        self.n_column = self.last_padding = 0
+        self.turn, self.parts, self.under_way, self.empty = None, [], False, True
+
+    def crop(self, n: int) -> None:
+        """Forget the last n columns. Raises ValueError where what came before them is no longer held as it was."""
+        if n == 0 or self.empty:
+            return
+        counts = self.counts.tolist()
+        seen = self.policy.sees()
+        if seen is None:
+            raise ValueError(f"{type(self.policy).__name__} cannot be cropped: what it keeps is not known (`sees`)")
+        if seen.window_size is not None and max(counts[:-1]) > self.policy.n_exact:
+            raise ValueError(
+                f"this {type(self.policy).__name__} cannot be cropped any more: past {self.policy.n_exact} tokens "
+                "(sink and window), what came before the tokens to be removed is no longer held as it was"
+            )
+        if counts[-1] - n < self.last_padding:
+            raise ValueError(f"cannot remove the last {n} columns: some of them hold padding in some sequence")
+        self.counts -= n
+        self.n_column = counts[-1] - n
+
+    # A forward pass
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, counts: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of q [batch, n_head, column, head_dim] in a layer that takes in k and v [batch, n_kv_head, ...].
+
+        counts: `self.counts`, or the copy of it that a compiled graph works on; the last layer adds to it. mask: None,
+        or bool [batch, column so far and in this pass], False where padding is: nothing is stored for it, and its
+        output is zero. Raises ValueError where the cache cannot take the tokens.
+        """
+        if layer == 0:
+            self._begin(q, counts, mask)
+        elif not self.under_way:
+            raise ValueError("a forward pass must begin with the model's first layer")
+        cache = self.layers[layer]
+        if self.turn is not None:
+            out = cache.attend(q, k, v, Chunk(counts[:-1][:, None]), self.turn)
+        elif self.whole:
+            out = cache.attend(q, k, v, self.parts[0].chunk, self.parts[0].turn)
+        else:
+            out = torch.zeros_like(q)
+            for part in self.parts:
+                at = slice(part.chunk.row, part.chunk.row + 1), slice(None), part.columns
+                out[at] = cache.attend(q[at], k[at], v[at], part.chunk, part.turn)
+        if layer == len(self.layers) - 1:
+            self._end(q.shape[2], counts)
+        return out
+
+    def _begin(self, q: Tensor, counts: Tensor, mask: Tensor | None) -> None:
+        """What the layers of this pass share. One token a sequence is decoding: nothing is read from the device."""
+        if self.under_way:
+            raise ValueError("the forward pass before this one ended before its last layer: reset() the cache")
+        if q.shape[2] == 1 and mask is None:
+            self._room_for_a_step(counts)
+            self.turn = Turn(self.frequencies, counts[:-1][:, None])
+        else:
+            self._begin_chunk(q.shape[2], counts, mask)
+        self.under_way, self.empty = True, False
+
+    def _room_for_a_step(self, counts: Tensor) -> None:
+        assert self.shape is not None
+        if not self.fixed:
+            if counts.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise ValueError("a captured step needs memory that stays in its place: give the cache max_cache_len")
+            self._make_room(self.n_column + 1)
+        elif not self.policy.endless:
+            if counts.is_cuda:  # the host does not look: the step may be under capture
+                torch._assert_async((counts[-1] < self.shape.capacity), "the KV cache is full (max_cache_len)")
+            else:
+                self._make_room(int(counts[-1]) + 1)
+
+    def _begin_chunk(self, n: int, counts: Tensor, mask: Tensor | None) -> None:
+        """n columns, whose tokens follow what each sequence has."""
+        assert self.shape is not None
+        *lengths, n_column = counts.tolist()
+        self._make_room(n_column + n)
+        if mask is None:
+            if any(length != n_column for length in lengths):
+                raise ValueError(
+                    "this cache read padding: give every later call the attention_mask of all that it read"
+                )
+            self.whole, self.parts = True, [self._part(0, len(lengths), n_column, slice(0, n))]
+            self.added = torch.full_like(counts, n)
+            return
+        there = _tokens(mask, lengths, n_column, n)
+        self.whole, self.parts = False, []
+        for row, (columns, length) in enumerate(zip(there, lengths, strict=True)):
+            if columns:
+                together = columns[-1] - columns[0] + 1 == len(columns)
+                at = slice(columns[0], columns[-1] + 1) if together else torch.tensor(columns, device=counts.device)
+                self.parts.append(self._part(row, 1, length, at))
+        self.added = torch.tensor([*map(len, there), n], device=counts.device)
+        padding = [max(set(range(n)).difference(columns), default=-1) for columns in there]
+        if max(padding) >= 0:
+            self.last_padding = n_column + max(padding) + 1
+
+    def _part(self, row: int, batch: int, start: int, columns: slice | Tensor) -> Part:
+        n = columns.stop - columns.start if isinstance(columns, slice) else len(columns)
+        own = torch.arange(start, start + n, device=self.counts.device).expand(batch, n)
+        return Part(Chunk(own, row, start), Turn(self.frequencies, own), columns)
+
+    def _end(self, n: int, counts: Tensor) -> None:
+        """The last layer has attended to a pass of n columns."""
+        counts += 1 if self.turn is not None else self.added
+        self.n_column += n
+        self.turn, self.parts, self.under_way = None, [], False
+
+
+def _tokens(mask: Tensor, lengths: list[int], n_column: int, n: int) -> list[list[int]]:
+    """For each sequence, which columns of a pass of n hold tokens. lengths, n_column: what was before it."""
+    if mask.shape != (len(lengths), n_column + n):
+        raise ValueError(
+            f"attention_mask is {list(mask.shape)}, and with what the cache holds it must be "
+            f"{[len(lengths), n_column + n]}"
+        )
+    rows = mask.bool().tolist()
+    for row, length in zip(rows, lengths, strict=True):
+        if sum(row[:n_column]) != length:
+            raise ValueError(
+                f"attention_mask shows {sum(row[:n_column])} of a sequence's past tokens, and the cache holds "
+                f"{length}: what is stored cannot be hidden"
+            )
+    return [[i for i, token in enumerate(row[n_column:]) if token] for row in rows]
