@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
+from torch.nn import Module
 from transformers import (
     Cache,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     GptOssConfig,
-    GptOssForCausalLM,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -27,6 +27,7 @@ from transformers_models import PROMPTS, padded, tiny, write
 
 from selective_kv import SelectiveCache, SinkWindowCache
 from selective_kv.transformers import NAME, FullKVCache, PolicyKVCache, SelectiveKVCache, SinkWindowKVCache
+from selective_kv.transformers.attention import UNSUPPORTED, attention
 
 _SMALL: dict[str, Any] = dict(
     vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
@@ -40,7 +41,7 @@ def says(line: str, call: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("implementation", ("sdpa", "eager", "flex_attention"))
+@pytest.mark.parametrize("implementation", ("sdpa", "eager"))
 def test_our_cache_with_another_attention(implementation: str) -> None:
     model = tiny("llama3", implementation)
     for cache in (FullKVCache(model.config), SelectiveKVCache(model.config, max_cache_len=64)):
@@ -76,12 +77,18 @@ def of(config_class: Any, model_class: Any, **settings: Any) -> PreTrainedModel:
 
 def test_attention_that_the_config_does_not_give_away() -> None:
     """The same models, with a cache made from a config that looks harmless: the attention function refuses them."""
-    full = ["full_attention"] * 2
     llama = LlamaConfig(**_SMALL)
-    soft = of(Gemma2Config, Gemma2ForCausalLM, layer_types=full, query_pre_attn_scalar=8)
-    says("soft-capped scores", lambda: write(soft, PROMPTS, FullKVCache(llama)))
-    sinks = of(GptOssConfig, GptOssForCausalLM, layer_types=full, num_local_experts=2, num_experts_per_tok=1)
-    says("attention sinks of the model's own", lambda: write(sinks, PROMPTS, FullKVCache(llama)))
+    sliding = of(Gemma2Config, Gemma2ForCausalLM, query_pre_attn_scalar=8)
+    says("more than causal", lambda: write(sliding, PROMPTS, FullKVCache(llama)))
+    layer = FullKVCache(llama).layers[0]
+    q, k, v = torch.randn(1, 6, 4, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8)
+    for name, reason in UNSUPPORTED.items():
+        keys, values = layer.update(k, v)
+        says(reason, lambda name=name, k=keys, v=values: attention(Module(), q, k, v, None, **{name: 30.0}))
+    keys, values = layer.update(k, v)
+    says("not causal", lambda: attention(Module(), q, keys, values, None, is_causal=False))
+    says("dropout", lambda: attention(Module(), q, keys, values, None, dropout=0.1))
+    says("values of 6 dimensions", lambda: attention(Module(), q, keys, values[..., :6], None))
     model = tiny("llama3")
     says("attention weights", lambda: model(PROMPTS, past_key_values=FullKVCache(model.config), output_attentions=True))
     mask = torch.ones(3, 1, 24, 24, dtype=torch.bool)
@@ -159,7 +166,7 @@ def test_a_pass_that_ended_early_is_not_continued() -> None:
 @pytest.mark.parametrize(("version", "supported"), (("5.16.2", False), ("5.17.0", True), ("5.25.0.dev0", False)))
 def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, supported: bool) -> None:
     check = importlib.import_module("selective_kv.transformers._versions").check_version
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     if supported:
         check()
     else:
