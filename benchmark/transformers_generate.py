@@ -1,0 +1,225 @@
+"""transformers' generate() with its own caches and with ours, eager and compiled: speed of decoding, memory, start.
+
+  python scripts/bench_transformers.py                                               the bundled model, this machine
+  python scripts/bench_transformers.py --random_weights --model llama-3.1-8b --context 16384 --json plugin.json
+
+The model is transformers', on this project's weights. A gate comes first: our full cache must give DynamicCache's logits,
+eager and compiled, or nothing is timed. Then each cache reads a random prompt and writes on, batch 1, greedy, as a user
+calls it; what is timed is the second call, with the cache forgotten, between the first new token and the last. `first`
+is the first call's whole time less the second's: compiling and capturing. Bytes are what the device holds more after a
+call than before the cache was made, and at most while it decodes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmark import peers
+from checkpoint import find_demo, load_model, open_checkpoint, parse_device, parse_dtype
+from cli.options import Parser
+from common.errors import UserError
+
+GATE_PROMPT, GATE_NEW = 300, 12
+
+
+@dataclass
+class Contender:
+    """A cache and how it is used. implementation: the attention that it needs."""
+
+    name: str
+    make: Callable[[], Any]
+    implementation: str
+    compiled: bool
+
+
+@dataclass
+class Row:
+    """One contender's figures. Seconds; bytes over what the weights take."""
+
+    name: str
+    tokens_per_second: float
+    first_seconds: float
+    prefill_seconds: float
+    held_bytes: int
+    peak_bytes: int
+
+
+class Clock:
+    """A stopping criterion that stops nothing: when each token was there, and the peak of memory after the first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.times = device, [time.perf_counter()]
+
+    def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self.device.type == "cuda" and len(self.times) == 1:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
+def contenders(config: Any, length: int, only: list[str] | None) -> list[Contender]:
+    from transformers import DynamicCache, QuantizedCache, StaticCache
+
+    from selective_kv.transformers import NAME, FullKVCache, SelectiveKVCache
+
+    def selective(bits: int, fixed: bool) -> Any:
+        settings = dict(sink_size=16, window_size=128, k_bits=bits, v_bits=bits)
+        return SelectiveKVCache(config, max_cache_len=length if fixed else None, **settings)
+
+    made = [
+        Contender("transformers dynamic", lambda: DynamicCache(config=config), "sdpa", False),
+        Contender("transformers static", lambda: StaticCache(config, max_cache_len=length), "sdpa", True),
+        Contender("full", lambda: FullKVCache(config), NAME, False),
+        Contender("int8", lambda: selective(8, False), NAME, False),
+        Contender("K4V4", lambda: selective(4, False), NAME, False),
+        Contender("full", lambda: FullKVCache(config, max_cache_len=length), NAME, True),
+        Contender("int8", lambda: selective(8, True), NAME, True),
+        Contender("K4V4", lambda: selective(4, True), NAME, True),
+    ]
+    for backend, bits in (("hqq", 8), ("hqq", 4), ("quanto", 4)):
+        try:
+            QuantizedCache(backend, config, nbits=bits)
+        except (ImportError, ValueError) as error:
+            print(f"transformers {backend} {bits} bits left out: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+
+        def quantized(backend: str = backend, bits: int = bits) -> Any:
+            return QuantizedCache(backend, config, nbits=bits)
+
+        made.append(Contender(f"transformers {backend} {bits} bits", quantized, "sdpa", False))
+    for contender in made:
+        contender.name += ", compiled" if contender.compiled else ", eager"
+    return [c for c in made if only is None or c.name in only]
+
+
+@torch.no_grad()
+def write(
+    model: Any, ids: Tensor, contender: Contender, cache: Any, n: int, **settings: Any
+) -> tuple[Any, list[float]]:
+    """Greedy. Returns what `generate` does, and when the call began and each token was there."""
+    model.set_attn_implementation(contender.implementation)
+    clock = Clock(ids.device)
+    out = model.generate(
+        ids, past_key_values=cache, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0,
+        stopping_criteria=[clock], disable_compile=not contender.compiled, return_dict_in_generate=True, **settings,
+    )  # fmt: skip
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+        clock.times[-1] = time.perf_counter()
+    return out, clock.times
+
+
+def gate(model: Any, everyone: list[Contender]) -> dict[str, float]:
+    """The relative distance of our full cache's logits from DynamicCache's, over the tokens that both wrote alike.
+
+    Raises UserError unless it is rounding.
+    """
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(model.config.vocab_size, (1, GATE_PROMPT), generator=generator).to(model.device)
+
+    def logits(c: Contender) -> tuple[list[int], Tensor]:
+        out, _ = write(model, ids, c, c.make(), GATE_NEW, output_logits=True)
+        return out.sequences[0, GATE_PROMPT:].tolist(), torch.stack(out.logits).float()
+
+    expected_ids, expected = logits(next(c for c in everyone if c.name == "transformers dynamic, eager"))
+    errors = {}
+    for c in everyone:
+        if c.name.startswith("full"):
+            ids_of, found = logits(c)
+            alike = next((i for i in range(GATE_NEW) if ids_of[i] != expected_ids[i]), GATE_NEW - 1) + 1
+            errors[c.name] = ((found[:alike] - expected[:alike]).norm() / expected[:alike].norm()).item()
+            print(f"gate: {c.name}: logits of {alike} tokens differ by {errors[c.name]:.2g}", file=sys.stderr)
+            if not (errors[c.name] < 0.05 and alike > 1):
+                raise UserError(f"{c.name}: logits are {errors[c.name]:.2g} from DynamicCache's over {alike} tokens")
+    return errors
+
+
+def measure(model: Any, contender: Contender, ids: Tensor, n_new: int) -> Row:
+    """Raises what the contender raises."""
+    torch._dynamo.reset()  # what one compiled is no head start for the next
+    gc.collect()
+    cuda = ids.is_cuda
+    before = torch.cuda.memory_allocated() if cuda else 0
+    cache = contender.make()
+    _, first = write(model, ids, contender, cache, n_new)
+    if contender.compiled:
+        cache.reset()
+    else:
+        del cache
+        gc.collect()
+        cache = contender.make()
+    out, times = write(model, ids, contender, cache, n_new)
+    held = peak = 0
+    if cuda:
+        peak = torch.cuda.max_memory_allocated() - before
+        del out
+        held = torch.cuda.memory_allocated() - before
+    speed = (n_new - 1) / (times[-1] - times[1])
+    return Row(contender.name, speed, (first[-1] - first[0]) - (times[-1] - times[0]), times[1] - times[0], held, peak)
+
+
+def run(argv: list[str] | None = None) -> dict[str, Any]:
+    import transformers
+
+    p = Parser(description=__doc__.splitlines()[0])
+    p.add_argument("--checkpoint_path", type=Path)
+    p.add_argument("--model", help="shape, where weights are random")
+    p.add_argument("--random_weights", action="store_true")
+    p.add_argument("--device", type=parse_device, default=None)
+    p.add_argument("--dtype", type=parse_dtype, default=None)
+    p.add_argument("--context", type=int, default=1024, help="tokens of the prompt")
+    p.add_argument("--new", type=int, default=64, help="tokens written")
+    p.add_argument("--only", nargs="+", help="names of contenders, as the table has them")
+    p.add_argument("--json", type=Path)
+    args = p.parse_args(argv)
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    where = None if args.random_weights else args.checkpoint_path or find_demo()
+    ours = load_model(open_checkpoint(where, args.model), device, dtype, random_weights=args.random_weights)
+    model = peers.transformers_model(ours)
+    everyone = contenders(model.config, args.context + args.new + 8, args.only)
+    report: dict[str, Any] = {
+        "command": ["scripts/bench_transformers.py", *(sys.argv[1:] if argv is None else argv)],
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "torch": torch.__version__, "transformers": transformers.__version__, "dtype": str(dtype).split(".")[-1],
+        "gate": gate(model, everyone), "rows": [],
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, args.context), generator=generator).to(device)
+    print(f"{'cache':32} {'tokens/s':>9} {'first':>7} {'prefill':>8} {'held':>9} {'peak':>9}")
+    for contender in everyone:
+        try:
+            row = measure(model, contender, ids, args.new)
+        except (RuntimeError, ImportError, AttributeError) as error:  # of transformers' own or a missing back end
+            if not contender.name.startswith("transformers"):
+                raise
+            print(f"{contender.name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        report["rows"].append(asdict(row))
+        print(
+            f"{row.name:32} {row.tokens_per_second:9.1f} {row.first_seconds:6.1f}s {row.prefill_seconds:7.2f}s "
+            f"{row.held_bytes / 1e6:7.0f}MB {row.peak_bytes / 1e6:7.0f}MB",
+            flush=True,
+        )
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1))
+    return report
+
+
+def main() -> None:
+    try:
+        run()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,159 @@
+"""generate() compiles the model with one of our caches by itself: one graph for every step, every length and every
+policy, and the tokens of the eager model. On a GPU the step is captured too."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, PreTrainedModel
+from transformers_models import PROMPTS, padded, tiny, write
+
+from benchmark.peers import transformers_model
+from checkpoint import load_model, open_checkpoint
+from selective_kv import FullCache, KVCache, SelectiveCache, SinkWindowCache
+from selective_kv.transformers import NAME, PolicyKVCache
+
+TRACED, GRAPH = (CompileConfig(backend=name, mode=None, fullgraph=True) for name in ("eager", "aot_eager"))
+TRACED._compile_all_devices = GRAPH._compile_all_devices = True  # a CPU's generate compiles nothing otherwise
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+POLICIES = {
+    "full": FullCache(),
+    "selective": SelectiveCache(sink_size=2, window_size=6),
+    "sink + window": SinkWindowCache(sink_size=2, window_size=6),
+}
+
+
+@pytest.fixture(autouse=True)
+def anew() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def test_one_graph_for_every_step() -> None:
+    """fullgraph: nothing breaks it. A second text in the same cache compiles nothing, nor does another policy."""
+    model = tiny("llama3")
+    ids, mask = padded([PROMPTS[0], PROMPTS[1, :4]])
+    for made, policy in enumerate((SelectiveCache(sink_size=2, window_size=6), FullCache(), SinkWindowCache(2, 6))):
+        eager = write(model, ids, PolicyKVCache(model.config, policy), 20, attention_mask=mask)
+        cache = PolicyKVCache(model.config, policy, max_cache_len=60)
+        assert cache.is_compileable
+        for _ in range(2):
+            out = write(model, ids, cache, 20, attention_mask=mask, compile_config=GRAPH)
+            assert out.equal(eager)
+            cache.reset()
+            # the second cache's number makes the compiler take numbers for variable: from then on there is one graph
+            assert counters["stats"]["unique_graphs"] == min(made, 1) + 1
+    assert not counters["graph_break"]
+
+
+def test_prefill_in_chunks_is_compiled_too() -> None:
+    """With padding, and a last chunk that is shorter; memory made ahead as for StaticCache."""
+    model = tiny("llama3")
+    ids, mask = padded([PROMPTS[0], PROMPTS[1, :4]])
+    policy = SelectiveCache(sink_size=2, window_size=6)
+    settings: dict[str, Any] = dict(attention_mask=mask, prefill_chunk_size=7)
+    eager = write(model, ids, PolicyKVCache(model.config, policy), 10, **settings)
+    cache = PolicyKVCache(model.config, policy, max_cache_len=60)
+    cache.early_initialization(2, 2, 8, torch.float32, torch.device("cpu"))
+    assert write(model, ids, cache, 10, compile_config=TRACED, **settings).equal(eager)
+    assert not counters["graph_break"]
+
+
+def test_a_full_cache_says_so_compiled() -> None:
+    model = tiny("llama3")
+    cache = PolicyKVCache(model.config, FullCache(), max_cache_len=30)
+    with pytest.raises(ValueError, match="max_cache_len=30"):
+        write(model, PROMPTS[:1], cache, 20, compile_config=TRACED)
+
+
+@functools.cache
+def bundled(dtype: torch.dtype) -> PreTrainedModel:
+    device = torch.device("cuda")
+    model = transformers_model(load_model(open_checkpoint(Path(ROOT / "assets" / "demo")), device, dtype))
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def gpu_prompts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 4000, (n,), generator=generator) for n in (600, 1, 300)]
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", POLICIES)
+def test_captured_on_a_gpu(name: str) -> None:
+    """The captured step writes the eager step's tokens, a batch with padding what each sequence gets alone (full: what
+    DynamicCache writes), and replaying compiles nothing."""
+    model = bundled(torch.float32)
+    prompts, policy = gpu_prompts(), POLICIES[name]
+    ids, mask = (t.cuda() for t in padded(prompts))
+    if name == "full":
+        model.set_attn_implementation("sdpa")
+        expected = write(model, ids, None, 40, attention_mask=mask)
+    model.set_attn_implementation(NAME)
+    eager = write(model, ids, PolicyKVCache(model.config, policy, 700), 40, attention_mask=mask, disable_compile=True)
+    if name == "full":
+        assert eager.equal(expected)
+    cache = PolicyKVCache(model.config, policy, max_cache_len=700)
+    for _ in range(2):
+        out = write(model, ids, cache, 40, attention_mask=mask)
+        assert out.equal(eager)
+        cache.reset()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    one = PolicyKVCache(model.config, policy, max_cache_len=700)
+    alone = write(model, prompts[2][None].cuda(), one, 40, disable_compile=True)
+    assert alone[0, 300:].equal(eager[2, 600:])
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", (False, True))
+def test_no_dense_copy_on_a_gpu(compiled: bool) -> None:
+    """Peak memory of decoding over 30,000 tokens: less than one layer's dense keys beyond what is held."""
+    model = bundled(torch.bfloat16)
+    model.set_attn_implementation(NAME)
+    cache = PolicyKVCache(model.config, SelectiveCache(16, 128, 4, 4), max_cache_len=32000)
+    ids = torch.randint(3, 4000, (1, 30000), device="cuda")
+    settings = dict(prefill_chunk_size=None, disable_compile=not compiled)
+    state = write(model, ids, cache, 4, return_dict_in_generate=True, **settings)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    write(model, torch.cat((state.sequences, ids[:, :1]), 1), cache, 20, **settings)
+    dense = 2 * 30000 * 64 * 2  # KV heads, tokens, head_dim, bytes of a bfloat16
+    assert torch.cuda.max_memory_allocated() - held < dense
+
+
+def test_the_operators_keep_their_word() -> None:
+    """Fake implementations, what is mutated, tracing with sizes that vary: torch.library's own checks."""
+    config = tiny("llama3").config
+    cache = PolicyKVCache(config, FullCache(), max_cache_len=60)
+    cache.early_initialization(2, 2, 8, torch.float32, torch.device("cpu"))
+    sequences = cache.sequences
+    q, k, v = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    arguments: tuple[Any, ...] = (q, k, v, sequences.counts)
+    sequences.layers = sequences.layers[:1]  # a pass of one layer
+    torch.library.opcheck(torch.ops.selective_kv.decode.default, (*arguments, sequences.handle, 0), test_utils=checks)
+    chunk = torch.ops.selective_kv.chunk.default
+    torch.library.opcheck(chunk, (*arguments, None, sequences.handle, 0), test_utils=checks)
+
+
+def test_policies_that_cannot_be_captured_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, a cache whose step looks at the device from the host stays eager."""
+
+    class Plain(KVCache):
+        def allocate(self, shape: Any) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not PolicyKVCache(tiny("llama3").config, Plain(), max_cache_len=60).is_compileable
