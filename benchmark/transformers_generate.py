@@ -3,11 +3,11 @@
   python scripts/bench_transformers.py                                               the bundled model, this machine
   python scripts/bench_transformers.py --random_weights --model llama-3.1-8b --context 16384 --json plugin.json
 
-The model is transformers', on this project's weights. A gate comes first: our full cache must give DynamicCache's logits,
-eager and compiled, or nothing is timed. Then each cache reads a random prompt and writes on, batch 1, greedy, as a user
-calls it; what is timed is the second call, with the cache forgotten, between the first new token and the last. `first`
-is the first call's whole time less the second's: compiling and capturing. Bytes are what the device holds more after a
-call than before the cache was made, and at most while it decodes.
+The model is transformers', on this project's weights. A gate comes first: our full cache must give DynamicCache's
+logits, eager and (where something compiled is timed) compiled, or nothing is timed. Then each cache reads a random
+prompt and writes on, batch 1, greedy, as a user calls it; what is timed is the second call, with the cache forgotten,
+between the first new token and the last. `first` is the first call's whole time less the second's: compiling and
+capturing. Bytes are what the device holds more after a call than before the cache was made, and at most while it decodes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmark import peers
-from checkpoint import find_demo, load_model, open_checkpoint, parse_device, parse_dtype
+from checkpoint import DTYPES, find_demo, load_model, open_checkpoint, parse_device
 from cli.options import Parser
 from common.errors import UserError
 
@@ -100,7 +100,10 @@ def contenders(config: Any, length: int, only: list[str] | None) -> list[Contend
         made.append(Contender(f"transformers {backend} {bits} bits", quantized, "sdpa", False))
     for contender in made:
         contender.name += ", compiled" if contender.compiled else ", eager"
-    return [c for c in made if only is None or c.name in only]
+    unknown = set(only or ()) - {c.name for c in made}
+    if unknown:
+        raise UserError(f"--only: there is no {sorted(unknown)[0]!r} (there are {', '.join(c.name for c in made)})")
+    return made
 
 
 @torch.no_grad()
@@ -120,7 +123,7 @@ def write(
     return out, clock.times
 
 
-def gate(model: Any, everyone: list[Contender]) -> dict[str, float]:
+def gate(model: Any, everyone: list[Contender], compiled: bool) -> dict[str, float]:
     """The relative distance of our full cache's logits from DynamicCache's, over the tokens that both wrote alike.
 
     Raises UserError unless it is rounding.
@@ -135,7 +138,7 @@ def gate(model: Any, everyone: list[Contender]) -> dict[str, float]:
     expected_ids, expected = logits(next(c for c in everyone if c.name == "transformers dynamic, eager"))
     errors = {}
     for c in everyone:
-        if c.name.startswith("full"):
+        if c.name.startswith("full") and c.compiled <= compiled:
             ids_of, found = logits(c)
             alike = next((i for i in range(GATE_NEW) if ids_of[i] != expected_ids[i]), GATE_NEW - 1) + 1
             errors[c.name] = ((found[:alike] - expected[:alike]).norm() / expected[:alike].norm()).item()
@@ -177,28 +180,29 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     p.add_argument("--model", help="shape, where weights are random")
     p.add_argument("--random_weights", action="store_true")
     p.add_argument("--device", type=parse_device, default=None)
-    p.add_argument("--dtype", type=parse_dtype, default=None)
+    p.add_argument("--dtype", choices=tuple(DTYPES), default=None)
     p.add_argument("--context", type=int, default=1024, help="tokens of the prompt")
     p.add_argument("--new", type=int, default=64, help="tokens written")
     p.add_argument("--only", nargs="+", help="names of contenders, as the table has them")
     p.add_argument("--json", type=Path)
     args = p.parse_args(argv)
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     where = None if args.random_weights else args.checkpoint_path or find_demo()
     ours = load_model(open_checkpoint(where, args.model), device, dtype, random_weights=args.random_weights)
     model = peers.transformers_model(ours)
     everyone = contenders(model.config, args.context + args.new + 8, args.only)
+    timed = [c for c in everyone if not args.only or c.name in args.only]
     report: dict[str, Any] = {
         "command": ["scripts/bench_transformers.py", *(sys.argv[1:] if argv is None else argv)],
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "torch": torch.__version__, "transformers": transformers.__version__, "dtype": str(dtype).split(".")[-1],
-        "gate": gate(model, everyone), "rows": [],
+        "gate": gate(model, everyone, any(c.compiled for c in timed)), "rows": [],
     }  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, args.context), generator=generator).to(device)
     print(f"{'cache':32} {'tokens/s':>9} {'first':>7} {'prefill':>8} {'held':>9} {'peak':>9}")
-    for contender in everyone:
+    for contender in timed:
         try:
             row = measure(model, contender, ids, args.new)
         except (RuntimeError, ImportError, AttributeError) as error:  # of transformers' own or a missing back end
