@@ -7,7 +7,8 @@ The model is transformers', on this project's weights. A gate comes first: our f
 logits, eager and (where something compiled is timed) compiled, or nothing is timed. Then each cache reads a random
 prompt and writes on, batch 1, greedy, as a user calls it; what is timed is the second call, with the cache forgotten,
 between the first new token and the last. `first` is the first call's whole time less the second's: compiling and
-capturing. Bytes are what the device holds more after a call than before the cache was made, and at most while it decodes.
+capturing. Bytes are what the device holds more after a call than before the cache was made, and at most while it
+decodes.
 """
 
 from __future__ import annotations
@@ -191,7 +192,8 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
     where = None if args.random_weights else args.checkpoint_path or find_demo()
     ours = load_model(open_checkpoint(where, args.model), device, dtype, random_weights=args.random_weights)
     model = peers.transformers_model(ours)
-    everyone = contenders(model.config, args.context + args.new + 8, args.only)
+    longest = max(args.context + args.new, GATE_PROMPT + GATE_NEW)
+    everyone = contenders(model.config, longest, args.only)
     timed = [c for c in everyone if not args.only or c.name in args.only]
     report: dict[str, Any] = {
         "command": ["scripts/bench_transformers.py", *(sys.argv[1:] if argv is None else argv)],
