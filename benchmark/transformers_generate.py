@@ -31,6 +31,7 @@ from cli.options import Parser
 from common.errors import UserError
 
 GATE_PROMPT, GATE_NEW = 300, 12
+ROUNDING = 0.1  # of bfloat16 through random layers: 0.05 was seen, 0.2 and more with a wrong attention
 
 
 @dataclass
@@ -60,13 +61,14 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.times = device, [time.perf_counter()]
+        self.go_on = torch.zeros(1, dtype=torch.bool, device=device)
 
     def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self.device.type == "cuda" and len(self.times) == 1:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         self.times.append(time.perf_counter())
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        return self.go_on
 
 
 def contenders(config: Any, length: int, only: list[str] | None) -> list[Contender]:
@@ -144,7 +146,7 @@ def gate(model: Any, everyone: list[Contender], compiled: bool) -> dict[str, flo
             alike = next((i for i in range(GATE_NEW) if ids_of[i] != expected_ids[i]), GATE_NEW - 1) + 1
             errors[c.name] = ((found[:alike] - expected[:alike]).norm() / expected[:alike].norm()).item()
             print(f"gate: {c.name}: logits of {alike} tokens differ by {errors[c.name]:.2g}", file=sys.stderr)
-            if not (errors[c.name] < 0.05 and alike > 1):
+            if not (errors[c.name] < ROUNDING and alike > 1):
                 raise UserError(f"{c.name}: logits are {errors[c.name]:.2g} from DynamicCache's over {alike} tokens")
     return errors
 
@@ -156,7 +158,7 @@ def measure(model: Any, contender: Contender, ids: Tensor, n_new: int) -> Row:
     cuda = ids.is_cuda
     before = torch.cuda.memory_allocated() if cuda else 0
     cache = contender.make()
-    _, first = write(model, ids, contender, cache, n_new)
+    first = write(model, ids, contender, cache, n_new)[1]
     if contender.compiled:
         cache.reset()
     else:

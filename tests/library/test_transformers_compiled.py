@@ -123,14 +123,19 @@ def test_no_dense_copy_on_a_gpu(compiled: bool) -> None:
     model.set_attn_implementation(NAME)
     cache = PolicyKVCache(model.config, SelectiveCache(16, 128, 4, 4), max_cache_len=32000)
     ids = torch.randint(3, 4000, (1, 30000), device="cuda")
-    settings = dict(prefill_chunk_size=None, disable_compile=not compiled)
-    state = write(model, ids, cache, 4, return_dict_in_generate=True, **settings)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    write(model, torch.cat((state.sequences, ids[:, :1]), 1), cache, 20, **settings)
+    held = []
+
+    def after_each_token(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+        if len(held) == 5:  # a step has been captured, where it is
+            torch.cuda.reset_peak_memory_stats()
+        return torch.zeros(1, dtype=torch.bool, device="cuda")
+
+    write(model, ids, cache, 20, stopping_criteria=[after_each_token], disable_compile=not compiled)
     dense = 2 * 30000 * 64 * 2  # KV heads, tokens, head_dim, bytes of a bfloat16
-    assert torch.cuda.max_memory_allocated() - held < dense
+    assert len(held) == 20
+    assert torch.cuda.max_memory_allocated() - held[4] < dense
 
 
 def test_the_operators_keep_their_word() -> None:
