@@ -41,7 +41,16 @@ from checkpoint import (
 from cli.chat_template import chat_template_of, template_variables
 from cli.console import Printer, converse, encode_prompt, read_prompts
 from cli.conversation import Conversation
-from cli.options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, policy_from, positive
+from cli.options import (
+    Parser,
+    add_cache_flags,
+    add_plugin_flag,
+    load_plugin,
+    parse_size,
+    policy_from,
+    positive,
+    require_weights,
+)
 from cli.profile import Profiler
 from cli.provenance import FORMAT, made_from
 from cli.ranks import make_profiler, memory_budget, rank_part, world_size
@@ -87,9 +96,11 @@ def make_parser() -> Parser:
     g = p.add_argument_group("prompts")
     g.add_argument(
         "--prompt", action="append", default=[],
-        help="text to continue, or a number N for N random tokens; more than once for a batch",
+        help="text to continue, - for standard input, or a number N for N random tokens; more than once for a batch",
     )  # fmt: skip
-    g.add_argument("--prompt_file", type=Path, metavar="FILE", help='a prompt a line, or JSONL with "prompt"')
+    g.add_argument(
+        "--prompt_file", type=Path, metavar="FILE", help='a prompt a line, or JSONL with "prompt"; -: standard input'
+    )
     g.add_argument("--num_samples", type=positive, default=1, help="continuations of each prompt (default: 1)")
     g.add_argument("--interactive", action="store_true", help="a conversation, kept in the cache")
     g.add_argument(
@@ -107,7 +118,12 @@ def make_parser() -> Parser:
     g.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
     g.add_argument("--top_k", type=int, default=200, help="0: no limit (default: 200)")
     g.add_argument("--top_p", type=float, default=1.0, help="1: no limit (default: 1)")
-    g.add_argument("--seed", type=int, default=1234, help="(default: 1234)")
+    g.add_argument(
+        "--seed",
+        type=int,
+        default=1234,
+        help="(default: 1234); the same prompt gets the same tokens, alone or in a batch",
+    )
     g.add_argument("--ignore_eos", action="store_true", help="go on past the model's end tokens")
     g = p.add_argument_group("memory and reports")
     g.add_argument("--context", type=positive, metavar="N", help="room in the cache for --interactive")
@@ -177,11 +193,11 @@ class Job:
 def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None) -> Job:
     """Read prompts, configs and headers; find every mistake that can be found without the weights."""
     n_rank = world_size(args, link)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    texts = read_prompts(args)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.num_samples)
+    texts = read_prompts(args, pipe=link is None or link.rank == 0)  # of several ranks the first's count
     if not texts and not args.interactive:
         texts = ["16"] if args.random_weights else ["Once upon a time"]
-    device = rank_device(args.device, link)
+    device = rank_device(args.device, link, elsewhere=args.dry_run)
     if args.interactive and (args.prompt_file is not None or args.num_samples > 1):
         raise UserError(
             "--interactive takes its turns from standard input and --prompt: no --prompt_file, no --num_samples"
@@ -192,6 +208,7 @@ def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None)
         raise UserError(f"a batch has at most {MOST_SEQUENCES} sequences, not {len(texts) * args.num_samples}")
     if args.random_weights and (args.model is None or args.checkpoint_path is not None):
         raise UserError("--random_weights needs --model NAME, and no --checkpoint_path")
+    require_weights(args)
     checkpoint = open_checkpoint(None if args.random_weights else args.checkpoint_path or find_demo(), args.model)
     if n_rank > 1:
         checkpoint = checkpoint.share_of(0 if link is None else link.rank, n_rank)
@@ -324,11 +341,11 @@ def run(args: argparse.Namespace, policy: KVCache, link: Link | None) -> None:
     share = job.checkpoint.share
     config = job.checkpoint.config if share is None else replace(share, rank=0).config  # the first has the most
     if args.bits == "auto":
-        policy = choose_bits(config, job.policy, job.shape, job.chunk, budget, job.weights)
+        policy = choose_bits(config, job.policy, job.shape, job.chunk, budget, job.weights, job.sampling)
         job = replace(job, policy=policy)
     plan = (config, job.policy, job.shape, job.chunk)
     try:
-        planned = make_plan(*plan, job.weights)
+        planned = make_plan(*plan, job.weights, job.sampling)
     except ValueError as error:
         raise UserError(str(error)) from None
     first = link is None or link.rank == 0
@@ -340,7 +357,7 @@ def run(args: argparse.Namespace, policy: KVCache, link: Link | None) -> None:
         if args.json and first:
             every = {} if n_rank == 1 else {"world_size": n_rank, "sum": n_rank * planned.total}
             write_json(args.json, {"plan": asdict(planned) | {"total": planned.total} | every})
-    require_fit(*plan, budget, job.weights)
+    require_fit(*plan, budget, job.weights, job.sampling)
     if args.dry_run:
         return
     profiler = make_profiler(args.profile, job.shape.device, link)

@@ -107,7 +107,11 @@ def make_policy(name: str, knobs: Mapping[str, Any]) -> KVCache:
     for knob, value in knobs.items():
         if knob not in fields:
             owners = sorted(n for n, c in known.items() if knob in {f.name for f in dataclasses.fields(c)})
-            raise UserError(f"--{knob} is a flag of {' and '.join(owners) or 'no cache'}, and the cache is {name}")
+            alike = [f"{field}={value}" for field in fields if field.endswith(f"_{knob}")]  # bits: k_bits, v_bits
+            hint = f"; did you mean {','.join(alike)}?" if alike else nearest(knob, fields)
+            raise UserError(
+                f"--{knob} is a flag of {' and '.join(owners) or 'no cache'}, and the cache is {name}{hint}"
+            )
         kind = type(fields[knob].default)
         try:
             values[knob] = _convert(value, kind)

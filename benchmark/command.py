@@ -40,7 +40,7 @@ from benchmark import peers
 from benchmark.clock import read_ceiling
 from benchmark.contestant import Contestant, Timed, gate
 from checkpoint import Checkpoint, chosen_weights, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
-from cli.options import Parser, add_plugin_flag, load_plugin, parse_size, positive
+from cli.options import Parser, add_plugin_flag, load_plugin, parse_size, positive, require_weights
 from cli.provenance import FORMAT, device_name, made_from
 from cli.report import device_memory, make_plan, parameter_bytes, require_suits, size
 from common.errors import UserError
@@ -294,6 +294,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.largest_batch and (args.peer or args.prefill or args.png):
         raise UserError("--largest_batch does not go with --peer, --prefill or --png")
     where = None if args.random_weights else args.checkpoint_path or find_demo()
+    require_weights(args)
     checkpoint = open_checkpoint(where, args.model)
     for flag, path in (("--json", args.json), ("--png", args.png)):
         if path:

@@ -161,7 +161,10 @@ WEIGHTS = (  # of several, the first one; as in transformers the whole file befo
 
 def _weights_file(path: Path) -> Path:
     if not path.exists():
-        raise UserError(f"{path}: {'a link to nothing' if path.is_symlink() else 'no such file or folder'}")
+        hub = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
+            hub = f"; if it is a model of the Hugging Face Hub: python scripts/download.py --repo_id {path}"
+        raise UserError(f"{path}: {'a link to nothing' if path.is_symlink() else 'no such file or folder'}{hub}")
     if not path.is_dir():
         return path
     if (snapshot := _snapshot(path)) is not None:
@@ -300,8 +303,9 @@ def parse_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torc
     return torch.float32 if device.type == "cpu" else own
 
 
-def parse_device(name: str) -> torch.device:
-    """--device. auto: a GPU where there is one. Raises UserError where the device is not there.
+def parse_device(name: str, elsewhere: bool = False) -> torch.device:
+    """--device. auto: a GPU where there is one. Raises UserError where the device is not there, unless `elsewhere`: a
+    plan may be for another machine.
 
     A CUDA device becomes the current one: kernels are launched and graphs captured on that.
     """
@@ -316,6 +320,8 @@ def parse_device(name: str) -> torch.device:
         return torch.device(name)
     n_device = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(match[2] or 0)
+    if elsewhere and index >= n_device:
+        return torch.device("cuda", index)
     if n_device == 0:
         raise UserError(f"--device {name}: no CUDA device here (--device cpu runs anywhere)")
     if index >= n_device:

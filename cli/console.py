@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -14,16 +17,31 @@ from cli.conversation import Conversation, Turn
 from common.errors import UserError
 from common.files import TOO_DEEP
 from common.messages import say
+from common.program import first_interrupt_noted
 from engine import Engine, Timing
 from engine.parallel import Parallel
 from tokenizer import StreamDecoder, Tokenizer
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    prompts = list(args.prompt)
+def read_prompts(args: argparse.Namespace, pipe: bool = True) -> list[str]:
+    """The texts that --prompt and --prompt_file give; where there is neither, what is piped in. Raises UserError.
+
+    pipe: whether standard input is to be read; where it is not, some text stands for what comes through it.
+    """
+    stdin = args.prompt.count("-") + (str(args.prompt_file) == "-")
+    if stdin and args.interactive:
+        raise UserError("--interactive takes its turns from standard input, so no prompt can be read from there")
+    if stdin > 1:
+        raise UserError("standard input (-) can be read once")
+    if not pipe and stdin:
+        return ["-"]
+    prompts = [piped_prompt("--prompt -") if prompt == "-" else prompt for prompt in args.prompt]
+    if pipe and not prompts and args.prompt_file is None and not args.interactive and not args.random_weights:
+        prompts = [text] if (text := piped_text()).strip() else []
     if args.prompt_file is not None:
         try:
-            text = args.prompt_file.read_bytes().decode("utf-8").removeprefix("\ufeff")
+            data = sys.stdin.buffer.read() if str(args.prompt_file) == "-" else args.prompt_file.read_bytes()
+            text = data.decode("utf-8").removeprefix("\ufeff")
         except OSError as error:
             raise UserError(f"--prompt_file {args.prompt_file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
@@ -39,6 +57,35 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         if any(0xDC80 <= ord(c) <= 0xDCFF for c in prompt):  # how Python hands over stray bytes
             raise UserError("--prompt is not UTF-8")
     return prompts
+
+
+def piped_text() -> str:
+    """What comes in through a pipe or a file, as in `echo ... | generate.py`; "" from a terminal. Raises UserError."""
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        return ""
+    try:
+        if _is_pipe(sys.stdin):
+            say("reading the prompt from standard input (--prompt TEXT gives it otherwise)")
+        return sys.stdin.buffer.read().decode("utf-8").removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not UTF-8 at byte {error.start}") from None
+    except (OSError, ValueError):  # a stream that is no file, or one that nobody gave
+        return ""
+
+
+def _is_pipe(stream: TextIO) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # a stream that is no file, as in a notebook
+        return False
+
+
+def piped_prompt(flag: str) -> str:
+    """Standard input, which was asked for: until Ctrl-D where it is a terminal. Raises UserError where it is empty."""
+    text = sys.stdin.read().removesuffix("\n") if sys.stdin.isatty() else piped_text()
+    if not text.strip():
+        raise UserError(f"{flag}: standard input is empty")
+    return text
 
 
 def _json_prompt(path: Path, n: int, line: str) -> str:
@@ -60,6 +107,8 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer | None, n_vocab: int, seed: 
             raise UserError(f"--prompt {prompt[:20]}: at most {MOST_RANDOM:,} random tokens")
         if int(prompt) < 1:
             raise UserError("--prompt 0 asks for no tokens")
+        if tokenizer is not None:
+            say(f"--prompt {prompt} is {int(prompt):,} random tokens, not that text (a blank before it makes it one)")
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(n_vocab, (int(prompt),), generator=generator).tolist()
     if tokenizer is None:
@@ -208,13 +257,18 @@ def converse(
         printer = Printer(tokenizer, [ids], echo=False)
         rows = 0
         try:
-            for row in engine.generate([ids], min(n_new, room)):
-                printer.push(row, engine.end_ids)
-                pending = [token for token in row if token is not None]
-                rows += 1
+            with first_interrupt_noted() as stopped:  # between two steps, so that the cache is whole
+                for row in engine.generate([ids], min(n_new, room)):
+                    printer.push(row, engine.end_ids)
+                    pending = [token for token in row if token is not None]
+                    rows += 1
+                    if stopped:
+                        break
         except KeyboardInterrupt:
             yield engine.timing, printer.texts[0]  # what was done of this turn belongs to the report
             raise
         printer.finish()
+        if stopped:
+            say("(stopped; Ctrl-C at the prompt, or Ctrl-D, ends the conversation)")
         n_seen, reply = n_seen + len(ids) + rows - 1, printer.texts[0]
         yield engine.timing, reply

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.errors import UserError, nearest
+from common.errors import UserError, nearest, printable
 from kv_cache import make_policy
 from selective_kv import KVCache, caches
 
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, _path)  # Path("") would be the working directory
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
+        self.exit(2, f"{self.prog}: error: {printable(' '.join(message.splitlines()))}\n")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         for before, word in pairwise(["", *argv]):  # before argparse takes an unknown flag's value for something else
@@ -35,6 +35,9 @@ class Parser(argparse.ArgumentParser):
             if flag.startswith("--") and flag not in (*self._option_string_actions, "--"):
                 near = "" if len(flag.split()) > 1 else nearest(flag, self._option_string_actions)
                 self.error(f"unknown argument {flag}{near}{self._hint(before)}")
+            if re.fullmatch(r"-[A-Za-z].*", word) and flag not in self._option_string_actions:
+                longer = [f"; did you mean {known}?" for known in self._option_string_actions if known[1:3] == word[:2]]
+                self.error(f"unknown argument {flag}: flags have two dashes{''.join(longer[:1])}{self._hint(before)}")
         return self.parse_intermixed_args(argv)
 
     def _hint(self, before: str) -> str:
@@ -49,6 +52,8 @@ class Parser(argparse.ArgumentParser):
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
             near = nearest(str(value), [str(choice) for choice in action.choices or ()])
+            if not near and not action.option_strings and "--prompt" in self._option_string_actions:
+                near = "; a text to continue is given as --prompt TEXT"
             raise argparse.ArgumentError(action, error.message + near) from None
 
 
@@ -58,9 +63,14 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+MOST = 2**31 - 1  # of whatever is counted: sizes of tensors are made of it
+
+
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    if not text.isdecimal() or not text.strip("0"):
+        raise argparse.ArgumentTypeError(f"{printable(repr(text), 60)} is not a whole number above zero")
+    if len(text) > 12 or int(text) > MOST:
+        raise argparse.ArgumentTypeError(f"{printable(text, 60)} is more than {MOST:,}")
     return int(text)
 
 
@@ -192,3 +202,9 @@ def _reason(error: BaseException, file: str | None) -> str:
         return error.strerror or message
     where = f"line {lines[-1]}: " if lines else ""
     return f"{where}{type(error).__name__}: {message}"
+
+
+def require_weights(args: argparse.Namespace) -> None:
+    """Raises UserError where --model names a shape and nothing gives its weights: the bundled model has its own."""
+    if args.model is not None and args.checkpoint_path is None and not args.random_weights:
+        raise UserError(f"--model {args.model} is a shape: --random_weights runs it, --checkpoint_path has its weights")

@@ -17,10 +17,11 @@ import torch
 
 import kv_cache
 from checkpoint.quantised import skeleton
+from cli.limits import limited_memory
 from cli.provenance import device_name
 from common.errors import UserError
 from common.messages import say
-from engine import Engine, Timing
+from engine import Engine, Sampling, Timing
 from kv_cache import format_policy
 from model import Config, Transformer
 from quantize import WeightSetting
@@ -43,6 +44,8 @@ BEYOND_TENSORS = 1 << 30
 
 def device_memory(device: torch.device) -> int:
     """Bytes that tensors can still take, as far as the system tells."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return 1 << 62  # a plan for another machine: --memory_budget says what it has
     if device.type == "cuda":
         return max(0, torch.cuda.mem_get_info(device)[0] - BEYOND_TENSORS)
     if device.type == "mps":
@@ -50,9 +53,11 @@ def device_memory(device: torch.device) -> int:
     try:
         with open("/proc/meminfo") as lines:
             fields = dict(line.split(":") for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        free = int(fields["MemAvailable"].split()[0]) * 1024
     except (FileNotFoundError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limited = limited_memory()
+    return free if limited is None else min(free, limited)
 
 
 def process_age() -> float:
@@ -96,7 +101,8 @@ class Plan:
         return [
             f"weights      {size(self.weights):>12}{kept}",
             f"cache        {size(cache):>12}  {what}",
-            f"  full cache {size(self.full_cache):>12}  this one takes {cache / self.full_cache:.1%} of it",
+            f"  full cache {size(self.full_cache):>12}"
+            + (f"  this one takes {cache / self.full_cache:.1%} of it" if self.cache else ""),
             f"activations  {size(self.activations):>12}  at most, estimated",
             f"total        {size(self.total):>12}" + ("" if n_rank == 1 else f"  on each of {n_rank} ranks"),
             *([] if n_rank == 1 else [f"  in all     {size(n_rank * self.total):>12}"]),
@@ -136,9 +142,13 @@ def activation_bytes(config: Config, shape: Shape, n_token: int) -> int:
     return round(n_token * per_token)
 
 
-def make_plan(config: Config, policy: KVCache, shape: Shape, chunk: int, weights: WeightSetting | None = None) -> Plan:
-    """chunk: the most prompt tokens read at once."""
-    logits = shape.batch * config.vocab_size * 4 * 4  # float32 logits and what sampling makes of them
+def make_plan(
+    config: Config, policy: KVCache, shape: Shape, chunk: int, weights: WeightSetting | None = None,
+    sampling: Sampling | None = None,
+) -> Plan:  # fmt: skip
+    """chunk: the most prompt tokens read at once. sampling: None: greedy."""
+    chosen = sampling or Sampling(temperature=0)
+    logits = shape.batch * config.vocab_size * chosen.bytes_per_logit
     return Plan(
         weights=weight_bytes(config, shape.dtype, weights),
         cache=kv_cache.plan(policy, config.n_layer, shape),
@@ -152,13 +162,14 @@ def make_plan(config: Config, policy: KVCache, shape: Shape, chunk: int, weights
 
 
 def choose_bits(
-    config: Config, policy: KVCache, shape: Shape, chunk: int, budget: int, weights: WeightSetting | None = None
-) -> KVCache:
+    config: Config, policy: KVCache, shape: Shape, chunk: int, budget: int, weights: WeightSetting | None = None,
+    sampling: Sampling | None = None,
+) -> KVCache:  # fmt: skip
     """The cache with the most bits whose plan fits. Raises UserError if the fewest do not."""
     tried = []
     for name, one in policy.by_quality():
         try:
-            total = make_plan(config, one, shape, chunk, weights).total
+            total = make_plan(config, one, shape, chunk, weights, sampling).total
         except ValueError as error:  # a head_dim that 4 bits are not for
             tried.append(f"{name}: {error}")
             continue
@@ -180,16 +191,17 @@ def require_suits(policy: KVCache, config: Config) -> None:
 
 
 def require_fit(
-    config: Config, policy: KVCache, shape: Shape, chunk: int, available: int, weights: WeightSetting | None = None
-) -> None:
+    config: Config, policy: KVCache, shape: Shape, chunk: int, available: int, weights: WeightSetting | None = None,
+    sampling: Sampling | None = None,
+) -> None:  # fmt: skip
     """Raises UserError, naming the largest context that fits, if the plan needs more than `available`."""
-    plan = make_plan(config, policy, shape, chunk, weights)
+    plan = make_plan(config, policy, shape, chunk, weights, sampling)
     if plan.total <= available:
         return
     fits, too_many = 0, shape.capacity
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        total = make_plan(config, policy, replace(shape, capacity=middle), chunk, weights).total
+        total = make_plan(config, policy, replace(shape, capacity=middle), chunk, weights, sampling).total
         fits, too_many = (middle, too_many) if total <= available else (fits, middle)
     rest = f"the largest context that fits is {fits} tokens" if fits else "not even one token fits"
     raise UserError(

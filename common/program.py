@@ -114,6 +114,23 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
+def first_interrupt_noted() -> Iterator[list[int]]:
+    """A Ctrl-C is only noted, in the list that this yields, for the block to stop where it can; a second one raises."""
+    caught: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def undivided() -> Iterator[None]:
     """A Ctrl-C waits for the end of the block: half an update is no state to go on from."""
     caught: list[int] = []

@@ -89,10 +89,10 @@ class Parallel:
         return found
 
 
-def rank_device(name: str, link: Link | None) -> torch.device:
+def rank_device(name: str, link: Link | None, elsewhere: bool = False) -> torch.device:
     """`--device` for one of several ranks: a GPU each, or the CPU they share. Raises UserError."""
     if link is None:
-        return parse_device(name)
+        return parse_device(name, elsewhere)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cuda", "cpu"):

@@ -55,6 +55,10 @@ CACHES = [
     "compress_kv:sink_size=16,window_size=32",
     "compress_kv:sink_size=4,window_size=256",
 ]
+CACHES_HELP = (
+    "beside the full cache: a name, and knobs after a colon, as in quantize_kv:window_size=128,k_bits=4,v_bits=4 "
+    f"(default: {' '.join(CACHES)})"
+)
 MOST_NLL = 700.0  # nats: the exponential of more is no number any more
 BUCKETS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 SETTINGS = {  # what a record names of the command line, defaults included
@@ -176,7 +180,7 @@ def make_parser() -> Parser:
     )  # fmt: skip
     p.add_argument("--dtype", default="auto")
     p.add_argument("--device", default="auto")
-    p.add_argument("--caches", nargs="+", default=CACHES, metavar="CACHE", help="beside the full cache")
+    p.add_argument("--caches", nargs="+", default=CACHES, metavar="CACHE", help=CACHES_HELP)
     add_plugin_flag(p)
     p.add_argument("--text", type=Path, nargs="+", default=[], help="plain or .xz; passkey: filler; rouge: JSONL")
     p.add_argument("--context", type=positive, default=2048, help="tokens of a window (default: 2048)")
@@ -207,6 +211,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         raise UserError("--context 1: the first token has no score")
     if args.json:
         require_writable(args.json, "--json")
+    if args.model is not None and args.checkpoint_path is None:
+        raise UserError(f"--model {args.model} is a shape, and its weights are evaluated: give --checkpoint_path")
     subject = Subject(args)
     if args.kind not in ("passkey", "ruler") and args.context > subject.config.context:
         raise UserError(f"--context {args.context} is past the model's context of {subject.config.context}")
