@@ -237,6 +237,8 @@ def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None)
     ends = frozenset() if args.ignore_eos or tokenizer is None else end_ids(checkpoint, tokenizer)
     if chat is not None and not args.ignore_eos:
         ends |= chat.end_of_turn()
+    for number in dict.fromkeys(text for text in texts if text.isdecimal() and tokenizer is not None and chat is None):
+        say(f"--prompt {number} is {int(number):,} random tokens, not that text (a blank before it makes it one)")
     return Job(
         checkpoint,
         chosen_weights(checkpoint, args.weights),

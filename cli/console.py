@@ -107,8 +107,6 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer | None, n_vocab: int, seed: 
             raise UserError(f"--prompt {prompt[:20]}: at most {MOST_RANDOM:,} random tokens")
         if int(prompt) < 1:
             raise UserError("--prompt 0 asks for no tokens")
-        if tokenizer is not None:
-            say(f"--prompt {prompt} is {int(prompt):,} random tokens, not that text (a blank before it makes it one)")
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(n_vocab, (int(prompt),), generator=generator).tolist()
     if tokenizer is None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import cli.ranks
 import generate
+from checkpoint.tokenizer_files import load_tokenizer
 
 QUANTIZE = ["quantize_kv", "--sink_size", "4", "--window_size", "8"]
 COMPRESS = ["compress_kv", "--sink_size", "4", "--window_size", "8"]
@@ -182,7 +183,7 @@ def test_a_conversation_stays_in_the_cache(
     text = capsys.readouterr().out
     assert len(text.splitlines()) >= 3
     assert len(read) == 3 and len(written) == 27
-    tokenizer = generate.load_tokenizer(tiny / "tokenizer.model")
+    tokenizer = load_tokenizer(tiny / "tokenizer.model")
     assert read[1] == [written[8], *tokenizer.encode(lines[1], bos=False)]
     # The same tokens through a fresh full cache, in one go, choose the same next token.
     checkpoint = generate.open_checkpoint(tiny, None)
@@ -199,7 +200,7 @@ def test_a_conversation_fills_its_context_to_the_last_token(
     tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = ["The red fox jumped", "and the clock"]
-    tokenizer = generate.load_tokenizer(tiny / "tokenizer.model")
+    tokenizer = load_tokenizer(tiny / "tokenizer.model")
     first, second = len(tokenizer.encode(lines[0])), len(tokenizer.encode(lines[1], bos=False))
     seen = first + 9 - 1  # the last token written is read with the second line
     argv = ["--checkpoint_path", str(tiny), "--interactive", "--temperature", "0", "--max_new_tokens", "9", "--json"]
@@ -296,7 +297,7 @@ def test_stories260k_writes_the_golden_ids(
     n_new = len(golden["greedy_ids"]) - 1
     if cache:
         cache = [*cache, "--sink_size", "4", "--window_size", str(n_new + 8)]
-    tokenizer = generate.load_tokenizer(STORIES / "tokenizer.model")
+    tokenizer = load_tokenizer(STORIES / "tokenizer.model")
     ids = golden["greedy_ids"]
     checkpoint = generate.open_checkpoint(STORIES, None)
     model = generate.load_model(checkpoint, torch.device("cpu"), torch.float32)
