@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.errors import UserError, nearest
 from selective_kv import Chunk, KVCache, Shape, caches
@@ -70,6 +71,18 @@ class ModelCache:
         self.lengths.zero_()
         for layer in self.layers:
             layer.reset()
+
+    def held(self, b: int, n_token: int) -> dict[str, Tensor]:
+        """Views of all that sequence b holds after n_token tokens, over all layers. Raises ValueError if a layer's cache
+        does not say.
+        """
+        found: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            views = layer.held(self.row + b, n_token)
+            if views is None:
+                raise ValueError(f"{self.policy.name} does not say what it holds (KVCache.held), and cannot be saved")
+            found |= {f"layers.{i}.{name}": view for name, view in views.items()}
+        return found
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by region, over all layers."""

@@ -307,7 +307,11 @@ class Transformer(nn.Module):
         self.config, self.ranks = config, ranks
         self.frequencies = config.rope_frequencies
         self.signed_frequencies = both_ways(self.frequencies)
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        # Not `nn.Embedding(...)`: its normal_ on the meta device imports torch's compiler, 2 to 3 s of every start.
+        embeddings = torch.empty(config.vocab_size, config.dim)
+        self.tok_embeddings = nn.Embedding.from_pretrained(
+            embeddings if embeddings.is_meta else nn.init.normal_(embeddings), freeze=False
+        )
         self.layers = nn.ModuleList(Block(config, ranks) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_rows or config.vocab_size, bias=False)
@@ -324,7 +328,8 @@ class Transformer(nn.Module):
         if self.config.tied_embeddings:  # to_empty would allocate the shared tensor twice
             for name, _ in self.tok_embeddings.named_parameters():
                 setattr(self.output, name, None)
-        self.to_empty(device=device)
+        # As `to_empty` does, whose empty_like of a meta tensor imports sympy, a second of every start.
+        self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
         self.tie()
         return self
 

@@ -162,6 +162,21 @@ class KVCache:
         """Bytes really allocated, by region."""
         return {}
 
+    def held(self, row: int, n_token: int) -> dict[str, Tensor] | None:
+        """All that sequence `row` holds after its first `n_token` tokens: views of the storage, by name.
+
+        A saved cache is a copy of them, and loading one copies it back, maybe into a cache of another capacity: names
+        and what they hold must not depend on it. Dimension 1 counts tokens (or tiles of tokens); what is empty may be
+        left out. None: this cache cannot be saved.
+        """
+        return None
+
+    def forgets(self, n_token: int) -> bool:
+        """Whether a sequence of n_token tokens no longer holds all of them as they came. If it does, it can go back to
+        any shorter beginning of itself: `held` of that is then the beginning of what `held` is now.
+        """
+        return True
+
     def update(self, row: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Take in a chunk of sequence `row` and return all that the chunk may look at, itself included.
 

@@ -83,6 +83,14 @@ class RegionCache(KVCache):
         sizes["scales"] = sum(part.scales.nbytes for part in r.quantised())
         return {region: n for region, n in sizes.items() if n}
 
+    def held(self, row: int, n_token: int) -> dict[str, Tensor] | None:
+        if self.sees() is None:  # a subclass may keep more than its regions
+            return None
+        return self.regions.held(row, n_token)
+
+    def forgets(self, n_token: int) -> bool:
+        return self.regions.n_left(n_token) > 0
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, rope: RopeLike) -> Tensor:
         if self._reference:
             return super().attend(q, k, v, chunk, rope)

@@ -58,6 +58,17 @@ class Regions(NamedTuple):
             yield Stored(self.k, self.k_int, self.k_scale, self.k_format)
             yield Stored(self.v, self.v_int, self.v_scale, self.v_format)
 
+    def held(self, row: int, n_token: int) -> dict[str, Tensor]:
+        """What sequence `row` holds after n_token tokens, by name: views [n_kv_head, slot or row, ...].
+
+        Slots and rows do not depend on the capacity: a ring that the capacity made shorter has not come round yet.
+        """
+        n_left = self.n_left(n_token)
+        slots, rows = slice(n_token - n_left), slice(n_left)
+        lengths = {"k": slots, "v": slots, "k_int": rows, "v_int": rows, "k_scale": rows, "v_scale": rows}
+        views = {name: getattr(self, name)[row, :, n] for name, n in lengths.items() if getattr(self, name) is not None}
+        return {name: view for name, view in views.items() if view.numel()}
+
     def batch_rows(self, first: int, n: int) -> Regions:
         """Views of n sequences, from `first` on."""
         tensors = [t if t is None else t[first : first + n] for t in self[:6]]
