@@ -23,7 +23,7 @@ if __name__ == "__main__":  # importing torch takes seconds, in which a Ctrl-C h
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -51,9 +51,9 @@ from cli.options import (
     positive,
     require_weights,
 )
-from cli.profile import Profiler
 from cli.provenance import FORMAT, made_from
 from cli.ranks import make_profiler, memory_budget, rank_part, world_size
+from cli.reading import ReadingBar
 from cli.report import (
     choose_bits,
     make_plan,
@@ -63,6 +63,8 @@ from cli.report import (
     require_fit,
     startup,
 )
+from cli.room import conversation_room, new_tokens
+from cli.saving import Saving, start_saving
 from common.errors import UserError
 from common.files import require_writable, write_json
 from common.messages import say
@@ -72,8 +74,8 @@ from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from engine.link import Link, linked
 from engine.parallel import Parallel, connect, rank_device
 from engine.precompile import compiled_ahead
+from engine.saved import SavedCache
 from kv_cache import ModelCache
-from model import Config
 from quantize import WeightSetting, weights_help
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, caches
 from tokenizer import Tokenizer
@@ -125,6 +127,15 @@ def make_parser() -> Parser:
         help="(default: 1234); the same prompt gets the same tokens, alone or in a batch",
     )
     g.add_argument("--ignore_eos", action="store_true", help="go on past the model's end tokens")
+    g = p.add_argument_group("a prompt that is read once")
+    g.add_argument(
+        "--save_cache", type=Path, metavar="FILE",
+        help="keep the cache there when the prompts have been read, or at the end of a conversation",
+    )  # fmt: skip
+    g.add_argument(
+        "--load_cache", type=Path, metavar="FILE",
+        help="start from it, and read only what the prompt adds; without --prompt, go on with the saved text",
+    )  # fmt: skip
     g = p.add_argument_group("memory and reports")
     g.add_argument("--context", type=positive, metavar="N", help="room in the cache for --interactive")
     g.add_argument(
@@ -168,6 +179,7 @@ def chosen_policy(args: argparse.Namespace) -> KVCache:
     return policy_from(args)
 
 
+Hook = Callable[[str], None]  # told of an engine's events
 MOST_SEQUENCES = 65535  # a kernel's grid is no wider
 
 
@@ -188,6 +200,7 @@ class Job:
     echo: bool
     chat: Conversation | None
     ranks: Parallel | None  # those that hold the model together, where there are several
+    saved: SavedCache | None
 
 
 def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None) -> Job:
@@ -195,7 +208,8 @@ def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None)
     n_rank = world_size(args, link)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.num_samples)
     texts = read_prompts(args, pipe=link is None or link.rank == 0)  # of several ranks the first's count
-    if not texts and not args.interactive:
+    saved = None if args.load_cache is None else SavedCache(args.load_cache)
+    if not texts and not args.interactive and saved is None:
         texts = ["16"] if args.random_weights else ["Once upon a time"]
     device = rank_device(args.device, link, elsewhere=args.dry_run)
     if args.interactive and (args.prompt_file is not None or args.num_samples > 1):
@@ -227,6 +241,7 @@ def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None)
     ranks = None if link is None else connect(link, device)
     if ranks is not None:  # a chat template may look at the clock
         ids = ranks.from_first(lambda: ids)
+    ids = ids if texts or saved is None else saved.tokens
     prompts = [] if args.interactive else [p for p in ids for _ in range(args.num_samples)]
     longest = max(map(len, prompts), default=0)
     if args.interactive:
@@ -261,6 +276,7 @@ def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None)
         args.echo and chat is None and not all(text.isdecimal() for text in texts),
         chat,
         ranks,
+        saved,
     )
 
 
@@ -276,53 +292,15 @@ def start_chat(args: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Toke
     return Conversation(chat_template_of(checkpoint, template_variables(args.template_vars)), tokenizer, args.system)
 
 
-def context_with(policy: KVCache, config: Config) -> int:
-    """The tokens that the model was trained to handle with this cache, having checked that it fits them."""
-    context = config.far_context if config.reach and policy.slides else config.context
-    if policy.n_exact > context:
-        raise UserError(
-            f"--sink_size + --window_size is {policy.n_exact}, {policy.n_exact - context} past the model's "
-            f"context of {context}"
-        )
-    return context
-
-
-def conversation_room(args: argparse.Namespace, policy: KVCache, config: Config) -> int:
-    """Tokens that a conversation may have."""
-    context = context_with(policy, config)
-    room = args.context or context
-    if room < policy.n_exact:
-        raise UserError(f"--context {room} is less than --sink_size + --window_size, {policy.n_exact}")
-    if room > context and not policy.endless_with(config.reach or None):
-        raise UserError(f"--context {room} is {room - context} past the model's context of {context}")
-    return room
-
-
-def new_tokens(args: argparse.Namespace, policy: KVCache, config: Config, longest: int) -> int:
-    """How many tokens to write after the longest prompt."""
-    context = context_with(policy, config)
-    if policy.endless_with(config.reach or None):
-        return args.max_new_tokens
-    if longest > context:
-        raise UserError(
-            f"the prompt has {longest} tokens, {longest - context} more than the model's context of {context} "
-            "(compress_kv can read on: it keeps only a window)"
-        )
-    if longest + args.max_new_tokens - 1 <= context:  # the last token is written, not read
-        return args.max_new_tokens
-    n_new = context - longest + 1
-    say(f"writing {n_new} tokens, not {args.max_new_tokens}: the model's context is {context}")
-    return n_new
-
-
-def build(args: argparse.Namespace, job: Job, profiler: Profiler | None) -> tuple[Engine, float]:
+def build(
+    args: argparse.Namespace, job: Job, hooks: Sequence[Hook] = (), saving: Saving | None = None
+) -> tuple[Engine, float]:
     """Take the memory: weights, cache, and the captured step where there is one. Also: seconds of loading weights."""
     device, dtype = job.shape.device, job.shape.dtype
     began = time.perf_counter()
     config = job.checkpoint.config
-    kernels = compiled_ahead(
-        config, job.policy, job.shape, job.sampling, list(map(len, job.prompts)), job.chunk, job.weights
-    )
+    lengths, kept = list(map(len, job.prompts)), saving.kept if saving is not None else ()
+    kernels = compiled_ahead(config, job.policy, job.shape, job.sampling, lengths, job.chunk, job.weights, kept)
     with nullcontext() if args.reference else kernels:
         model = load_model(
             job.checkpoint, device, dtype, args.random_weights, args.seed, weights=job.weights, ranks=job.ranks
@@ -333,8 +311,15 @@ def build(args: argparse.Namespace, job: Job, profiler: Profiler | None) -> tupl
         for layer in cache.layers:
             layer.use_reference()
     lag = 0 if args.interactive else -1  # a conversation's cache must not run ahead of its end token
-    hook = profiler.hook if profiler else None
-    return Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, ranks=job.ranks, hook=hook), loading
+
+    def notify(event: str) -> None:
+        for hook in hooks:
+            hook(event)
+
+    engine = Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, ranks=job.ranks, hook=notify)
+    if saving is not None:
+        saving.load(engine)
+    return engine, loading
 
 
 def run(args: argparse.Namespace, policy: KVCache, link: Link | None) -> None:
@@ -360,10 +345,14 @@ def run(args: argparse.Namespace, policy: KVCache, link: Link | None) -> None:
             every = {} if n_rank == 1 else {"world_size": n_rank, "sum": n_rank * planned.total}
             write_json(args.json, {"plan": asdict(planned) | {"total": planned.total} | every})
     require_fit(*plan, budget, job.weights, job.sampling)
+    saving, transcript = start_saving(args, job)
     if args.dry_run:
         return
     profiler = make_profiler(args.profile, job.shape.device, link)
-    engine, loading = build(args, job, profiler)
+    bar = ReadingBar()
+    hooks = [saving.hook, bar.hook] if profiler is None else [profiler.hook, saving.hook, bar.hook]
+    engine, loading = build(args, job, hooks, saving)
+    bar.watch(engine)
     if link is not None:
         link.answer = lambda: rank_part(engine)
     printer = Printer(job.tokenizer, job.prompts, job.echo)
@@ -371,20 +360,23 @@ def run(args: argparse.Namespace, policy: KVCache, link: Link | None) -> None:
     try:
         if args.interactive:
             assert job.tokenizer is not None
-            for turn, text in converse(engine, job.tokenizer, job.chat, args.prompt, job.n_new):
+            for turn, text in converse(engine, job.tokenizer, transcript, args.prompt, job.n_new):
                 timing += turn
                 turns.append(text)
         else:
-            for row in engine.generate(job.prompts, job.n_new):
+            for row in engine.generate(saving.rest(job.prompts), job.n_new):
                 printer.push(row, job.end_ids)
             printer.finish()
     except KeyboardInterrupt:
         interrupted = True
         print()
     with uninterrupted():
+        if args.interactive:
+            saving.finish(transcript)
         timing = timing if args.interactive else engine.timing
         report = make_report(engine, job.checkpoint.name, timing, str(job.weights or 16))
         report |= startup(age, loading, timing)
+        report |= saving.report
         report |= {"finished": not interrupted, "texts": turns or printer.texts, "command": ["generate.py", *args.argv]}
         if link is not None and first:
             report["ranks"] = link.reports()

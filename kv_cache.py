@@ -73,8 +73,8 @@ class ModelCache:
             layer.reset()
 
     def held(self, b: int, n_token: int) -> dict[str, Tensor]:
-        """Views of all that sequence b holds after n_token tokens, over all layers. Raises ValueError if a layer's cache
-        does not say.
+        """Views of all that sequence b holds after n_token tokens, over all layers. Raises ValueError if its caches do
+        not say.
         """
         found: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):

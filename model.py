@@ -309,7 +309,7 @@ class Transformer(nn.Module):
         self.signed_frequencies = both_ways(self.frequencies)
         # Not `nn.Embedding(...)`: its normal_ on the meta device imports torch's compiler, 2 to 3 s of every start.
         embeddings = torch.empty(config.vocab_size, config.dim)
-        self.tok_embeddings = nn.Embedding.from_pretrained(
+        self.tok_embeddings: nn.Embedding = nn.Embedding.from_pretrained(
             embeddings if embeddings.is_meta else nn.init.normal_(embeddings), freeze=False
         )
         self.layers = nn.ModuleList(Block(config, ranks) for _ in range(config.n_layer))

@@ -14,6 +14,7 @@ from typing import TextIO
 import torch
 
 from cli.conversation import Conversation, Turn
+from cli.saving import Transcript
 from common.errors import UserError
 from common.files import TOO_DEEP
 from common.messages import say
@@ -202,18 +203,18 @@ def next_turn(
 
 
 def converse(
-    engine: Engine, tokenizer: Tokenizer, chat: Conversation | None, given: Sequence[str], n_new: int
+    engine: Engine, tokenizer: Tokenizer, transcript: Transcript, given: Sequence[str], n_new: int
 ) -> Iterator[tuple[Timing, str]]:
     """A line in, a continuation of at most n_new tokens out; the cache keeps it all, and each turn reads only what is
     new to it, unless a chat's template now writes the earlier ones in another way.
 
-    given: the first lines, before those of standard input. Yields what each turn took, and what was written. Of
-    several ranks the first reads standard input and makes the ids of a turn.
+    transcript: the conversation so far, which is kept up to date; given: the first lines, before those of standard
+    input. Yields what each turn took, and what was written. Of several ranks the first reads standard input and makes
+    the ids of a turn.
     """
     endless, capacity, ranks = engine.cache.endless, engine.cache.shape.capacity, engine.ranks
     say("Type a line; /reset forgets, Ctrl-D ends.")
-    pending: list[int] = []  # the last token written, which the cache has not read yet
-    reply, n_seen, told = "", 0, False
+    told = False
     first = iter(given)
     while True:
         text = next(first, None)
@@ -224,18 +225,18 @@ def converse(
         text = text.strip("\n")
         if text == "/reset":
             engine.reset()
-            pending, n_seen = [], 0
-            chat = None if chat is None else chat.begin()
+            transcript.forget()
         if not text.strip() or text == "/reset":
             continue
+        chat, n_seen = transcript.chat, len(transcript.ids)
         after, held = chat, n_seen
         try:
             if chat is not None:
-                turn = next_turn(chat, ranks, text, reply, pending, engine.end_ids)
+                turn = next_turn(chat, ranks, text, transcript.reply, transcript.pending, engine.end_ids)
                 ids, after = turn.ids, turn.after
                 held = 0 if turn.anew else n_seen
             else:
-                ids = pending + tokenizer.encode(text, bos=n_seen == 0)
+                ids = transcript.pending + tokenizer.encode(text, bos=n_seen == 0)
         except UserError as error:  # of this line: the conversation goes on
             say(f"not read: {error}")
             continue
@@ -251,15 +252,15 @@ def converse(
                 say("(the chat template writes earlier turns in another way than they were: each turn reads all anew)")
             told = True
             engine.reset()
-        chat, n_seen = after, held
+        transcript.chat, transcript.ids = after, transcript.ids[:held]
         printer = Printer(tokenizer, [ids], echo=False)
-        rows = 0
+        written: list[int] = []
+        transcript.whole = False
         try:
             with first_interrupt_noted() as stopped:  # between two steps, so that the cache is whole
                 for row in engine.generate([ids], min(n_new, room)):
                     printer.push(row, engine.end_ids)
-                    pending = [token for token in row if token is not None]
-                    rows += 1
+                    written += [token for token in row if token is not None]
                     if stopped:
                         break
         except KeyboardInterrupt:
@@ -268,5 +269,6 @@ def converse(
         printer.finish()
         if stopped:
             say("(stopped; Ctrl-C at the prompt, or Ctrl-D, ends the conversation)")
-        n_seen, reply = n_seen + len(ids) + rows - 1, printer.texts[0]
-        yield engine.timing, reply
+        transcript.ids.extend(ids + written[:-1])
+        transcript.pending, transcript.reply, transcript.whole = written[-1:], printer.texts[0], True
+        yield engine.timing, transcript.reply

@@ -300,8 +300,21 @@ def report_lines(r: dict[str, Any]) -> list[str]:
         + f"; {r['path']}",
         first if r["tokens_written"] else f"no token written, {r['tokens_read']} tokens read",
         f"decode {r['decode_tokens_per_s']:.2f} tokens/s, {r['tokens_written']} tokens written",
+        *_saving_lines(r),
         *([f"cache {allocated}", f"cache {held}"] if r["cache_bytes"] else ["cache bytes: this cache does not say"]),
         f"peak memory {size(r['peak_memory_bytes'])} ({where}), weights {size(r['weight_bytes'])} of it; "
         f"bandwidth {r['bandwidth_bytes_per_s'] / 1e9:.2f} GB/s, weights and cache",
         *(rank_lines(r["ranks"]) if "ranks" in r else []),
     ]
+
+
+def _saving_lines(r: dict[str, Any]) -> list[str]:
+    """What a run had from a saved cache, and what it saved."""
+    lines = []
+    if "load_cache" in r:
+        loaded = r["load_cache"]
+        lines.append(f"loaded {sum(loaded['tokens'])} tokens from {loaded['file']} in {loaded['seconds']:.2f} s")
+    if "save_cache" in r:
+        saved = r["save_cache"]
+        lines.append(f"saved {size(saved['bytes'])} to {saved['file']} in {saved['seconds']:.2f} s")
+    return lines

@@ -1,8 +1,8 @@
 """Tensors and a record in one safetensors file, written and read side by side, with a checksum of each.
 
 safetensors' own `save_file` wants every tensor in memory at once and copies it once more; a cache has gigabytes on a
-GPU. Here each tensor is copied, summed and written by itself, a few at a time. The format is the library's, whose reader
-is used: eight bytes of length, a JSON header (name: dtype, shape, where its bytes are), the bytes.
+GPU. Here each tensor is copied, summed and written by itself, a few at a time. The format is the library's, and so is
+the reader: eight bytes of length, a JSON header (name: dtype, shape, where its bytes are), the bytes.
 
 The record is JSON in the header's metadata, with its own SHA-256 beside it; it holds those of the tensors.
 """
@@ -82,6 +82,10 @@ class TensorFile:
         if set(self.sums) != set(self.handle.keys()):
             raise UserError(f"{path}: {what} that was changed since it was written")
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """A tensor's shape; None where there is none of that name."""
+        return tuple(self.handle.get_slice(name).get_shape()) if name in self.sums else None
+
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the file, mapped into memory and compared with their checksums. Raises UserError."""
 
@@ -118,7 +122,7 @@ def _header(kind: str, record: Mapping[str, Any], sums: Mapping[str, str], tenso
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _sum(tensor: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from engine.engine import LAG, PREFILL_CHUNK, Engine, Timing, chunk_size
 from engine.fused import FusedStep
+from engine.fused_chunk import FusedChunk
 from engine.sampling import BAD, LEAST_TEMPERATURE, Sampling
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "LEAST_TEMPERATURE",
     "PREFILL_CHUNK",
     "Engine",
+    "FusedChunk",
     "FusedStep",
     "Sampling",
     "Timing",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from checkpoint import first_bad_parameter
 from common.errors import UserError
 from engine.fused import FusedStep
+from engine.fused_chunk import FusedChunk
 from engine.kernels import PYTORCH, step_kernels
 from engine.parallel import Parallel
 from engine.sampling import BAD, Sampling
@@ -76,21 +77,25 @@ class Engine:
     lag: int = -1  # steps ahead of the tokens seen; -1: the device's best. 0 if the cache is used on after an end token
     timing: Timing = field(default_factory=Timing)
     ranks: Parallel | None = None  # those that hold the model together, where several do
-    hook: Callable[[str], None] | None = None  # called with "prefill", "decode", "step", "end"; for profiling
+    hook: Callable[[str], None] | None = None  # called with "prefill", "read", "decode", "step", "end"
 
     def __post_init__(self) -> None:
         device = self.cache.shape.device
+        self.loaded = False  # whether the cache holds what this engine has not read
+        self.logits: Tensor | None = None  # after the last token that was read, [batch, vocab_size]
         self.forward: Callable[[Tensor], Tensor] = lambda tokens: self.model(tokens, self.cache)[:, -1]
         self.device = device
         self.generator = torch.Generator(device).manual_seed(self.sampling.seed)
         self.tokens = torch.zeros(self.cache.shape.batch, 1, dtype=torch.int64, device=device)  # fed next
         self.picked = torch.zeros(self.cache.shape.batch, dtype=torch.int64, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.read_chunk: Callable[[Tensor, ModelCache], Tensor] = self._read_chunk
         self.step_path = "eager step"
         kernels = step_kernels(device)
         if self.fuse and kernels is not PYTORCH:
             fused = FusedStep(self.model, kernels)
             self.forward = lambda tokens: fused(tokens, self.cache)
+            self.read_chunk = FusedChunk(self.model)
             self.step_path = "fused step"
         if self.ranks is not None:
             self.step_path += f", {self.ranks.path}"
@@ -121,6 +126,7 @@ class Engine:
     def reset(self) -> None:
         """Forget every sequence and start the random numbers anew: the same prompt gives the same tokens."""
         self.cache.reset()
+        self.loaded = False
         self.generator.manual_seed(self.sampling.seed)
 
     def _step(self) -> None:
@@ -145,34 +151,48 @@ class Engine:
         else:
             self._step()
 
+    def _read_chunk(self, tokens: Tensor, cache: ModelCache) -> Tensor:
+        """The logits after the last of `tokens`, int64 [batch, token]."""
+        return self.model(tokens, cache, last_only=True)
+
     @torch.inference_mode()
     def read(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Prefill: append each prompt to its sequence and choose every sequence's next token."""
+        """Prefill: append each prompt to its sequence and choose every sequence's next token. A prompt without tokens
+        goes on where its sequence stands, with `logits`.
+        """
         self._notify("prefill")
         chunk = chunk_size(self.cache.policy, self.model.config.context, self.prefill_chunk, self.cache.shape.reach)
         last = []
         for b, prompt in enumerate(prompts):
+            if not prompt:
+                assert self.logits is not None, "nothing has been read yet"
+                last.append(self.logits[b : b + 1])
+                continue
             ids = torch.tensor([list(prompt)], dtype=torch.int64).to(self.device)
             slot = self.cache.slot(b)
             for part in ids.split(chunk, dim=1):
-                logits = self.model(part, slot, last_only=True)
+                logits = self.read_chunk(part, slot)
                 self.timing.n_read += part.shape[1]
             last.append(logits[:, -1])
-        self._choose(torch.cat(last))
+        self.logits = torch.cat(last)
+        self._choose(self.logits)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[int | None]]:
         """Yield, per step, each sequence's new token; None once it has ended. End tokens are yielded.
 
-        prompts: one non-empty list of ids per sequence of the cache; they follow what the cache holds.
+        prompts: one list of ids per sequence of the cache; they follow what the cache holds, and are empty only where
+        that has just been loaded.
         Stops when every sequence has ended, or after max_new_tokens. Raises UserError when the model's
         numbers are no longer finite, naming where that began.
         """
         timing = self.timing = Timing()
-        self._synchronize()
+        self.synchronize()
         began = time.perf_counter()
         self.read(prompts)
-        self._synchronize()
+        self.synchronize()
         timing.prefill_seconds = time.perf_counter() - began
+        self._notify("read")
+        began = time.perf_counter() - timing.prefill_seconds  # what a hook did there took no time of the run's
         ended = [False] * len(prompts)
         waiting: deque[_Pending] = deque([_Pending(self.picked)])
         written = array("q")  # eight bytes a token: a text without end must not fill the memory
@@ -206,7 +226,7 @@ class Engine:
         if self.hook is not None:
             self.hook(event)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
@@ -220,6 +240,8 @@ class Engine:
         bad = self._first_of_all(first_bad_parameter(self.model))
         if bad is not None:
             return f"the logits are not finite: the weight {bad} holds a NaN or an infinity"
+        if self.loaded:
+            return "the logits are not finite after a loaded cache: read the prompt anew to find out where that begins"
         found: list[str] = []
 
         def look(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
@@ -229,6 +251,7 @@ class Engine:
 
             return hook
 
+        self.read_chunk = self._read_chunk  # which calls every module
         handles = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules() if name]
         self.cache.reset()
         with torch.inference_mode():

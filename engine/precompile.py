@@ -19,12 +19,13 @@ from torch import Tensor
 
 from checkpoint.quantised import skeleton
 from common.messages import say
-from engine import FusedStep, Sampling, chunk_size
+from engine import FusedChunk, FusedStep, Sampling, chunk_size
 from kv_cache import ModelCache
 from model import Config
 from quantize import WeightSetting
 from selective_kv import Chunk, KVCache, Shape
 from selective_kv.kernels import uses_triton
+from selective_kv.kernels.attention_lse import make_plans
 from selective_kv.kernels.launch import compiling
 
 META = torch.device("meta")
@@ -41,10 +42,12 @@ def compiled_ahead(
     lengths: Sequence[int],
     chunk: int,
     weights: WeightSetting | None = None,
+    kept: Sequence[int] = (),
 ) -> Iterator[None]:
     """Compile in the background; at the end wait for it. Nothing happens where no Triton kernel will run.
 
-    lengths: tokens of the prompts; none: a conversation, of which nothing is known. chunk: as in `Engine`.
+    lengths: tokens of the prompts; none: a conversation, of which nothing is known. chunk: as in `Engine`;
+    kept: of each prompt, how many tokens the cache has already.
     An error here is only told: where it matters, the launch that needs the kernel raises it again.
     """
     if shape.device.type != "cuda":
@@ -55,8 +58,10 @@ def compiled_ahead(
     def work() -> None:
         try:
             if uses_triton(shape.device):
-                parts = prompt_parts(lengths or [shape.capacity], chunk_size(policy, config.context, chunk))
+                parts = prompt_parts(lengths or [shape.capacity], chunk_size(policy, config.context, chunk), kept)
                 compile_all(lambda: walk(config, policy, shape, sampling, parts, weights), shape.device)
+                longest = max((n_token for _, _, n_token in parts), default=1)
+                make_plans(shape.device, shape.dtype, config.n_head, config.n_kv_head, config.head_dim, longest)
         except Exception as error:
             failed.append(error)
 
@@ -73,7 +78,7 @@ def compiled_ahead(
         say(f"kernels could not be compiled ahead, and are at their first use: {failed[0]!r}")
 
 
-def prompt_parts(lengths: Sequence[int], chunk: int) -> list[Part]:
+def prompt_parts(lengths: Sequence[int], chunk: int, kept: Sequence[int] = ()) -> list[Part]:
     """The parts that `Engine.read` reads of prompts of these lengths, but one of each kind.
 
     A kernel's binary depends on how pointers are aligned, and so on the sequence modulo 4 (a scale has 4 bytes), on
@@ -81,7 +86,7 @@ def prompt_parts(lengths: Sequence[int], chunk: int) -> list[Part]:
     """
     longest: dict[tuple[int, int, bool], Part] = {}
     for b, length in enumerate(lengths):
-        for start in range(0, length, chunk):
+        for start in range(kept[b] if b < len(kept) else 0, length, chunk):
             part = b, start, min(chunk, length - start)
             kind = b % 4, start, part[2] == 1
             longest[kind] = max(longest.get(kind, part), part, key=lambda p: p[2])
@@ -128,7 +133,7 @@ def walk(
     for row, start, n_token in parts:
         view: Any = cache.slot(row)
         view.start = start
-        model(torch.zeros(1, n_token, dtype=torch.int64, device=META), view, last_only=True)
+        FusedChunk(model)(torch.zeros(1, n_token, dtype=torch.int64, device=META), view)
 
 
 class _Compilers(ThreadPoolExecutor):

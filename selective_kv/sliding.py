@@ -12,7 +12,7 @@ as well: with W = 4, a block of queries 4 to 7 and the keys 1 to 3 before it,
     query 6          x              query 4    x  x  x
     query 7
 
-The parts are merged by their log-sum-exps (kernels/flash.py).
+The parts are merged by their log-sum-exps (kernels/attention_lse.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from selective_kv.cache import Chunk, RopeLike, Shape, wide
-from selective_kv.kernels import flash
+from selective_kv.kernels import attention_lse
 from selective_kv.region_cache import RegionCache
 from selective_kv.regions import Regions
 
@@ -38,7 +38,7 @@ class _Parts:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Each query sees the keys up to its own: q, k and v are the same tokens."""
         self.q = q
-        out, self.lse = flash.attend(q, k, v, causal=True)
+        out, self.lse = attention_lse.attend(q, k, v, causal=True)
         self.out = out.float()
 
     def add(self, q: Tensor, rows: slice, k: Tensor, v: Tensor, triangle: str = "") -> None:
@@ -51,11 +51,11 @@ class _Parts:
         if part.shape[2] == 0 or k.shape[2] == 0:
             return
         if triangle == "last":
-            more, more_lse = flash.attend(part.flip(2), k.flip(2), v.flip(2), causal=True)
+            more, more_lse = attention_lse.attend(part.flip(2), k.flip(2), v.flip(2), causal=True)
             more, more_lse = more.flip(2), more_lse.flip(2)
         else:
-            more, more_lse = flash.attend(part, k, v, causal=triangle == "first")
-        merged = flash.merge(self.out[:, :, rows], self.lse[:, :, rows], more, more_lse)
+            more, more_lse = attention_lse.attend(part, k, v, causal=triangle == "first")
+        merged = attention_lse.merge(self.out[:, :, rows], self.lse[:, :, rows], more, more_lse)
         self.out[:, :, rows], self.lse[:, :, rows] = merged
 
 

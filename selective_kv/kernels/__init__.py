@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selective_kv.kernels import flash
+from selective_kv.kernels.attention_lse import attend
 from selective_kv.kernels.contract import AttentionKernels
 from selective_kv.kernels.pytorch import PYTORCH
 from selective_kv.regions import Regions
@@ -80,11 +80,13 @@ def chunk_attention(
     first position; sink_turn: as for `decode_attention`. Writes nothing: `store_chunk` follows.
     Returns [batch, n_head, token, head_dim].
     """
+    if start == 0 and q.device.type in ("cuda", "meta"):
+        return attend(q, k, v, causal=True)[0]
     if start == 0:
         group = q.shape[1] // k.shape[1]
         if q.device.type == "cpu" and group > 1:  # there, enable_gqa leaves the fast kernel
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     held, held_lse = kernels.history_attention(q, regions, start, sink_turn)
-    own, own_lse = flash.attend(q, k, v, causal=True)
-    return flash.merge(held, held_lse, own, own_lse)[0].to(q.dtype)
+    own, own_lse = attend(q, k, v, causal=True)
+    return kernels.merge(held, held_lse, own, own_lse, q.dtype)[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from selective_kv.regions import Regions
@@ -71,6 +72,18 @@ class StoreChunk(Protocol):
         ...
 
 
+class Merge(Protocol):
+    def __call__(
+        self, out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over two sets of keys from that over each, by the log-sum-exps of their scores.
+
+        out, more: [batch, n_head, token, head_dim]; lse, more_lse: float32 [batch, n_head, token], -inf where nothing
+        was seen. Returns the output in `dtype`, which may be `out` itself, and the log-sum-exp.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class AttentionKernels:
     """One implementation. `name` is what a report shows; captures: a decode step of it may be in a CUDA graph."""
@@ -82,3 +95,4 @@ class AttentionKernels:
     history_attention: HistoryAttention
     evict: Evict
     store_chunk: StoreChunk
+    merge: Merge

@@ -18,15 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from selective_kv.formats import rotate
+from selective_kv.kernels.attention_lse import LARGEST_BLOCK, attend, key_blocks
 from selective_kv.kernels.basics import INTERPRET
-from selective_kv.kernels.flash import attend, merge
 from selective_kv.kernels.launch import launch
+from selective_kv.kernels.merge import merge
 from selective_kv.kernels.online_softmax import NEGATIVE, UNSEEN, scale_and_base, turned
 from selective_kv.kernels.store import operands
 from selective_kv.regions import Regions
 
 COUNTS = ("group", "n_token", "n_sink", "n_slot", "gap")
-BLOCK_ROWS = 16384  # quantised rows made dense at a time
+BLOCK_ROWS = LARGEST_BLOCK  # quantised rows made dense at a time
 
 
 @triton.jit
@@ -172,6 +173,15 @@ def dequantize_rows(regions: Regions, first: int, end: int) -> tuple[Tensor, Ten
     return k, v
 
 
+def over_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`attend` over any number of keys, not causally, in blocks that its kernels are quick with."""
+    first, *rest = key_blocks(q, k)
+    out, lse = attend(q, k[:, :, first], v[:, :, first])
+    for block in rest:
+        out, lse = merge(out, lse, *attend(q, k[:, :, block], v[:, :, block]))
+    return out, lse
+
+
 def slot_attention(
     q: Tensor, regions: Regions, start: int, sink_turn: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
@@ -208,12 +218,14 @@ def history_attention(
     """
     if q.stride(3) != 1:
         q = q.contiguous()
-    out, lse = slot_attention(q, regions, start, sink_turn)
     n_left = regions.n_left(start + 1)
+    if n_left == 0 and start > 0:  # nothing has left: the slots are dense keys
+        return over_dense(q, regions.k[:, :, :start], regions.v[:, :, :start])
+    out, lse = slot_attention(q, regions, start, sink_turn)
     if regions.k_int is None or n_left == 0:
         return out, lse
     turned = rotate(q).to(q.dtype) if regions.k_format.rotated else q
     for first in range(0, n_left, BLOCK_ROWS):
         k, v = dequantize_rows(regions, first, min(first + BLOCK_ROWS, n_left))
-        out, lse = merge(out, lse, *attend(turned, k, v))
+        out, lse = merge(out, lse, *over_dense(turned, k, v))
     return out, lse

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selective_kv.kernels.attention_lse import attend, merge
 from selective_kv.kernels.contract import AttentionKernels
-from selective_kv.kernels.flash import attend, merge
 from selective_kv.regions import Regions, Stored
 
 BLOCK = 2048  # keys at a time: their float32 form must stay in a CPU's cache, and calls be few
@@ -302,4 +302,5 @@ PYTORCH = AttentionKernels(
     history_attention=history_attention,
     evict=evict,
     store_chunk=store_chunk,
+    merge=merge,
 )

@@ -1,0 +1,123 @@
+"""A chunk's attention in parts: the library's kernel, the plain one, and the merging of two sets of keys."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import kernel_reference  # noqa: F401  (chooses the interpreter)
+import pytest
+import torch
+from torch import Tensor
+
+from selective_kv.kernels import attention_lse
+from selective_kv.kernels.merge import merge as triton_merge
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    group = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
+    score = q @ k.transpose(-1, -2) * q.shape[3] ** -0.5
+    if causal:
+        score = score.masked_fill(torch.ones(score.shape[-2:], device=q.device).triu(1).bool(), float("-inf"))
+    return score.softmax(-1) @ v, score.logsumexp(-1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("n_head", "n_kv_head", "head_dim"), [(4, 4, 16), (6, 2, 24), (4, 1, 96)])
+def test_both_ways_are_attention(
+    n_head: int, n_kv_head: int, head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention_lse, "SCORES", 1000)  # a few queries at a time
+    n_key = 37 if causal else 53
+    q = torch.randn(2, 37, n_head, head_dim).transpose(1, 2)  # as a projection leaves it
+    k, v = torch.randn(2, 2, n_kv_head, n_key, head_dim)
+    want = reference(q, k, v, causal)
+    group = n_head // n_kv_head
+    repeated = [x.repeat_interleave(group, 1) for x in (k, v)]
+    for got in (attention_lse.attend(q, k, v, causal), attention_lse.plain(q, *repeated, causal)):
+        for mine, theirs in zip(got, want, strict=True):
+            assert torch.allclose(mine.double(), theirs, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient", "plain", "attend"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_kernels_of_a_gpu(kernel: str, dtype: torch.dtype) -> None:
+    """Each against float64: a chunk's causality, ragged lengths, groups, batches, and keys that are part of a cache."""
+    device = torch.device("cuda")
+    run = getattr(attention_lse, kernel)
+    if kernel in ("cudnn", "flash") and dtype == torch.float32:
+        pytest.skip("for 16 bits alone")
+    for n_head, n_kv_head, head_dim in ((8, 2, 128), (7, 1, 64), (4, 4, 96), (4, 1, 256), (4, 2, 24)):
+        if kernel == "cudnn" and (head_dim > 128 or not attention_lse.has_cudnn(device)):
+            continue
+        for n_token, n_key, causal, batch in (
+            (777, 777, True, 1),
+            (513, 1333, False, 1),
+            (130, 130, True, 3),
+            (9, 1, False, 2),
+        ):
+            torch.manual_seed(n_token)
+            q = torch.randn(batch, n_token, n_head + n_kv_head, head_dim, device=device, dtype=dtype)
+            q = q.transpose(1, 2)[:, :n_head]  # as a projection leaves it
+            k, v = torch.randn(2, batch, n_kv_head, n_key + 37, head_dim, device=device, dtype=dtype)[:, :, :, :n_key]
+            want, want_lse = reference(q, k, v, causal)
+            got, lse = run(q, k, v, causal)
+            close = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
+            assert (got.double() - want).norm() / want.norm() < close, (n_head, n_kv_head, head_dim, n_token, n_key)
+            assert lse.shape == want_lse.shape and torch.allclose(lse.double(), want_lse, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_long_keys_go_to_cudnn_in_blocks_and_are_one() -> None:
+    from selective_kv.kernels.history import over_dense
+
+    device = torch.device("cuda")
+    q = torch.randn(1, 2048, 32, 128, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    k, v = torch.randn(2, 1, 8, 45001, 128, device=device, dtype=torch.bfloat16)[:, :, :, :45000]
+    blocks = list(attention_lse.key_blocks(q, k))
+    assert blocks[0].start == 0 and blocks[-1].stop == 45000
+    assert all(a.stop == b.start for a, b in pairwise(blocks))
+    got, lse = over_dense(q, k, v)
+    some = slice(1000, 1064)
+    want, want_lse = reference(q[:, :, some], k, v, False)
+    assert (got[:, :, some].double() - want).norm() / want.norm() < 6e-3
+    assert torch.allclose(lse[:, :, some].double(), want_lse, atol=1e-3)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 20, 53])
+def test_two_sets_of_keys_are_one(cut: int) -> None:
+    """Also where one of the two is empty: its log-sum-exp is -inf."""
+    torch.manual_seed(1)
+    q, (k, v) = torch.randn(1, 4, 9, 16), torch.randn(2, 1, 2, 53, 16)
+    parts = []
+    for keys, values in ((k[:, :, :cut], v[:, :, :cut]), (k[:, :, cut:], v[:, :, cut:])):
+        empty = torch.zeros(q.shape), torch.full(q.shape[:3], float("-inf"))
+        parts.append(attention_lse.attend(q, keys, values) if keys.shape[2] else empty)
+    out, lse = attention_lse.merge(*parts[0], *parts[1])
+    for mine, theirs in zip((out, lse), reference(q, k, v, False), strict=True):
+        assert torch.allclose(mine.double(), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 96])
+def test_merging_in_triton_is_merging(head_dim: int, dtype: torch.dtype) -> None:
+    """Strides as they come, lengths off the blocks' borders, parts that have seen nothing, and float32 in place."""
+    torch.manual_seed(2)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = torch.randn(2, 37, 6, head_dim, device=device).to(dtype).transpose(1, 2)
+    more = torch.randn(2, 6, 37, head_dim, device=device).to(dtype)
+    lse, more_lse = torch.randn(2, 2, 6, 64, device=device)[..., :37] * 3
+    lse[:, 1], more_lse[:, 2] = float("-inf"), float("-inf")
+    want = attention_lse.merge(out.double(), lse, more.double(), more_lse, torch.float64)
+    for kind in (torch.float32, dtype):
+        got = triton_merge(out.clone(), lse, more, more_lse, kind)
+        assert got[0].dtype == kind and got[1].dtype == torch.float32
+        assert torch.allclose(got[0].double(), want[0], atol=1e-5 if kind == torch.float32 else 2e-2)
+        assert torch.allclose(got[1], want[1].float(), atol=1e-5)
+    blind = torch.full_like(lse, float("-inf"))
+    got = triton_merge(torch.zeros_like(out), blind, torch.zeros_like(more), blind)
+    assert (got[0] == 0).all() and (got[1] == float("-inf")).all()
