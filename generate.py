@@ -23,7 +23,7 @@ if __name__ == "__main__":  # importing torch takes seconds, in which a Ctrl-C h
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,7 +64,7 @@ from cli.report import (
     startup,
 )
 from cli.room import conversation_room, new_tokens
-from cli.saving import Saving, start_saving
+from cli.saving import Hook, Saving, add_saving_flags, start_saving, told_all
 from common.errors import UserError
 from common.files import require_writable, write_json
 from common.messages import say
@@ -127,15 +127,7 @@ def make_parser() -> Parser:
         help="(default: 1234); the same prompt gets the same tokens, alone or in a batch",
     )
     g.add_argument("--ignore_eos", action="store_true", help="go on past the model's end tokens")
-    g = p.add_argument_group("a prompt that is read once")
-    g.add_argument(
-        "--save_cache", type=Path, metavar="FILE",
-        help="keep the cache there when the prompts have been read, or at the end of a conversation",
-    )  # fmt: skip
-    g.add_argument(
-        "--load_cache", type=Path, metavar="FILE",
-        help="start from it, and read only what the prompt adds; without --prompt, go on with the saved text",
-    )  # fmt: skip
+    add_saving_flags(p)
     g = p.add_argument_group("memory and reports")
     g.add_argument("--context", type=positive, metavar="N", help="room in the cache for --interactive")
     g.add_argument(
@@ -179,7 +171,6 @@ def chosen_policy(args: argparse.Namespace) -> KVCache:
     return policy_from(args)
 
 
-Hook = Callable[[str], None]  # told of an engine's events
 MOST_SEQUENCES = 65535  # a kernel's grid is no wider
 
 
@@ -311,12 +302,7 @@ def build(
         for layer in cache.layers:
             layer.use_reference()
     lag = 0 if args.interactive else -1  # a conversation's cache must not run ahead of its end token
-
-    def notify(event: str) -> None:
-        for hook in hooks:
-            hook(event)
-
-    engine = Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, ranks=job.ranks, hook=notify)
+    engine = Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, ranks=job.ranks, hook=told_all(hooks))
     if saving is not None:
         saving.load(engine)
     return engine, loading

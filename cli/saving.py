@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,30 @@ from engine import BAD, Engine
 from engine.parallel import Parallel
 from engine.saved import SavedCache, Talk, require_saveable, save_cache
 from selective_kv import KVCache, Shape
+
+Hook = Callable[[str], None]  # told of an engine's events
+
+
+def told_all(hooks: Sequence[Hook]) -> Hook:
+    """One hook that tells several."""
+
+    def tell(event: str) -> None:
+        for hook in hooks:
+            hook(event)
+
+    return tell
+
+
+def add_saving_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("a prompt that is read once")
+    g.add_argument(
+        "--save_cache", type=Path, metavar="FILE",
+        help="keep the cache there when the prompts have been read, or at the end of a conversation",
+    )  # fmt: skip
+    g.add_argument(
+        "--load_cache", type=Path, metavar="FILE",
+        help="start from it, and read only what the prompt adds; without --prompt, go on with the saved text",
+    )  # fmt: skip
 
 
 class Job(Protocol):
