@@ -25,7 +25,9 @@ import gc
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,17 @@ from benchmark.contestant import Contestant, Timed, gate
 from checkpoint import Checkpoint, chosen_weights, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from cli.options import Parser, add_plugin_flag, load_plugin, parse_size, positive, require_weights
 from cli.provenance import FORMAT, device_name, made_from
-from cli.report import device_memory, make_plan, parameter_bytes, require_suits, size
+from cli.report import Plan, device_memory, make_plan, parameter_bytes, require_suits, size
 from common.errors import UserError
 from common.files import append_line, require_writable, to_json
+from common.messages import say
 from common.program import program, ran_out
+from common.tables import table
+from engine import PREFILL_CHUNK
 from kv_cache import format_policy, parse_policy
 from model import Config, Transformer
 from quantize import WeightSetting, weights_help
-from selective_kv import KVCache, Shape
+from selective_kv import FullCache, KVCache, Shape
 
 DEFAULT_CACHES = [
     "full",
@@ -96,48 +101,99 @@ def largest_batch(
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'batch':>5} {'context':>8} {'cache':<44} {'step ms':>9} {'min-max':>15} {'tok/s':>8} "
-          f"{'vs first':>8} {'cache':>11} {'ceiling':>8} {'peak':>11}")  # fmt: skip
+    header = ["cache", "batch", "context", "step ms", "min-max", "tok/s", "vs first", "cache", "ceiling", "peak"]
+    if with_prefill := any(r["prefill_s"] for r in rows):
+        header += ["first token, s", "of it storing"]
+    cells = []
     for r in rows:
         base = next(b for b in rows if (b["batch"], b["context"]) == (r["batch"], r["context"]))
-        ratio = f"{base['step_ms'] / r['step_ms']:.3f}x" if base["cache"] == rows[0]["cache"] else ""
-        spread = f"{r['step_ms_min']:.2f}-{r['step_ms_max']:.2f}"
-        held, share = "", ""
-        if r["cache_bytes"] is not None:
-            held, share = size(r["cache_bytes"]), f"{r['share_of_ceiling']:.1%}"
-        peak = size(r["peak_memory_bytes"]) if r["peak_memory_bytes"] else ""
-        print(f"{r['batch']:>5} {r['context']:>8} {r['cache']:<44} {r['step_ms']:>9.3f} {spread:>15} "
-              f"{r['tokens_per_s']:>8.1f} {ratio:>8} {held:>11} {share:>8} {peak:>11}")  # fmt: skip
-        if r["prefill_s"]:
-            stored = (
-                "" if r["store_s"] is None else f", {r['store_s'] / r['prefill_s']:.2%} of it storing keys and values"
-            )
-            print(f"{'':>15}time to first token {r['prefill_s']:.3f} s{stored}")
+        told = r["cache_bytes"] is not None
+        cells.append([
+            r["cache"], str(r["batch"]), str(r["context"]), f"{r['step_ms']:.3f}",
+            f"{r['step_ms_min']:.2f}-{r['step_ms_max']:.2f}", f"{r['tokens_per_s']:.1f}",
+            f"{base['step_ms'] / r['step_ms']:.3f}x" if base["cache"] == rows[0]["cache"] else "",
+            size(r["cache_bytes"]) if told else "not told", f"{r['share_of_ceiling']:.1%}" if told else "",
+            size(r["peak_memory_bytes"]) if r["peak_memory_bytes"] else "",
+        ])  # fmt: skip
+        if with_prefill:
+            store = "" if r["store_s"] is None else f"{r['store_s'] / r['prefill_s']:.2%}"
+            cells[-1] += [f"{r['prefill_s']:.3f}", store]
+    print(table(header, cells))
+
+
+def plans(
+    config: Config, policies: list[KVCache], args: argparse.Namespace, shape: Shape
+) -> dict[tuple[int, int], list[Plan]]:
+    """What each cache takes at every batch and context, weights included; with a peer, its caches too, as full ones
+    that are copied when they grow."""
+    found = {}
+    for batch in args.batch:
+        for context in args.context:
+            at = replace(shape, batch=batch, capacity=context + args.steps + 2)
+            chunk = PREFILL_CHUNK if args.prefill else 1
+            found[batch, context] = [make_plan(config, p, at, chunk, args.weight_setting) for p in policies]
+            if args.peer:
+                theirs = make_plan(config, FullCache(), at, chunk, args.weight_setting)
+                found[batch, context] += [replace(theirs, cache=theirs.cache | {"copy": theirs.full_cache})] * 2
+    return found
+
+
+def require_room(planned: dict[tuple[int, int], list[Plan]], policies: list[KVCache], available: int) -> None:
+    """Raises UserError if a cache does not fit the device even alone."""
+    for (batch, context), each in planned.items():
+        for i, plan in enumerate(each):
+            if plan.total > available:
+                name = format_policy(policies[i]) if i < len(policies) else "--peer transformers"
+                raise UserError(
+                    f"{name}, {batch} x {context} tokens: {size(plan.total)} are needed (weights {size(plan.weights)}, "
+                    f"cache {size(sum(plan.cache.values()))}) and {size(available)} are free"
+                )
+
+
+def together(each: list[Plan]) -> int:
+    """Bytes of several caches beside one copy of the weights."""
+    return each[0].weights + sum(sum(p.cache.values()) for p in each) + max(p.activations for p in each)
 
 
 def compare(
     model: Transformer, config: Config, policies: list[KVCache], args: argparse.Namespace, shape: Shape, ceiling: float
 ) -> list[dict[str, Any]]:
-    """A row for every cache at every batch and context, interleaved within each."""
+    """A row for every cache at every batch and context, interleaved within each; one cache after the other where they
+    do not fit the device together."""
     theirs = None
     if args.peer:
         theirs = peers.transformers_model(model)
-        print(f"peer: transformers' logits are {peers.gate(model, theirs):.2g} from ours", file=sys.stderr)
+        say(f"peer: transformers' logits are {peers.gate(model, theirs):.2g} from ours")
     rows: list[dict[str, Any]] = []
-    for batch in args.batch:
-        for context in args.context:
-            at = replace(shape, batch=batch, capacity=context + args.steps + 2)
-            contestants: list[Timed] = [Contestant(model, p, at, context, args.prefill) for p in policies]
-            if theirs is not None:
-                made = peers.caches(theirs)
-                contestants += [peers.Peer(n, theirs, make, at, context, args.prefill) for n, make in made.items()]
-            for _ in range(args.rounds):
-                for contestant in contestants:
-                    contestant.round(args.steps)
-            rows += [c.result(model, ceiling) for c in contestants]
-            del contestants
+    release(shape.device)
+    available = device_memory(shape.device) + parameter_bytes(model)
+    for (batch, context), each in plans(config, policies, args, shape).items():
+        at = replace(shape, batch=batch, capacity=context + args.steps + 2)
+        makers: list[Callable[[], Timed]] = [partial(Contestant, model, p, at, context, args.prefill) for p in policies]
+        if theirs is not None:
+            made = peers.caches(theirs)
+            makers += [partial(peers.Peer, n, theirs, make, at, context, args.prefill) for n, make in made.items()]
+        groups = [makers]
+        if together(each) > available:
+            groups = [[maker] for maker in makers]
+            need = f"all caches together need {size(together(each))}"
+            say(f"{batch} x {context} tokens: {need}, and {size(available)} are free: "
+                "they are timed one after the other, so a drift of the machine may touch one alone")  # fmt: skip
+        for group in groups:
+            rows += [row | {"interleaved": len(groups) == 1} for row in time_group(group, args, model, ceiling)]
             release(shape.device)
     return rows
+
+
+def time_group(
+    makers: list[Callable[[], Timed]], args: argparse.Namespace, model: Transformer, ceiling: float
+) -> list[dict[str, Any]]:
+    """Rows of contestants that are timed in turn."""
+    contestants = [make() for make in makers]
+    for _ in range(args.rounds):
+        for contestant in contestants:
+            contestant.round(args.steps)
+    return [contestant.result(model, ceiling) for contestant in contestants]
 
 
 def fill_card(
@@ -240,8 +296,10 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     if len({format_policy(policy) for policy in policies}) < len(policies):
         raise UserError("--caches names a setting twice")
     args.weight_setting = weights = chosen_weights(checkpoint, args.weights)
-    model = load_model(checkpoint, device, dtype, random_weights=args.random_weights, weights=weights)
     shape = Shape(1, config.n_kv_head, config.head_dim, 1, dtype, device)
+    if not args.largest_batch:
+        require_room(plans(config, policies, args, shape), policies, device_memory(device))
+    model = load_model(checkpoint, device, dtype, random_weights=args.random_weights, weights=weights)
     for policy in policies:
         # The largest batch is not known yet: 32 sequences take the kernels' plan for many.
         worst = max(

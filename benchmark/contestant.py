@@ -35,12 +35,24 @@ WARM_TOKENS = PREFILL_CHUNK + 64  # of a prompt, read before it is timed: a chun
 GATE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative, of an output
 
 
+FILL_TOKENS = 1024  # that a cache without regions takes in at a time, as a prompt's chunks
+
+
 def fill(engine: Engine, context: int) -> None:
-    """As if every sequence had read `context` tokens: random values in all that is held."""
+    """As if every sequence had read `context` tokens: random values in all that is held. Raises UserError."""
+    shape = engine.cache.shape
     for layer in engine.cache.layers:
-        if not hasattr(layer, "regions"):  # a plugin's cache may have none
-            raise UserError(f"{layer.name}: only caches with regions can be filled; --prefill reads a prompt instead")
-        randomize(layer)
+        if hasattr(layer, "regions"):
+            randomize(layer)
+            continue
+        try:  # a user's own cache: only its `update` knows what it keeps
+            for row in range(shape.batch):
+                for start in range(0, context, FILL_TOKENS):
+                    size = (shape.n_kv_head, min(FILL_TOKENS, context - start), shape.head_dim)
+                    k, v = (torch.randn(size, dtype=shape.dtype, device=shape.device) for _ in "kv")
+                    layer.update(row, k, v, start)
+        except NotImplementedError:
+            raise UserError(f"{layer.name}: neither regions nor an update to fill it through: give --prefill") from None
     engine.cache.lengths.fill_(context)
 
 
@@ -311,7 +323,7 @@ class Contestant(Timed):
             else:
                 fill(self.engine, context)
         held = dataclasses.replace(shape, capacity=context, device=torch.device("meta"))
-        self.cache_bytes = sum(kv_cache.plan(policy, model.config.n_layer, held).values())
+        self.cache_bytes = sum(kv_cache.plan(policy, model.config.n_layer, held).values()) or None
         self.path = f"{self.engine.cache.layers[0].path}, {self.engine.step_path}"
 
     def read(self, vocab_size: int) -> None:
@@ -327,4 +339,8 @@ class Contestant(Timed):
         self.engine.step()
 
     def rewind(self) -> None:
-        self.engine.cache.lengths.fill_(self.context)
+        if all(hasattr(layer, "regions") for layer in self.engine.cache.layers):
+            self.engine.cache.lengths.fill_(self.context)
+        else:  # it has kept what was stepped, and nobody else can take that out again
+            self.engine.cache.reset()
+            fill(self.engine, self.context)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import families
 import pytest
 import torch
+from conftest import ROOT
+from forks import run_forked
 from torch import Tensor
 
 from benchmark import command as benchmark
@@ -243,3 +247,50 @@ def test_bad_input_is_one_line(argv: list[str], tmp_path: Path, capsys: pytest.C
         run(tmp_path, *argv)
     err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("gate:")]
     assert exit_.value.code == 2 and len(err) == 1 and not (tmp_path / "out.json").exists()
+
+
+def test_a_cache_of_ones_own_is_filled_through_its_update(tmp_path: Path) -> None:
+    """README's own example was refused: "only caches with regions can be filled"."""
+    code = re.search(r"```python\n(# my_cache.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    (tmp_path / "my_cache.py").write_text(code[1])
+    argv = ["--plugin", tmp_path / "my_cache.py", "--caches", "full", "strided_kv:stride=2", "--context", 40]
+    argv += ["--rounds", 2, "--steps", 2, "--json", tmp_path / "r.json"]
+    command = ("python", "scripts/benchmark.py", *map(str, argv))
+    done = run_forked(command, tmp_path / "said.txt")  # in a fork: the class stays known where it is loaded
+    assert done.returncode == 0, done.stdout
+    full, mine = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert mine["cache"] == "strided_kv:stride=2" and mine["step_ms"] > 0 and mine["cache_bytes"] is None
+    assert full["cache_bytes"] > 0 and "not told" in done.stdout
+
+
+def test_caches_that_do_not_fit_together_are_timed_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """12 x 30,000 tokens ended in CUDA's out-of-memory traceback."""
+    argv = ["--context", "60", "--caches", "full", "quantize_kv:sink_size=2,window_size=8"]
+    (record,) = run(tmp_path, *argv)
+    assert all(row["interleaved"] for row in record["rows"])
+    alive, most = 0, 0
+    original = benchmark.Contestant.__init__
+
+    def counted(self: benchmark.Contestant, *args: object) -> None:
+        nonlocal alive, most
+        original(self, *args)  # type: ignore[arg-type]
+        alive, most = alive + 1, max(most, alive + 1)
+        weakref.finalize(self, forget)
+
+    def forget() -> None:
+        nonlocal alive
+        alive -= 1
+
+    monkeypatch.setattr(benchmark.Contestant, "__init__", counted)
+    monkeypatch.setattr(benchmark, "together", lambda each: 1 << 60)
+    *_, record = run(tmp_path, *argv)
+    assert not any(row["interleaved"] for row in record["rows"]) and most == 1
+    assert "one after the other" in capsys.readouterr().err
+    monkeypatch.setattr(benchmark, "device_memory", lambda device: 1 << 10)
+    with pytest.raises(SystemExit) as exit_:
+        run(tmp_path, *argv)
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2 and err.count("\n") == 1 and "full, 1 x 60 tokens:" in err and "are free" in err
