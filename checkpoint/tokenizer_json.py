@@ -8,6 +8,10 @@ space of SentencePiece in front of a text by its own rule; so does this one.
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from common.errors import UserError
@@ -33,6 +37,32 @@ def llama_class(settings: TokenizerSettings) -> dict[str, Any]:
     return {"normalizer": None, "pre_tokenizer": space, "decoder": decoder}
 
 
+@contextmanager
+def library_errors(name: str) -> Iterator[None]:
+    """What the tokenizers library raises becomes a UserError that begins with `name`."""
+    try:
+        yield
+    except BaseException as error:  # its Rust panics are no Exception
+        # It raises the bare class, and nothing narrower.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{name}: {error}") from None
+
+
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """A Rust panic prints itself, with a backtrace of a page, before it is raised."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
 class LibraryTokenizer(Tokenizer):
     """Encoded by the tokenizers library, whole texts at a time."""
 
@@ -50,7 +80,8 @@ class LibraryTokenizer(Tokenizer):
     def _encode(self, text: str, special: bool) -> list[int]:
         self.model.encode_special_tokens = not special
         try:
-            return self.model.encode(text, add_special_tokens=False).ids
+            with library_errors("the tokenizer fails at this text"):
+                return self.model.encode(text, add_special_tokens=False).ids
         finally:
             self.model.encode_special_tokens = True
 
@@ -87,13 +118,11 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         import tokenizers
 
         try:
-            return tokenizers.Tokenizer.from_str(data.decode())
+            text = data.decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{name}: not UTF-8 at byte {error.start}") from None
-        except Exception as error:
-            if type(error) is not Exception:  # tokenizers raises the bare class, and nothing narrower
-                raise
-            raise UserError(f"{name}: {error}") from None
+        with library_errors(name), silent_stderr():
+            return tokenizers.Tokenizer.from_str(text)
 
     def _add(self, settings: TokenizerSettings) -> None:
         """Tokens that only the other files know: at the vocabulary's end, in the order of their numbers."""
@@ -136,8 +165,9 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         Not config.json's bos_token_id: Qwen 2.5 names one there that no text is to begin with, and SmolLM2's
         begin token is the one that begins a turn.
         """
-        plain = self.model.encode("a", add_special_tokens=False).ids
-        framed = self.model.encode("a", add_special_tokens=True).ids
+        with library_errors("the tokenizer fails at a text"), silent_stderr():
+            plain = self.model.encode("a", add_special_tokens=False).ids
+            framed = self.model.encode("a", add_special_tokens=True).ids
         return framed[0] if framed[1 : len(plain) + 1] == plain and len(framed) > len(plain) else None
 
     def token_bytes(self, token: int) -> bytes:

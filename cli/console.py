@@ -16,7 +16,7 @@ import torch
 from cli.conversation import Conversation, Turn
 from cli.saving import Transcript
 from common.errors import UserError
-from common.files import TOO_DEEP
+from common.files import TOO_DEEP, read_stream
 from common.messages import say
 from common.program import first_interrupt_noted
 from engine import Engine, Timing
@@ -41,10 +41,14 @@ def read_prompts(args: argparse.Namespace, pipe: bool = True) -> list[str]:
         prompts = [text] if (text := piped_text()).strip() else []
     if args.prompt_file is not None:
         try:
-            data = sys.stdin.buffer.read() if str(args.prompt_file) == "-" else args.prompt_file.read_bytes()
+            data = (
+                sys.stdin.buffer.read()
+                if str(args.prompt_file) == "-"
+                else read_stream(args.prompt_file, LARGEST_PROMPTS)
+            )
             text = data.decode("utf-8").removeprefix("\ufeff")
-        except OSError as error:
-            raise UserError(f"--prompt_file {args.prompt_file}: {error.strerror}") from None
+        except (OSError, UserError) as error:
+            raise UserError(f"--prompt_file {getattr(error, 'strerror', None) or error}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt_file {args.prompt_file}: not UTF-8 at byte {error.start}") from None
         lines = [(n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -118,6 +122,7 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer | None, n_vocab: int, seed: 
     return ids
 
 
+LARGEST_PROMPTS = 1 << 28  # bytes of a --prompt_file: a hundred times the longest context
 MOST_RANDOM = 1 << 24  # tokens of a made-up prompt
 
 

@@ -33,6 +33,18 @@ def read_file(path: Path, most: int) -> bytes:
         return file.read()
 
 
+def read_stream(path: Path, most: int) -> bytes:
+    """All of a file, a pipe or a device that is meant to be read (`<(...)`). Raises UserError past `most` bytes."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if len(data) > most:
+        raise UserError(f"{path}: more than {most:,} bytes")
+    return data
+
+
 def first_bytes(path: Path, n: int) -> bytes:
     """The first n bytes of a plain file, or as many as there are. Raises UserError."""
     with _opened(path) as file:

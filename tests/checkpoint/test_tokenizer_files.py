@@ -199,3 +199,13 @@ def test_a_name_that_is_half_a_surrogate_pair(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"bos_token": "\\ud800"}')
     with pytest.raises(UserError, match=r"tokenizer_config.json: half a surrogate pair, which is no text$"):
         load_tokenizer(folder)
+
+
+def test_a_panic_of_the_library_is_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is no Exception, and prints a page by itself."""
+    fields = json.loads(byte_level_json())
+    fields["model"] |= {"continuing_subword_prefix": "x" * 100, "merges": [["a", "b"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"tokenizer.json: ") as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).isprintable() and capfd.readouterr().err == ""
