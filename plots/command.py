@@ -8,7 +8,7 @@ Each picture is made where its data is among the files, as PNG and SVG, and read
   frontier    mean KL against cache bytes, a panel per text              evaluate.py divergence or perplexity
   position    mean KL by position in the window                          evaluate.py divergence or perplexity
   speed-...   a decode step against the context, and over the first cache's; per model and device    benchmark.py
-  passkeys    share recalled by length and depth, a map per cache                         evaluate.py passkey
+  passkeys-.. share recalled by length and depth, a map per cache; per text               evaluate.py passkey
   ruler       RULER's scores by length, a panel per task, with intervals                    evaluate.py ruler
 
 Where no file has bytes, memory and cache show the plan of Llama 3.1 8B. A line on standard error says what is
@@ -27,13 +27,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cli.options import Parser
+from common.errors import printable
 from common.files import require_writable
 from common.messages import say
 from common.program import program
 from plots.memory import draw_footprints
-from plots.pictures import draw_frontier, draw_passkeys, draw_position, draw_tables, look, plt, save, thousands
+from plots.pictures import draw_frontier, draw_passkeys, draw_position, draw_tables, save, thousands
 from plots.records import Record, read, short
 from plots.ruler import draw_ruler
+from plots.styles import plt, styles
 
 
 def slug(*words: str) -> str:
@@ -49,7 +51,7 @@ def speed_figure(records: Sequence[dict[str, Any]]) -> Figure:
     """benchmark.py's steps against the context, and each cache's speed over the first one's, a row per batch."""
     rows = [row for record in records for row in record["rows"]]
     batches = list(dict.fromkeys(r["batch"] for r in rows))
-    every = list(dict.fromkeys(r["cache"] for r in rows))  # the same marker in every panel
+    looks = styles(list(dict.fromkeys(r["cache"] for r in rows)))
     figure, axes = plt.subplots(len(batches), 2, figsize=(9.5, 2.9 * len(batches)), squeeze=False)
     for (latency, ratio), batch in zip(axes, batches, strict=True):
         caches: dict[str, dict[int, float]] = {}
@@ -61,13 +63,10 @@ def speed_figure(records: Sequence[dict[str, Any]]) -> Figure:
             draw_bars(latency, ratio, caches, batch)
             continue
         for setting, steps in caches.items():
-            i = every.index(setting)
-            grey, line, _, _ = look(setting)
-            style = {"marker": "os^vDP*"[i % 7], "color": grey, "markerfacecolor": "white" if i % 2 else grey}
             contexts = sorted(steps)
-            latency.plot(contexts, [steps[c] for c in contexts], line, label=short(setting), **style)
+            latency.plot(contexts, [steps[c] for c in contexts], label=short(setting), **looks[setting])
             shared = [c for c in contexts if c in base]
-            ratio.plot(shared, [base[c] / steps[c] for c in shared], line, **style)
+            ratio.plot(shared, [base[c] / steps[c] for c in shared], **looks[setting])
         for axis, label in ((latency, "ms a step"), (ratio, f"speed over {short(next(iter(caches)))}")):
             axis.set(xscale="log", xlabel=f"context, tokens; batch {batch}", ylabel=label)
             ticks = sorted({c for steps in caches.values() for c in steps})
@@ -78,8 +77,17 @@ def speed_figure(records: Sequence[dict[str, Any]]) -> Figure:
     handles, labels = max((pair[0].get_legend_handles_labels() for pair in axes), key=lambda found: len(found[0]))
     if handles:
         figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
+    figure.suptitle(measured(records[0]), fontsize=9)
     figure.tight_layout()
     return figure
+
+
+def measured(record: dict[str, Any]) -> str:
+    """What was timed, and where: the model, its dtype and weights, the device."""
+    weights = str(record.get("weights", "16"))
+    words = [str(record.get("dtype", "")), f"weights {weights}" if weights != "16" else ""]
+    what = ", ".join(printable(word, 60) for word in (str(record["model"]), *words) if word)
+    return f"A decode step of {what}, on {printable(str(record['device']), 60)}"
 
 
 def draw_bars(latency: Any, ratio: Any, caches: dict[str, dict[int, float]], batch: int) -> None:
@@ -126,7 +134,7 @@ def draw(records: Sequence[Record]) -> dict[str, Figure]:
     else:
         say("no frontier and no position: `scripts/evaluate.py divergence --json FILE` makes their data")
     if any(r.kind == "passkey" for r in records):
-        figures["passkeys"] = draw_passkeys(records)
+        figures |= draw_passkeys(records)
     else:
         say("no passkeys: `scripts/evaluate.py passkey --json FILE` makes their data")
     if any(r.kind == "ruler" for r in records):

@@ -23,12 +23,13 @@ import kv_cache
 import selective_kv
 from checkpoint import DTYPES, find_demo, open_checkpoint
 from cli.report import make_plan, weight_bytes
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.messages import say
 from kv_cache import parse_policy
 from model import CONFIGS, Config
-from plots.pictures import MIB, marker, plt, thousands
+from plots.pictures import MIB, thousands
 from plots.records import Record, Row, order, short
+from plots.styles import plt, styles
 from selective_kv import Shape
 
 PLANNED = "llama-3.1-8b"
@@ -148,7 +149,7 @@ def draw_footprints(records: Iterable[Record]) -> dict[str, Figure]:
 
 def title(series: Series) -> str:
     words = [series.model, series.dtype, series.device, f"batch {series.batch}", series.source]
-    return ", ".join(word for word in words if word)
+    return ", ".join(printable(word, 60) for word in words if word)
 
 
 # --- Bars -------------------------------------------------------------------------------------------
@@ -198,6 +199,7 @@ def draw_parts(axis: Axes, held: Sequence[Held]) -> None:
     axis.set_ylim(places[-1] + 0.8, places[0] - 0.8)
     axis.set_xlim(0, 1.12 * max(base))
     axis.set_xlabel(unit, fontsize=9)
+    axis.set_ylabel("cache, tokens of context", fontsize=9)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=8)
 
 
@@ -217,17 +219,11 @@ def draw_cache(panels: dict[Series, list[Held]]) -> Figure:
         axis.set_title(title(first._replace(source=sources)), fontsize=8)
     figure.tight_layout()
     measured = any(panels.values())
-    handles = [Line2D([], [], label=short(s), **cache_style(i, measured)) for i, s in enumerate(settings)]
+    looks = {s: look | ({} if measured else {"marker": ""}) for s, look in styles(settings).items()}
+    handles = [Line2D([], [], label=short(s), linewidth=1, **looks[s]) for s in settings]
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 0.98), fontsize=8, title_fontsize=8,
                   title="points: in the files; lines: planned" if measured else "planned")  # fmt: skip
     return figure
-
-
-def cache_style(i: int, measured: bool) -> dict[str, Any]:
-    """Of the i-th setting. measured: with points."""
-    return (
-        marker(i) | {"linestyle": ("-", "--", ":", "-.")[i % 4], "linewidth": 1} | ({} if measured else {"marker": ""})
-    )
 
 
 def draw_bytes(axis: Axes, panels: dict[Series, list[Held]], settings: Sequence[str]) -> None:
@@ -236,9 +232,10 @@ def draw_bytes(axis: Axes, panels: dict[Series, list[Held]], settings: Sequence[
     contexts = sorted({h.context for h in held}) or [2**i for i in range(6, 18)]
     least, most = contexts[0] / 2, contexts[-1] * (2 if len(contexts) == 1 else 1)
     grid = [max(1, round(least * (most / least) ** (i / 40))) for i in range(41)]
-    for i, setting in enumerate(settings):
+    looks = {s: look | {"linewidth": 1} for s, look in styles(settings).items()}
+    for setting in settings:
         points = [(h.context, h.cache / MIB) for h in held if h.setting == setting]
-        style = cache_style(i, bool(held))
+        style = looks[setting]
         if points or not held:
             sizes = plan_line(config, setting, grid, DTYPES.get(series.dtype), series.batch)
             axis.plot(grid[: len(sizes)], sizes, label=f"{short(setting)}, planned", **style | {"marker": ""})

@@ -5,32 +5,25 @@ A picture is a function from checked records (records.py) to a figure; plot.py i
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
+from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import Bbox
 
-from common.errors import UserError
-from common.files import part_of
+from common.errors import UserError, printable
+from common.files import replaced_whole
 from common.messages import say
-from plots.records import Record, Row, Run, choose, family, order, passkey_grids, score_runs, short, trials_of
+from plots.records import Grid, Record, Row, Run, choose, family, order, passkey_grids, score_runs, short, trials_of
+from plots.styles import explain, plt, style_of_family, styles
 
-LOOKS = {  # grey, line, marker, hatch: told apart without colour
-    "full": ("#222222", "-", "o", ""),
-    "compress_kv": ("#888888", ":", "s", "///"),
-    "quantize_kv": ("#555555", "--", "^", "..."),
-}
-MARKERS = "s^vDoP*Xphd<>"
 DIRECTIONS = ((0.7, 0.7), (1, 0), (-0.7, -0.7), (-1, 0), (0, 1), (0, -1), (0.7, -0.7), (-0.7, 0.7))
 MIB = 1 << 20
 LEAST_KL = 1e-9  # nothing smaller is measured, and a logarithmic axis has no zero
@@ -38,32 +31,25 @@ CLOSER = 0.95
 MOST_LINES = 8  # of one panel: more are not told apart
 
 
-def look(setting: str) -> tuple[str, str, str, str]:
-    return LOOKS.get(setting.partition(":")[0], ("#000000", "-.", "d", "xx"))
-
-
-def marker(i: int, size: float = 6) -> dict[str, Any]:
-    """The i-th of 26 markers: every shape filled, then every shape empty."""
-    return {"marker": MARKERS[i % len(MARKERS)], "color": "#333333", "markersize": size,
-            "markerfacecolor": "white" if i // len(MARKERS) % 2 else "#999999"}  # fmt: skip
-
-
 def save(figure: Figure, out: Path, name: str) -> None:
-    """As PNG and SVG, each there whole or not at all. Raises UserError."""
+    """As PNG and SVG, each there whole or not at all, with its names explained. Raises UserError."""
+    explain(figure)
     for ending in ("png", "svg"):
         path = out / f"{name}.{ending}"
-        part = part_of(path)
         metadata = {"Date": None} if ending == "svg" else None
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            figure.savefig(part, format=ending, dpi=110, bbox_inches="tight", metadata=metadata)
-            part.replace(path.resolve())
+            with replaced_whole(path) as part, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph")  # a name in letters that the font has not: boxes say so
+                figure.savefig(part, format=ending, dpi=110, bbox_inches="tight", metadata=metadata)
         except OSError as error:
             raise UserError(f"--out {path}: {error.strerror}") from None
-        finally:
-            part.unlink(missing_ok=True)
     plt.close(figure)
-    print(f"{out / name}.png, .svg")
+    print(f"{out / name}.png, .svg", flush=True)
+
+
+def plain(value: float, _: object = None) -> str:
+    """A logarithmic axis's number without a formula."""
+    return f"{value:g}"
 
 
 def thousands(context: int) -> str:
@@ -117,15 +103,18 @@ def draw_frontier(records: Iterable[Record]) -> Figure | None:
         full = rows["full"]["cache_bytes"] / MIB
         axis.axvline(full, color="black", linewidth=1)
         axis.text(full, 0.97, "full ", transform=axis.get_xaxis_transform(), ha="right", va="top", fontsize=8)
-        axis.set_title(f"{run.model}, {run.title}" if several else run.title, fontsize=9)
+        axis.set_title(f"{printable(run.model, 40)}, {run.title}" if several else run.title, fontsize=9)
         axis.set(xscale="log", yscale="log")
         axis.margins(x=0.12, y=0.12)
         axis.tick_params(labelbottom=True)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_major_formatter(plain)
+        axis.yaxis.set_major_formatter(plain)
         axis.set_xlabel("cache, MiB", fontsize=9)
         axis.grid(True, alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("mean KL from the full cache, nats", fontsize=9)
+    if not several and (model := next(iter(runs)).model):
+        figure.suptitle(f"What {printable(model, 60)} loses by its cache's size", fontsize=9)
     figure.tight_layout()
     for axis, rows in zip(axes.flat, shown.values(), strict=False):
         spread_numbers(axis, rows, numbers)
@@ -140,10 +129,10 @@ def scatter(axis: Axes, rows: Mapping[str, Row], families: Sequence[str]) -> Non
     """A series of points per family, and the lower left frontier as steps."""
     line = [at(rows[s]) for s in frontier_of(rows)]
     axis.step(*zip(*line, strict=True), where="post", color="#aaaaaa", linewidth=1, zorder=1)
-    for i, name in enumerate(families):
+    for name in families:
         points = [at(row) for setting, row in rows.items() if family(setting) == name]
         if points:
-            axis.plot(*zip(*points, strict=True), linestyle="", label=name, **marker(i))
+            axis.plot(*zip(*points, strict=True), linestyle="", label=name, **style_of_family(name, families))
 
 
 def at(row: Row) -> tuple[float, float]:
@@ -175,11 +164,9 @@ def spread_numbers(axis: Axes, rows: Mapping[str, Row], numbers: Mapping[str, st
 
 def frontier_legend(families: Sequence[str], numbers: Mapping[str, str]) -> list[Line2D]:
     """What the markers are, then which settings the numbers are."""
-    marks = [Line2D([], [], linestyle="", label=name, **marker(i)) for i, name in enumerate(families)]
-    named = [Line2D([], [], linestyle="", marker=f"${n}$", color="black", markeredgewidth=0.2,
-                    markersize=3 + 3 * len(n), label=short(s))
-             for s, n in numbers.items()]  # fmt: skip
-    step = Line2D([], [], color="#aaaaaa", linewidth=1, label="frontier: 5% closer than all that are smaller")
+    marks = [Line2D([], [], linestyle="", label=name, **style_of_family(name, families)) for name in families]
+    named = [Line2D([], [], linestyle="", label=f"{n}: {short(s)}") for s, n in numbers.items()]
+    step = Line2D([], [], color="#aaaaaa", linewidth=1, label="frontier: every smaller cache has 5% more KL or worse")
     return [*marks, step, *named]
 
 
@@ -200,15 +187,16 @@ def draw_position(records: Iterable[Record]) -> Figure | None:
         lost = [short(s) for s in settings if s not in shown]
         say(f"position: {len(shown)} of {len(settings)} settings drawn; left out: {', '.join(lost)}")
     figure, axis = plt.subplots(figsize=(6, 3.4))
-    for i, setting in enumerate(shown):
-        grey, line, _, _ = look(setting)
+    looks = styles(shown)
+    for setting in shown:
         by = rows[setting]["by_position"]
-        style: dict[str, Any] = {"marker": "s^vD"[i % 4], "color": grey, "markerfacecolor": "white" if i // 4 else grey}
-        axis.plot(
-            list(by), [max(cell["kl"], LEAST_KL) for cell in by.values()], linestyle=line, label=short(setting), **style
-        )
+        values = [max(cell["kl"], LEAST_KL) for cell in by.values()]
+        axis.plot(list(by), values, label=short(setting), **looks[setting])
     axis.tick_params(axis="x", labelsize=8)
-    axis.set(yscale="log", xlabel=f"position in the window; {run.title}", ylabel="mean KL, nats")
+    axis.set(yscale="log", xlabel=f"position in the text's window; {run.title}", ylabel="mean KL, nats")
+    axis.yaxis.set_major_formatter(plain)
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_title(", ".join(filter(None, (run.model, run.dtype))), fontsize=9)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))  # beside: the lines need all the room
     axis.grid(True, alpha=0.3)
     return figure
@@ -227,24 +215,40 @@ def selection(rows: Mapping[str, Row]) -> list[str]:
 # --- Passkeys ---------------------------------------------------------------------------------------
 
 
-def draw_passkeys(records: Iterable[Record]) -> Figure:
-    """A map of lengths and depths per cache, four side by side; of one cache in two grids, two maps."""
+def draw_passkeys(records: Iterable[Record]) -> dict[str, Figure]:
+    """A picture per model, text and grid: a map of lengths and depths per cache, four side by side.
+
+    Keys are the file's, as in passkeys-val-books; a single one is called passkeys.
+    """
     grids = passkey_grids(records)
-    maps = [(grid[0], setting, rows[setting]) for grid, rows in grids.items() for setting in sorted(rows, key=order)]
-    across = min(4, len(maps))
-    down = -(-len(maps) // across)
-    figure, axes = plt.subplots(down, across, figsize=(2.8 * across, 2.5 * down), squeeze=False)
-    for axis in axes.flat[len(maps) :]:
+    figures: dict[str, Figure] = {}
+    for grid, rows in grids.items():
+        words = ["passkeys", *([grid.text.partition(".")[0]] if len(grids) > 1 else [])]
+        name = base = re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+        n = 2
+        while name in figures:
+            name, n = f"{base}-{n}", n + 1
+        figures[name] = passkey_figure(grid, rows)
+    return figures
+
+
+def passkey_figure(grid: Grid, rows: Mapping[str, Row]) -> Figure:
+    settings = sorted(rows, key=order)
+    across = min(4, len(settings))
+    down = -(-len(settings) // across)
+    figure, axes = plt.subplots(down, across, figsize=(max(3.4, 2.8 * across), 2.5 * down + 0.3), squeeze=False)
+    for axis in axes.flat[len(settings) :]:
         axis.axis("off")
-    several = len({model for model, _, _ in maps}) > 1
-    for axis, (model, setting, row) in zip(axes.flat, maps, strict=False):
-        draw_map(axis, row)
-        name = f"{model}, {short(setting)}" if several else short(setting)
-        axis.set_title(f"{name}\n{recalled_of(row)}", fontsize=8)
+    for axis, setting in zip(axes.flat, settings, strict=False):
+        draw_map(axis, rows[setting])
+        axis.set_title(f"{short(setting)}\n{recalled_of(rows[setting])}", fontsize=8)
     for axis in axes[:, 0]:
         axis.set_ylabel("length, tokens", fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("depth", fontsize=8)
+    where = f" by {printable(grid.model, 60)}" if grid.model else ""
+    where += f", hidden in {printable(grid.text, 60)}" if grid.text else ""
+    figure.suptitle(f"Keys recalled{where}", fontsize=9)
     figure.tight_layout()
     return figure
 
@@ -267,15 +271,15 @@ def draw_map(axis: Axes, row: Row) -> None:
 
 
 def recalled_of(row: Row) -> str:
-    """ "100% of 60 keys", with the interval where the file has one."""
+    """ "99.5% of 200 keys", with the 95% interval where the file has one. 100% is all of them."""
     trials = trials_of(row)
-    share = f"{row['mean']:.0%}" + (f" of {trials} keys" if trials else "")
-    return f"{share} [{row['low']:.0%}, {row['high']:.0%}]" if "low" in row and "high" in row else share
+    share = f"{row['mean']:.1%}" + (f" of {trials} keys" if trials else "")
+    return f"{share} [{row['low']:.1%}, {row['high']:.1%}]" if "low" in row and "high" in row else share
 
 
 # --- Table ------------------------------------------------------------------------------------------
 
-COLUMNS = ("cache", "perplexity", "mean KL", "same top", "passkeys", "ROUGE-L", "to full", "tokens/s")
+COLUMNS = ("cache", "perplexity", "mean KL", "same top", "passkeys", "ROUGE-L", "to full's", "tokens/s")
 Cells = dict[str, dict[str, str]]  # setting -> column -> text
 
 
@@ -305,7 +309,7 @@ def draw_table(records: Sequence[Record]) -> Figure:
     table.set_fontsize(9)
     table.scale(1, 1.4)
     model = records[0].fields.get("model", "")
-    caption = "\n".join([*([model] if model else []), *notes])
+    caption = "\n".join([*([printable(model, 60)] if model else []), *notes])
     axis.annotate(caption, (0, 0), xycoords=table, xytext=(0, -6), textcoords="offset points", va="top", fontsize=8)
     return figure
 
@@ -329,10 +333,11 @@ def add_passkeys(records: Iterable[Record], cells: Cells) -> str | None:
     grids = passkey_grids(records)
     if not grids:
         return None
-    grid, rows = choose("table, passkeys", grids, lambda g: (len(grids[g]), sum(map(float, g[1]))))
+    grid, rows = choose("table, passkeys", grids, lambda g: (len(grids[g]), sum(map(float, g.lengths))))
     for setting, r in rows.items():
         cells.setdefault(setting, {})["passkeys"] = f"{r['mean']:.1%}"
-    return f"passkeys: in {', '.join(grid[1])} tokens"
+    where = f" of {printable(grid.text, 60)}" if grid.text else ""
+    return f"passkeys: in {', '.join(grid.lengths)} tokens{where}"
 
 
 def add_rouge(records: Iterable[Record], cells: Cells) -> str | None:
@@ -345,9 +350,12 @@ def add_rouge(records: Iterable[Record], cells: Cells) -> str | None:
         return None
     (text, _, documents), rows = choose("table, ROUGE-L", runs, lambda run: (run[2], len(runs[run])))
     for setting, r in rows.items():
-        means = {"ROUGE-L": r["rouge_l"]["mean"], "to full": r["rouge_l_to_full"]["mean"]}
+        means = {"to full's": r["rouge_l_to_full"]["mean"]}
+        means |= (
+            {"ROUGE-L": r["rouge_l"]["mean"]} if "rouge_l" in r else {}
+        )  # a text that the model wrote has no summary
         cells.setdefault(setting, {}).update({column: f"{mean:.4f}" for column, mean in means.items()})
-    return f"ROUGE-L: {text}, {documents} documents"
+    return f"ROUGE-L: {printable(text, 60)}, {documents} documents; to full's: to the full cache's own summaries"
 
 
 def add_speed(records: Iterable[Record], cells: Cells) -> str | None:

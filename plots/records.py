@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import selective_kv
-from common.errors import UserError
+from common.errors import UserError, printable
+from common.files import LARGEST_JSON, read_file
 from common.messages import say
 from kv_cache import format_policy, make_policy
 
@@ -45,7 +46,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
 }
 _SCORE = {"text": "a text", "cache": "a text", "cache_bytes": "a number", "perplexity": "a number",
           "kl": "a number", "same_top": "a number", "by_position": "an object"}  # fmt: skip
-_ROUGE = {"text": "a text", "cache": "a text", "rouge_l": "an object", "rouge_l_to_full": "an object"}
+_ROUGE = {"text": "a text", "cache": "a text", "rouge_l_to_full": "an object"}
 ROWS: dict[str, dict[str, str]] = {  # what every row of a kind must have
     "perplexity": _SCORE,
     "divergence": _SCORE,
@@ -96,7 +97,7 @@ def read(paths: Iterable[Path]) -> list[Record]:
 def _objects(path: Path) -> list[Any]:
     """The JSON values of a file: one, over as many lines as it likes, or one a line."""
     try:
-        text = path.read_text()
+        text = read_file(path, LARGEST_JSON).decode("utf-8")
         try:
             return [json.loads(text)]
         except json.JSONDecodeError:
@@ -110,8 +111,8 @@ def _objects(path: Path) -> list[Any]:
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {n}: {error}") from None
         return found
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise UserError(f"{path}: {error}") from None
 
@@ -127,11 +128,14 @@ def _record(path: Path, value: Any) -> Record | None:
         say(f"{path}: no picture shows this kind of record, left out")
         return None
     _check(str(path), value, FIELDS.get(kind, {}), OPTIONAL["record"])
+    if value.get("finished") is False:
+        say(f"{path}: an unfinished record, left out")
+        return None
     if kind == "report":
         return Record(path, kind, value | {"setting": _setting(path, value["cache"])})
     _check(str(path), value, {"rows": "a list"})
-    if not value["rows"] or value.get("finished") is False:
-        say(f"{path}: {'an unfinished record' if value['rows'] else 'no rows'}, left out")
+    if not value["rows"]:
+        say(f"{path}: no rows, left out")
         return None
     for n, row in enumerate(value["rows"], 1):
         _check_row(f"{path}, row {n}", row, kind)
@@ -156,7 +160,7 @@ def _kind(path: Path, value: Row) -> str | None:
         return None if kernels and all(kernels) else "benchmark"
     if "decode_tokens_per_s" in value:
         return "report"
-    if "plan" in value:  # generate.py --plan: it measured nothing
+    if "plan" in value:  # generate.py --dry_run: it measured nothing
         return None
     raise UserError(f"{path}: no kind, no rows and no decode_tokens_per_s: not what a tool of this project writes")
 
@@ -175,7 +179,9 @@ def _check_row(where: str, row: Any, kind: str) -> None:
         raise UserError(f"{where}: not an object: {row!r:.40}")
     _check(where, row, ROWS[kind], OPTIONAL[kind])
     if kind == "rouge":
-        for name in ("rouge_l", "rouge_l_to_full"):
+        for name in ("rouge_l", "rouge_l_to_full") if "rouge_l" in row else ("rouge_l_to_full",):
+            if not isinstance(row[name], dict):
+                raise UserError(f"{where}: {name} is not an object: {row[name]!r:.40}")
             _check(f"{where}, {name}", row[name], {"mean": "a number"})
     inner: Row = row.get("by_position") or row.get("recalled") or {}
     needed = {"kl": "a number"}
@@ -240,7 +246,7 @@ def family(setting: str) -> str:
 def short(setting: str) -> str:
     """ "quantize_kv:sink_size=16,window_size=32" -> "quantize_kv 16/32". Two settings never share a name."""
     name, sizes, others = _parts(setting)
-    return " ".join([name, *([sizes] if sizes else []), *others])
+    return printable(" ".join([name, *([sizes] if sizes else []), *others]), 100)
 
 
 def order(setting: str) -> tuple[Any, ...]:
@@ -263,13 +269,14 @@ class Run(NamedTuple):
     sha256: str
     tokens: int
     windows: int
+    weights: str = ""  # the checkpoint's fingerprint, where the file has it: folders may be called alike
 
     @property
     def title(self) -> str:
         """The text, and how much of it was scored."""
         parts = [f"{self.windows} windows"] if self.windows else []
         parts += [f"{self.tokens:,} tokens"] if self.tokens else []
-        return ", ".join([self.text, *parts])
+        return ", ".join([printable(self.text, 60), *parts])
 
 
 def score_runs(records: Iterable[Record]) -> dict[Run, dict[str, Row]]:
@@ -279,7 +286,7 @@ def score_runs(records: Iterable[Record]) -> dict[Run, dict[str, Row]]:
         for row in record.rows if record.kind in ("perplexity", "divergence") else ():
             fields = record.fields
             run = Run(fields.get("model", ""), fields.get("dtype", ""), row["text"], row.get("sha256", ""),
-                      int(row.get("tokens", 0)), int(row.get("windows", 0)))  # fmt: skip
+                      int(row.get("tokens", 0)), int(row.get("windows", 0)), weights_of(record))  # fmt: skip
             before = runs.setdefault(run, {}).get(row["cache"])
             if before and not all(math.isclose(before[k], row[k], rel_tol=1e-3, abs_tol=1e-9)
                                   for k in ("perplexity", "kl")):  # fmt: skip
@@ -289,13 +296,28 @@ def score_runs(records: Iterable[Record]) -> dict[Run, dict[str, Row]]:
     return runs
 
 
+def weights_of(record: Record) -> str:
+    """The fingerprint of the weights; "": an older file."""
+    source = record.fields.get("made_from")
+    found = source.get("checkpoint") if isinstance(source, dict) else None
+    return found if isinstance(found, str) else ""
+
+
 def trials_of(row: Row) -> int | None:
     """How many passkeys a row asks for in all; None: it does not say."""
     cells = sum(len(cell) for cell in row["recalled"].values())
     return int(row["trials_per_cell"]) * cells if "trials_per_cell" in row else row.get("trials")
 
 
-Grid = tuple[str, tuple[str, ...], tuple[str, ...]]  # model, lengths, depths
+class Grid(NamedTuple):
+    """What passkeys must share to be compared."""
+
+    model: str
+    lengths: tuple[str, ...]
+    depths: tuple[str, ...]
+    text: str = ""
+    sha256: str = ""
+    weights: str = ""
 
 
 def passkey_grids(records: Iterable[Record]) -> dict[Grid, dict[str, Row]]:
@@ -304,7 +326,13 @@ def passkey_grids(records: Iterable[Record]) -> dict[Grid, dict[str, Row]]:
     for record in records:
         for row in record.rows if record.kind == "passkey" else ():
             recalled = row["recalled"]
-            grid = (record.fields.get("model", ""), tuple(recalled), tuple(next(iter(recalled.values()))))
+            depths = tuple(next(iter(recalled.values())))
+            model, text, digest = (
+                record.fields.get("model", ""),
+                str(row.get("text") or ""),
+                str(row.get("sha256") or ""),
+            )
+            grid = Grid(model, tuple(recalled), depths, text, digest, weights_of(record))
             before = grids.setdefault(grid, {}).get(row["cache"])
             row = row | {"path": str(record.path)}
             if before is None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from common.messages import say
 from evaluation.passkeys import wilson
-from plots.pictures import look, plt, thousands
+from plots.pictures import thousands
 from plots.records import Record, Row, choose, order, short
+from plots.styles import plt, styles
 
 Grid = tuple[str, tuple[str, ...], tuple[str, ...], str]  # model, tasks, lengths, sha256 of the samples
 
@@ -40,13 +40,13 @@ def draw_ruler(records: Iterable[Record]) -> Figure:
     for axis in axes.flat[len(tasks) :]:
         axis.axis("off")
     settings = sorted(rows, key=order)
+    looks = styles(settings)
     for axis, task in zip(axes.flat, tasks, strict=False):
         for i, setting in enumerate(settings):
             row = rows[setting]
             shares = [row["scores"][task][n] for n in lengths]
             n_trial = int(row.get("trials_per_cell", 0))
-            style: dict[str, Any] = {"color": look(setting)[0], "linestyle": look(setting)[1], "capsize": 2}
-            style |= {"marker": "os^vDP*X"[i % 8], "markerfacecolor": "white" if i % 2 else look(setting)[0]}
+            style = looks[setting] | {"capsize": 2}
             x = [n + 0.06 * (i - (len(settings) - 1) / 2) for n in range(len(lengths))]  # apart, or they would hide
             bounds = [wilson(share * n_trial, n_trial) for share in shares] if n_trial else []
             errors = [[max(0.0, s - low) for s, (low, _) in zip(shares, bounds, strict=True)],

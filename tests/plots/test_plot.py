@@ -20,6 +20,7 @@ from plots import command as plot
 from plots import memory as footprint
 from plots import pictures
 from plots.records import Record, read
+from plots.styles import explain, style_of_family, styles
 
 QUANTISED, WINDOW = "quantize_kv:sink_size=16,window_size=32", "compress_kv:sink_size=16,window_size=32,positions=cache"
 CACHES = ["full", QUANTISED, WINDOW]
@@ -143,7 +144,7 @@ def test_the_frontier_has_every_point_where_the_files_say() -> None:
     assert points(axis, "quantize_kv") == [(20, 1e-5)] and points(axis, "compress_kv") == [(2, 0.5)]
     assert [line.get_xdata()[0] for line in axis.lines if len(set(line.get_xdata())) == 1].count(80) == 1
     assert legend(figure)[:2] == ["compress_kv", "quantize_kv"]
-    assert legend(figure)[-2:] == ["compress_kv 16/32", "quantize_kv 16/32"]  # 1 and 2, along the line
+    assert legend(figure)[-2:] == ["1: compress_kv 16/32", "2: quantize_kv 16/32"]  # along the line
     numbered = {t.get_text(): t.xy for t in axis.texts if isinstance(t, Annotation)}
     assert numbered == {"1": (2, 0.5), "2": (20, 1e-5)}
 
@@ -155,8 +156,8 @@ def test_no_family_is_dropped() -> None:
     figure = pictures.draw_frontier([scores(score("full", 80, 0.0), *rows)])
     assert figure is not None
     assert all(len(points(figure.axes[0], f"plugin{i}")) == 2 for i in range(30))
-    styles = [tuple(sorted(pictures.marker(i).items())) for i in range(24)]
-    assert len(set(styles)) == 24
+    families = [f"plugin{i}" for i in range(24)]
+    assert len({tuple(sorted(style_of_family(name, families).items())) for name in families}) == 24
 
 
 def test_numbers_lie_neither_on_points_nor_on_each_other() -> None:
@@ -219,7 +220,7 @@ def test_position_of_many_settings_is_a_selection(capsys: pytest.CaptureFixture[
     assert figure is not None
     names = [line.get_label() for line in figure.axes[0].lines]
     assert len(names) == 8 and names[0] == "quantize_kv 4/1"
-    looks = {(line.get_marker(), line.get_markerfacecolor()) for line in figure.axes[0].lines}
+    looks = {(line.get_marker(), line.get_markerfacecolor(), line.get_linestyle()) for line in figure.axes[0].lines}
     assert len(looks) == 8
     err = capsys.readouterr().err
     assert "8 of 40 settings drawn" in err and "quantize_kv 4/2," in err and "quantize_kv 4/1," not in err
@@ -230,10 +231,10 @@ def test_position_of_many_settings_is_a_selection(capsys: pytest.CaptureFixture[
 
 def test_each_map_of_passkeys_has_its_own_lengths() -> None:
     """The last map's labels stood beside all: lengths 1024 and 2048 were labelled 512 and 700."""
-    figure = pictures.draw_passkeys(
+    figures = pictures.draw_passkeys(
         [passkeys(keys("full", 1.0)), passkeys(keys(QUANTISED, 0.25, ("512", "700", "900")))]
     )
-    first, second = figure.axes
+    (first,), (second,) = (figure.axes for figure in figures.values())
     assert ticks(first) == (["0%", "50%"], ["1024", "2048"])
     assert ticks(second) == (["0%", "50%"], ["512", "700", "900"])
     assert [t.get_text() for t in second.texts] == ["25%", "100%"] * 3
@@ -245,15 +246,15 @@ def test_each_map_of_passkeys_has_its_own_lengths() -> None:
 
 def test_maps_say_how_many_passkeys_and_the_interval() -> None:
     rows = [keys("full", 1.0, trials_per_cell=4), keys(QUANTISED, 0.5, trials=12, low=0.25, high=0.75), keys("mine", 0)]
-    titles = [axis.get_title() for axis in pictures.draw_passkeys([passkeys(*rows)]).axes[:3]]
-    assert titles == ["full\n100% of 16 keys", "mine\n0%", "quantize_kv 16/32\n50% of 12 keys [25%, 75%]"]
+    titles = [axis.get_title() for axis in pictures.draw_passkeys([passkeys(*rows)])["passkeys"].axes[:3]]
+    assert titles == ["full\n100.0% of 16 keys", "mine\n0.0%", "quantize_kv 16/32\n50.0% of 12 keys [25.0%, 75.0%]"]
 
 
 def test_fields_that_newer_files_have_do_no_harm(tmp_path: Path) -> None:
     row = keys("full", 0.5, text="t", sha256=None, tokens=[1], trials=8, trials_per_cell=2, low=0.25, high=0.75)
     (tmp_path / "p.json").write_text(json.dumps({"kind": "passkey", "model": "m", "settings": {}, "rows": [row]}))
-    (axis,) = pictures.draw_passkeys(read([tmp_path / "p.json"])).axes
-    assert axis.get_title() == "full\n50% of 8 keys [25%, 75%]"
+    (axis,) = pictures.draw_passkeys(read([tmp_path / "p.json"]))["passkeys"].axes
+    assert axis.get_title() == "full\n50.0% of 8 keys [25.0%, 75.0%]"
 
 
 def test_a_cache_in_two_grids_is_two_maps_and_in_one_the_larger_file_is_taken(
@@ -262,8 +263,9 @@ def test_a_cache_in_two_grids_is_two_maps_and_in_one_the_larger_file_is_taken(
     few, many = keys("full", 0.5, trials_per_cell=1), keys("full", 1.0, trials_per_cell=8)
     other = keys("full", 0.0, ("512",), trials_per_cell=1)
     for order in ((few, many, other), (many, few, other)):
-        figure = pictures.draw_passkeys([passkeys(row, path=f"{row['mean']}.json") for row in order])
-        assert [axis.get_title() for axis in figure.axes] == ["full\n100% of 32 keys", "full\n0% of 2 keys"]
+        figures = pictures.draw_passkeys([passkeys(row, path=f"{row['mean']}.json") for row in order]).values()
+        titles = [axis.get_title() for figure in figures for axis in figure.axes]
+        assert titles == ["full\n100.0% of 32 keys", "full\n0.0% of 2 keys"]
         assert (
             "passkeys of full: two files disagree: 1.0.json, with the most trials, is taken" in capsys.readouterr().err
         )
@@ -282,15 +284,15 @@ def test_the_table_has_every_figure_of_every_cache() -> None:
     ])["table"]  # fmt: skip
     assert cells(figure) == {
         "full": {"cache": "80.00 MiB", "perplexity": "9.0000", "mean KL": "0", "same top": "100.00%", "passkeys": "",
-                 "ROUGE-L": "", "to full": "", "tokens/s": ""},
+                 "ROUGE-L": "", "to full's": "", "tokens/s": ""},
         "quantize_kv 16/32": {"passkeys": "50.0%", "cache": "20.00 MiB", "perplexity": "9.0000",
-                              "mean KL": "1.0e-05", "same top": "100.00%", "ROUGE-L": "0.2500", "to full": "0.2500",
+                              "mean KL": "1.0e-05", "same top": "100.00%", "ROUGE-L": "0.2500", "to full's": "0.2500",
                               "tokens/s": "20.0"},
     }  # fmt: skip
     (caption,) = [t.get_text() for t in figure.axes[0].texts]
     assert caption.splitlines() == [
         "m", "cache, perplexity, KL, same top: a.txt", "passkeys: in 1024, 2048 tokens",
-        "ROUGE-L: s.jsonl, 3 documents", "tokens/s: cpu, float32, batch 1, after 100 tokens",
+        "ROUGE-L: s.jsonl, 3 documents; to full's: to the full cache's own summaries", "tokens/s: cpu, float32, batch 1, after 100 tokens",
     ]  # fmt: skip
 
 
@@ -422,3 +424,40 @@ def test_ruler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text(json.dumps({"kind": "ruler", "rows": rows}))
     with pytest.raises(UserError, match="row 2, cwe: every task has the same lengths"):
         read([file])
+
+
+# --- Names ------------------------------------------------------------------------------------------
+
+
+def test_texts_of_two_files_are_two_pictures_and_not_one_cache_twice() -> None:
+    """README's own plot line: 16 maps, each cache twice, of two texts of which two more were dropped."""
+    rows = [
+        keys("full", 1.0, text=f"{name}.txt.xz", sha256=name, trials_per_cell=2)
+        for name in ("books", "novels", "books")
+    ]
+    figures = pictures.draw_passkeys([passkeys(row) for row in rows])
+    assert list(figures) == ["passkeys-books", "passkeys-novels"] and all(len(f.axes) == 1 for f in figures.values())
+    assert "books.txt.xz" in figures["passkeys-books"].get_suptitle()
+
+
+def test_a_cache_looks_alike_in_every_picture_and_its_name_is_explained(tmp_path: Path) -> None:
+    settings = ["full", WINDOW, QUANTISED, QUANTISED + ",v_bits=4"]
+    assert styles(settings)[QUANTISED] == styles([QUANTISED])[QUANTISED]
+    assert len({look["marker"] for look in styles(settings).values()}) == 4
+    figure = plot.speed_figure([benchmark(*(step(s, 256) for s in settings), *(step(s, 512) for s in settings)).fields])
+    assert "llama-3.1-8b" in figure.get_suptitle() and "NVIDIA H200" in figure.get_suptitle()
+    explain(figure)
+    note = figure.texts[-1].get_text()
+    assert "(sink)" in note and "K8V4: keys in 8 bits, values in 4" in note and "mean KL" not in note
+
+
+def test_names_from_files_are_no_formulas_and_no_control_characters(tmp_path: Path) -> None:
+    r"""`$\frac$` in a text's name was mathematics to matplotlib: a traceback."""
+    text = "$\\frac$ \x1b[2J\n" + "long" * 1000
+    rows = [score(name, 10 + len(name), 1e-5, text=text) for name in ("full", QUANTISED, "mine$x$:a=$\\frac$")]
+    made = plot.draw([scores(*rows, model="$\\sqrt$"), passkeys(keys("full", 1.0, text=text, sha256="a"))])
+    for name, figure in made.items():
+        pictures.save(figure, tmp_path, name)
+    assert len(list(tmp_path.glob("*.png"))) == len(made) >= 4
+    for svg in tmp_path.glob("*.svg"):
+        assert "\x1b" not in svg.read_text()

@@ -37,7 +37,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"kind": "passkey", "rows": [KEYS | {"recalled": {}}]}, "recalled is not an object: {}"),
     ({"kind": "passkey", "rows": [KEYS | {"recalled": {"512": {"0": 1.0}, "1024": {"1": 1.0}}}]}, "row 1, 1024: no 0"),
     ({"kind": "passkey", "rows": [KEYS | {"recalled": {"512": {"deep": 1.0}}}]}, "depths"),
-    ({"kind": "rouge", "rows": [{"text": "t", "cache": "full", "rouge_l": {}, "rouge_l_to_full": {}}]}, "rouge_l is"),
+    ({"kind": "rouge", "rows": [{"text": "t", "cache": "full", "rouge_l_to_full": {}}]}, "rouge_l_to_full is"),
     ({"model": "m", "device": "cpu", "rows": [STEP | {"step_ms": 0}]}, "step_ms is not a number above zero: 0"),
     ({"model": "m", "rows": [STEP]}, "no device"),
     ({k: v for k, v in REPORT.items() if k != "cache"}, "no cache"),
