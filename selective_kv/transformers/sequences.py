@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from selective_kv.cache import Chunk, KVCache, Shape
+from selective_kv.transformers.captured import CapturedSteps
 from selective_kv.transformers.rope import Turn, rope_frequencies
 
 ROOM = 1024  # tokens more than are needed, where a cache grows by itself: one copy of it in so many steps
@@ -57,6 +58,8 @@ class Sequences:
         self.parts: list[Part] = []  # of a chunk; `whole`: there is one, and it is all of the pass
         self.whole = False
         self.handle = -1  # what a compiled graph knows the memory by
+        self.captured: CapturedSteps | None = None  # of an eager model; for the memory as it is
+        self.replays = False  # whether this pass, if it is a step, goes by those
         self._frequencies: Tensor | None = None
         seen = policy.sees()
         if seen is not None and seen.within:
@@ -109,6 +112,7 @@ class Sequences:
         by_handle.pop(self.handle, None)
         self.handle = next(_handles)
         by_handle[self.handle] = self
+        self.captured = None
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.counts)
 
@@ -170,10 +174,19 @@ class Sequences:
             self.counts = torch.cat((self.counts.index_select(0, rows), self.counts[-1:]))
         self._move(dataclasses.replace(self.shape, batch=len(rows)), rows)
 
+    def _places(self) -> list[int | None]:
+        """Where the layers' memory is; None for one that does not say."""
+        held = [layer.storage() for layer in self.layers]
+        return [t.data_ptr() for tensors in held if tensors for t in tensors] if all(held) else [None]
+
     def reset(self) -> None:
         self.counts.zero_()
-        for layer in self.layers if self.shape else ():
-            layer.reset()
+        if self.shape is not None:
+            before = self._places()
+            for layer in self.layers:
+                layer.reset()
+            if before == [None] or self._places() != before:
+                self._settle()
         self.n_column = self.last_padding = 0
         self.turn, self.parts, self.under_way, self.empty = None, [], False, True
 
@@ -197,20 +210,24 @@ class Sequences:
 
     # A forward pass
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, counts: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, counts: Tensor, mask: Tensor | None, eager: bool = False
+    ) -> Tensor:
         """Attention of q [batch, n_head, column, head_dim] in a layer that takes in k and v [batch, n_kv_head, ...].
 
         counts: `self.counts`, or the copy of it that a compiled graph works on; the last layer adds to it. mask: None,
         or bool [batch, column so far and in this pass], False where padding is: nothing is stored for it, and its
-        output is zero. Raises ValueError where the cache cannot take the tokens.
+        output is zero. eager: not from a compiled graph; the output is then valid until the next layer's. Raises
+        ValueError where the cache cannot take the tokens.
         """
         if layer == 0:
             self._begin(q, counts, mask)
+            self.replays = eager and self.layers[0].capturable and not torch.cuda.is_current_stream_capturing()
         elif not self.under_way:
             raise ValueError("a forward pass must begin with the model's first layer")
         cache = self.layers[layer]
         if self.turn is not None:
-            out = cache.attend(q, k, v, Chunk(counts[:-1][:, None]), self.turn)
+            out = self._step(layer, q, k, v, counts)
         elif self.whole:
             out = cache.attend(q, k, v, self.parts[0].chunk, self.parts[0].turn)
         else:
@@ -221,6 +238,22 @@ class Sequences:
         if layer == len(self.layers) - 1:
             self._end(q.shape[2], counts)
         return out
+
+    def _step(self, layer: int, q: Tensor, k: Tensor, v: Tensor, counts: Tensor) -> Tensor:
+        """Decoding. Positions are what `counts` holds when the step runs; of its parts nothing but q, k, v moves."""
+        cache, turn = self.layers[layer], self.turn
+        assert turn is not None
+        if not self.replays:
+            return cache.attend(q, k, v, Chunk(counts[:-1][:, None]), turn)
+
+        def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            positions = counts[:-1][:, None]
+            return cache.attend(q, k, v, Chunk(positions), Turn(self.frequencies, positions))
+
+        if self.captured is None:
+            with torch.inference_mode(False):
+                self.captured = CapturedSteps(q, k, v)
+        return self.captured.replay(layer, q, k, v, step)
 
     def _begin(self, q: Tensor, counts: Tensor, mask: Tensor | None) -> None:
         """What the layers of this pass share. One token a sequence is decoding: nothing is read from the device."""
