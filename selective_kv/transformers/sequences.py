@@ -195,13 +195,10 @@ class Sequences:
         if n == 0 or self.empty:
             return
         counts = self.counts.tolist()
-        seen = self.policy.sees()
-        if seen is None:
-            raise ValueError(f"{type(self.policy).__name__} cannot be cropped: what it keeps is not known (`sees`)")
-        if seen.window_size is not None and max(counts[:-1]) > self.policy.n_exact:
+        if self.layers[0].forgets(max(counts[:-1])):
             raise ValueError(
-                f"this {type(self.policy).__name__} cannot be cropped any more: past {self.policy.n_exact} tokens "
-                "(sink and window), what came before the tokens to be removed is no longer held as it was"
+                f"this {type(self.policy).__name__} cannot be cropped: it no longer holds all of its "
+                f"{max(counts[:-1])} tokens as they came, and some would have to come back"
             )
         if counts[-1] - n < self.last_padding:
             raise ValueError(f"cannot remove the last {n} columns: some of them hold padding in some sequence")

@@ -130,7 +130,7 @@ def test_what_cannot_be_cropped() -> None:
         call(model, PROMPTS[:, :8], cache)
         cache.crop(-3)
         call(model, PROMPTS[:, :4], cache)
-        says("cannot be cropped any more", lambda cache=cache: cache.crop(-1))
+        says("no longer holds all of its 9 tokens", lambda cache=cache: cache.crop(-1))
         says("negative", lambda cache=cache: cache.crop(3))
     ids, mask = padded([PROMPTS[0, :6], PROMPTS[1, :3]])
     cache = FullKVCache(model.config)
