@@ -65,7 +65,7 @@ ROOMS = {  # a room, and what it may import besides itself
     "cli": RUNS,
     "generate": ASKS,
     "evaluation": ASKS,
-    "benchmark": ASKS | {"plots"},
+    "benchmark": ASKS | {"evaluation", "plots"},
     "plots": ASKS | {"evaluation"},
     "training": ASKS | {"evaluation"},
 }

@@ -1,0 +1,11 @@
+"""How far transformers' model is from itself when its past is quantised: by its own caches, and by ours."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project is run from its folder, not installed
+
+from benchmark.transformers_divergence import main
+
+if __name__ == "__main__":
+    main()
