@@ -20,7 +20,7 @@ from selective_kv.cache import Chunk, KVCache, Shape
 from selective_kv.transformers.captured import CapturedSteps
 from selective_kv.transformers.rope import Turn, rope_frequencies
 
-ROOM = 1024  # tokens more than are needed, where a cache grows by itself: one copy of it in so many steps
+ROOM = 512  # tokens more than are needed, where a cache grows by itself: one copy of it in so many steps
 
 # A compiled graph can hold tensors and numbers only. A step's operator finds the cache that it is about by a number,
 # one for each place in memory that a cache has ever had.
