@@ -20,6 +20,9 @@ class FusedChunk:
         normed = norm(x)                   qkv = wqkv(normed), then norms of heads and RoPE in place
         x += wo(attention), normed         h = swiglu(w13(normed))        x += w2(h), normed
 
+    Of the last layer all keys and values are needed, and of queries and what follows only the last token's: one layer
+    of 32 is hardly there.
+
     The products are the model's own modules, whatever they are, and the cache sees what it always sees. `model.py`
     stays the definition.
     """
@@ -47,13 +50,15 @@ class FusedChunk:
             rotate_qk(qkv, config.n_head, attention.n_qk, cos, sin, _norms(attention, config.norm_eps))
             heads = qkv.view(batch, n_token, -1, config.head_dim).transpose(1, 2)
             q, k, v = heads.split([config.n_head, config.n_kv_head, config.n_kv_head], 1)
-            y = layer_cache.attend(q, k, v, step, rope).transpose(1, 2).reshape(batch * n_token, -1)
+            if block is blocks[-1] and layer_cache.attends_to_last:  # nobody asks what the other tokens become
+                q, x = q[:, :, -1:], x.view(batch, n_token, -1)[:, -1].contiguous()
+            y = layer_cache.attend(q, k, v, step, rope).transpose(1, 2).reshape(len(x), -1)
             del qkv, heads, q, k, v
             x, normed = self._add(x, attention.wo(y), next(after))
             h = swiglu(feed_forward.w13(normed))
             x, normed = self._add(x, feed_forward.w2(h), next(after))
         cache.advance(step)
-        return model.head(x.view(batch, n_token, -1)[:, -1:])
+        return model.head(x.view(batch, -1, x.shape[1])[:, -1:])
 
     def _add(self, x: Tensor, y: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """x and y, or every rank's y, which may take x's place; and the norm of that."""

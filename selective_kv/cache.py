@@ -145,6 +145,13 @@ class KVCache:
         """Whether a decode step can be recorded as a CUDA graph: no look at the device from the host."""
         return False
 
+    @property
+    def attends_to_last(self) -> bool:
+        """Whether `attend` takes the query of a chunk's last token alone, beside the keys and values of all of it: no
+        more is asked of a model's last layer.
+        """
+        return False
+
     def allocate(self, shape: Shape) -> None:
         """Make room. On the meta device this costs nothing and `nbytes` then is the plan."""
 

@@ -83,6 +83,10 @@ class RegionCache(KVCache):
         sizes["scales"] = sum(part.scales.nbytes for part in r.quantised())
         return {region: n for region, n in sizes.items() if n}
 
+    @property
+    def attends_to_last(self) -> bool:
+        return not self._reference and self.sees() is not None  # what a subclass does is not known
+
     def held(self, row: int, n_token: int) -> dict[str, Tensor] | None:
         if self.sees() is None:  # a subclass may keep more than its regions
             return None
@@ -96,7 +100,7 @@ class RegionCache(KVCache):
             return super().attend(q, k, v, chunk, rope)
         regions = self.regions.batch_rows(chunk.row, q.shape[0])
         sink_turn = self.sink_turn(rope)
-        if q.shape[2] == 1:
+        if k.shape[2] == 1:
             pos = chunk.positions[:, 0]
             self.kernels.append(regions, k[:, :, 0], v[:, :, 0], pos)
             return self.kernels.decode_attention(q[:, :, 0], regions, pos, sink_turn, chunk.then)[:, :, None]

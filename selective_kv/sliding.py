@@ -143,12 +143,16 @@ class SlidingCache(RegionCache):
         super().__post_init__()
         self.reach: int | None = None
 
+    @property
+    def attends_to_last(self) -> bool:
+        return self.reach is None and super().attends_to_last
+
     def allocate(self, shape: Shape) -> None:
         self.reach = shape.reach
         super().allocate(shape)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, rope: RopeLike) -> Tensor:
-        if self.reach is None or q.shape[2] == 1:
+        if self.reach is None or k.shape[2] == 1:
             return super().attend(q, k, v, chunk, rope)
         if self._reference:  # a token at a time sees just what decoding would show it
             outs = []

@@ -76,17 +76,18 @@ def chunk_attention(
 ) -> Tensor:
     """Attention of a chunk over itself, causally, and over what the cache held when it began.
 
-    q: [batch, n_head, token, head_dim]; k, v: [batch, n_kv_head, token, head_dim]; start: the chunk's
-    first position; sink_turn: as for `decode_attention`. Writes nothing: `store_chunk` follows.
-    Returns [batch, n_head, token, head_dim].
+    q: [batch, n_head, token, head_dim], or of the last token alone; k, v: [batch, n_kv_head, token, head_dim]; start:
+    the chunk's first position; sink_turn: as for `decode_attention`. Writes nothing: `store_chunk` follows.
+    Returns like q.
     """
+    causal = q.shape[2] > 1  # the last token sees all of them
     if start == 0 and q.device.type in ("cuda", "meta"):
-        return attend(q, k, v, causal=True)[0]
+        return attend(q, k, v, causal)[0]
     if start == 0:
         group = q.shape[1] // k.shape[1]
         if q.device.type == "cpu" and group > 1:  # there, enable_gqa leaves the fast kernel
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     held, held_lse = kernels.history_attention(q, regions, start, sink_turn)
-    own, own_lse = attend(q, k, v, causal=True)
+    own, own_lse = attend(q, k, v, causal)
     return kernels.merge(held, held_lse, own, own_lse, q.dtype)[0]
