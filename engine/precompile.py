@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint.quantised import skeleton
 from common.messages import say
 from engine import FusedChunk, FusedStep, Sampling, chunk_size
 from kv_cache import ModelCache
-from model import Config
+from model import Config, Transformer
 from quantize import WeightSetting
 from selective_kv import Chunk, KVCache, Shape
 from selective_kv.kernels import uses_triton
@@ -99,8 +100,38 @@ class _Past(ModelCache):
     start = 0
 
     def begin(self, n_token: int) -> Chunk:
-        own = torch.arange(n_token, device=META)
-        return super().begin(1) if n_token == 1 else Chunk(self.lengths[:, None] + own, self.row, self.start)
+        positions = torch.empty(len(self.lengths), n_token, dtype=torch.int64, device=META)
+        return super().begin(1) if n_token == 1 else Chunk(positions, self.row, self.start)
+
+
+class _BlankRope:
+    """Rotations as `model.Rope` has them, without values."""
+
+    def __init__(self, positions: Tensor, head_dim: int) -> None:
+        self.cos, self.sin = (torch.empty(len(positions), 1, positions.shape[1], head_dim, device=META) for _ in "cs")
+        self.frequencies = torch.empty(head_dim // 2, dtype=torch.float64, device=META)
+
+    def back_to(self, last: int) -> tuple[Tensor, Tensor]:
+        return self.cos[:, 0, 0], self.sin[:, 0, 0]
+
+
+def blank(model: Transformer) -> None:
+    """Have a model on the meta device compute shapes alone. PyTorch's operators there are Python, mostly, and import
+    sympy and a compiler: 3 s of a start, in which the thread that reads weights hardly gets to run.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding | nn.RMSNorm) and isinstance(module.weight, nn.Parameter):
+            module.forward = partial(_outputs, module)  # type: ignore[method-assign]
+    model.rope = lambda positions: _BlankRope(positions, model.config.head_dim)  # type: ignore[method-assign, assignment]
+
+
+def _outputs(module: nn.Linear | nn.Embedding | nn.RMSNorm, x: Tensor) -> Tensor:
+    shape = x.shape
+    if isinstance(module, nn.Embedding):
+        shape = torch.Size([*shape, module.embedding_dim])
+    elif isinstance(module, nn.Linear):
+        shape = torch.Size([*shape[:-1], module.out_features])
+    return torch.empty(shape, dtype=module.weight.dtype, device=META)
 
 
 class _Ranks:
@@ -120,9 +151,10 @@ def walk(
     from selective_kv.kernels.triton_backend import TRITON
 
     ranks = _Ranks() if config.vocab_rows else None
-    model = skeleton(replace(config, n_layer=1), weights, shape.dtype, ranks)
-    cache = _Past(policy, 1, replace(shape, device=META))
-    if not cache.layers[0].wrap_kernels(lambda _: TRITON):  # a plugin's own attention
+    model = skeleton(replace(config, n_layer=2), weights, shape.dtype, ranks)  # the last layer is another kind
+    blank(model)
+    cache = _Past(policy, 2, replace(shape, device=META))
+    if not all([layer.wrap_kernels(lambda _: TRITON) for layer in cache.layers]):  # a plugin's own attention
         return
     tokens = torch.zeros(shape.batch, 1, dtype=torch.int64, device=META)
     logits = FusedStep(model, STEP)(tokens, cache)

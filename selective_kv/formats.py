@@ -66,10 +66,10 @@ def dequantize4(packed: Tensor, scales: Tensor) -> Tensor:
 @functools.lru_cache
 def hadamard(n: int, device: torch.device) -> Tensor:
     """float32 [n, n] of 1 and -1, n a power of two (Sylvester's construction). Over sqrt(n) it is orthogonal."""
-    h = torch.ones(1, 1, device=device)
+    h = torch.ones(1, 1, device="cpu")  # on the meta device cat imports a compiler
     while len(h) < n:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    return h
+    return h.to(device)
 
 
 def rotate(x: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ def norm_fits(x: Tensor) -> bool:
 def normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     """The RMSNorm of every token in a launch of its own. x: [n_token, k]."""
     overlap = processor(x.device).overlap
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)
     launch(norm_kernel, (len(x),))(
         x, norm, y, eps, K=x.shape[1], OVERLAP=overlap, launch_pdl=overlap, num_warps=8
     )  # fmt: skip

@@ -7,7 +7,6 @@ Rounding is as there: a result is rounded to the activations' dtype once, at its
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,7 +63,7 @@ def add_norm_kernel(x, y, norm, out, eps, N: tl.constexpr):
 def add_norm(x: Tensor, y: Tensor, norm: Tensor, eps: float) -> Tensor:
     """x += y, in place. Returns the RMSNorm of x. x, y: [n_token, n], contiguous; norm: [n]."""
     assert x.is_contiguous() and y.is_contiguous()
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)
     launch(add_norm_kernel, (len(x),))(x, y, norm, out, eps, N=x.shape[1], num_warps=8)
     return out
 

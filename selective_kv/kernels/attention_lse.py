@@ -39,7 +39,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tenso
     and the log-sum-exp of its scores, natural, float32 [batch, n_head, token].
     """
     if q.is_meta:
-        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        batch, n_head, n_token, head_dim = q.shape
+        out = q.new_empty(batch, n_token, n_head, head_dim).transpose(1, 2)
+        return out, q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.device.type == "cpu":
         return _cpu(q, k, v, causal)
     if q.device.type != "cuda":

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selective_kv.formats import rotate
+from selective_kv.formats import hadamard, rotate
 from selective_kv.kernels.attention_lse import LARGEST_BLOCK, attend, key_blocks
 from selective_kv.kernels.basics import INTERPRET
 from selective_kv.kernels.launch import launch
@@ -173,6 +173,20 @@ def dequantize_rows(regions: Regions, first: int, end: int) -> tuple[Tensor, Ten
     return k, v
 
 
+def rotated_queries(q: Tensor) -> Tensor:
+    """`rotate(q)` in q's dtype. In 16 bits by matrix units: products with 1 and -1 are exact and their sums float32, so
+    that it is rounded once, as there; four passes over memory in float32 take a chunk 0.6 ms a layer."""
+    batch, n_head, n_token, head_dim = q.shape
+    if q.is_meta:  # where it would import sympy
+        return q.new_empty(batch, n_token, n_head, head_dim).transpose(1, 2)
+    if q.dtype == torch.float32 or INTERPRET:
+        return rotate(q).to(q.dtype)
+    rows = q.transpose(1, 2).reshape(-1, head_dim)  # a token's heads together, as they come
+    matrix = hadamard(head_dim, q.device).to(q.dtype)
+    turned = torch.addmm(matrix[0], rows, matrix, beta=0, alpha=head_dim**-0.5)
+    return turned.view(batch, n_token, n_head, head_dim).transpose(1, 2)
+
+
 def over_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`attend` over any number of keys, not causally, in blocks that its kernels are quick with."""
     first, *rest = key_blocks(q, k)
@@ -224,7 +238,7 @@ def history_attention(
     out, lse = slot_attention(q, regions, start, sink_turn)
     if regions.k_int is None or n_left == 0:
         return out, lse
-    turned = rotate(q).to(q.dtype) if regions.k_format.rotated else q
+    turned = rotated_queries(q) if regions.k_format.rotated else q
     for first in range(0, n_left, BLOCK_ROWS):
         k, v = dequantize_rows(regions, first, min(first + BLOCK_ROWS, n_left))
         out, lse = merge(out, lse, *over_dense(turned, k, v))

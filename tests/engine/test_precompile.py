@@ -76,6 +76,30 @@ def test_a_run_asks_for_no_binary_that_was_not_compiled_ahead() -> None:
         assert keys["ahead"] == keys["run"], case
 
 
+WALK = """
+import sys, torch
+from engine import Sampling, precompile
+from model import CONFIGS
+from selective_kv import FullCache, SelectiveCache, Shape, SinkWindowCache
+from selective_kv.kernels import launch
+launch._compile = lambda *args, **kwargs: None
+shape = Shape(1, 8, 128, 40000, torch.bfloat16, torch.device("cuda"))
+parts = [(0, 0, 8192), (0, 8192, 8192), (0, 16384, 7)]
+for policy in (FullCache(), SinkWindowCache(), SelectiveCache(k_bits=4, v_bits=4)):
+    with launch.compiling():
+        precompile.walk(CONFIGS["qwen-3-8b"], policy, shape, Sampling(temperature=0), parts)
+print([name for name in ("sympy", "torch._dynamo") if name in sys.modules])
+"""
+
+
+def test_looking_ahead_imports_no_compiler_of_torchs() -> None:
+    """sympy and torch._dynamo take 3 s, in which the thread that reads weights waits."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", WALK], env=env, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
 def test_nothing_happens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "Thread", None)
     with precompile.compiled_ahead(CONFIG, FullCache(), CPU, Sampling(), [4], 8):
