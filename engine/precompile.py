@@ -122,7 +122,12 @@ def blank(model: Transformer) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding | nn.RMSNorm) and isinstance(module.weight, nn.Parameter):
             module.forward = partial(_outputs, module)  # type: ignore[method-assign]
-    model.rope = lambda positions: _BlankRope(positions, model.config.head_dim)  # type: ignore[method-assign, assignment]
+    head_dim = model.config.head_dim
+
+    def rope(positions: Tensor) -> Any:
+        return _BlankRope(positions, head_dim)
+
+    model.rope = rope  # type: ignore[method-assign]
 
 
 def _outputs(module: nn.Linear | nn.Embedding | nn.RMSNorm, x: Tensor) -> Tensor:
