@@ -51,6 +51,7 @@ from common.messages import say
 from common.program import program, ran_out
 from common.tables import table
 from engine import PREFILL_CHUNK
+from engine.saved import SavedCache
 from kv_cache import format_policy, parse_policy
 from model import Config, Transformer
 from quantize import WeightSetting, weights_help
@@ -169,7 +170,9 @@ def compare(
     available = device_memory(shape.device) + parameter_bytes(model)
     for (batch, context), each in plans(config, policies, args, shape).items():
         at = replace(shape, batch=batch, capacity=context + args.steps + 2)
-        makers: list[Callable[[], Timed]] = [partial(Contestant, model, p, at, context, args.prefill) for p in policies]
+        makers: list[Callable[[], Timed]] = [
+            partial(Contestant, model, p, at, context, args.prefill, args.saved.get(format_policy(p))) for p in policies
+        ]
         if theirs is not None:
             made = peers.caches(theirs)
             makers += [partial(peers.Peer, n, theirs, make, at, context, args.prefill) for n, make in made.items()]
@@ -258,8 +261,12 @@ def make_parser() -> Parser:
         "--caches", nargs="+", metavar="CACHE", help=f"the first is the base (default: {' '.join(DEFAULT_CACHES)})"
     )
     add_plugin_flag(p)
-    p.add_argument("--batch", nargs="+", type=positive, default=[1])
-    p.add_argument("--context", nargs="+", type=positive, default=[256, 2048, 8000])
+    p.add_argument("--batch", nargs="+", type=positive, help="(default: 1)")
+    p.add_argument("--context", nargs="+", type=positive, help="(default: 256 2048 8000)")
+    p.add_argument(
+        "--load_cache", nargs="+", type=Path, metavar="FILE", default=[],
+        help="time the caches that generate.py --save_cache wrote, as long as they are",
+    )  # fmt: skip
     p.add_argument("--steps", type=positive, help=f"decode steps timed at a time (default: {DEFAULT_STEPS})")
     p.add_argument("--rounds", type=positive, default=5, help="(default: 5)")
     p.add_argument("--prefill", action="store_true", help="read a prompt instead of filling with random values")
@@ -297,6 +304,8 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
         raise UserError("--caches names a setting twice")
     args.weight_setting = weights = chosen_weights(checkpoint, args.weights)
     shape = Shape(1, config.n_kv_head, config.head_dim, 1, dtype, device)
+    for saved in args.saved.values():
+        saved.require(config, saved.policy(), replace(shape, batch=args.batch[0]))
     if not args.largest_batch:
         require_room(plans(config, policies, args, shape), policies, device_memory(device))
     model = load_model(checkpoint, device, dtype, random_weights=args.random_weights, weights=weights)
@@ -339,6 +348,25 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     }
 
 
+def load_saved(args: argparse.Namespace) -> None:
+    """Take caches, batch and context from the files of --load_cache. Raises UserError where flags say them too."""
+    if args.load_cache and (args.caches or args.context or args.batch or args.kernels or args.largest_batch):
+        raise UserError("--load_cache says which caches, how many sequences and how long: no other flag for that")
+    if args.load_cache and (args.prefill or args.peer):
+        raise UserError("--load_cache does not go with --prefill or --peer")
+    args.batch, args.context, args.saved = args.batch or [1], args.context or [256, 2048, 8000], {}
+    lengths: set[tuple[int, ...]] = set()
+    for path in args.load_cache:
+        saved = SavedCache(path)
+        lengths.add(tuple(map(len, saved.tokens)))
+        args.saved[format_policy(saved.policy())] = saved
+    if len(lengths) > 1 or any(len(set(found)) > 1 for found in lengths):
+        raise UserError("--load_cache: the sequences of all files must have one length, to be compared")
+    if lengths:
+        found = lengths.pop()
+        args.caches, args.batch, args.context = list(args.saved), [len(found)], [found[0]]
+
+
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     device = parse_device(args.device)
     if args.random_weights and args.model is None:
@@ -346,6 +374,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     others = args.peer or args.largest_batch or args.png or args.prefill or args.caches or args.steps
     if args.kernels and (others or args.weights or args.dtype != "auto"):
         raise UserError("--kernels goes with the model, --device, --batch, --context, --rounds and --json alone")
+    load_saved(args)
     args.caches, args.steps = args.caches or DEFAULT_CACHES, args.steps or DEFAULT_STEPS
     if args.memory_budget and not args.largest_batch:
         raise UserError("--memory_budget goes with --largest_batch")
@@ -361,7 +390,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     dtype = parse_dtype(args.dtype, checkpoint, device)
     record |= {"format": FORMAT, "torch": torch.__version__, "command": ["scripts/benchmark.py", *argv]}
     if args.json:
-        record["made_from"] = made_from(where, [args.plugin], dtype, device)
+        record["made_from"] = made_from(where, [args.plugin, *args.load_cache], dtype, device)
     if args.json:
         append_line(args.json, to_json(record))
     if args.png:

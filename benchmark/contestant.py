@@ -22,6 +22,7 @@ from cli.report import bytes_read, parameter_bytes
 from common.errors import UserError
 from engine import PREFILL_CHUNK, Engine, FusedStep, Sampling
 from engine.kernels import PYTORCH, StepKernels, step_kernels
+from engine.saved import SavedCache
 from kv_cache import ModelCache, format_policy
 from model import Transformer
 from selective_kv import KVCache, Shape
@@ -314,12 +315,23 @@ class Timed:
 class Contestant(Timed):
     """One of our caches with its engine."""
 
-    def __init__(self, model: Transformer, policy: KVCache, shape: Shape, context: int, prefill: bool = False) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        policy: KVCache,
+        shape: Shape,
+        context: int,
+        prefill: bool = False,
+        saved: SavedCache | None = None,
+    ) -> None:
+        """Filled to `context` with a prompt (prefill), with what `saved` holds, or with random values."""
         super().__init__(format_policy(policy), shape.batch, context, shape.device)
         with self.peak.watch():
             self.engine = Engine(model, ModelCache(policy, model.config.n_layer, shape), Sampling(temperature=0))
             if prefill:
                 self.read(model.config.vocab_size)
+            elif saved is not None:
+                saved.load(self.engine, [context] * shape.batch)
             else:
                 fill(self.engine, context)
         held = dataclasses.replace(shape, capacity=context, device=torch.device("meta"))

@@ -26,6 +26,7 @@ from common.errors import UserError
 from common.files import replaced_whole
 from common.tensor_file import TensorFile, write_tensors
 from engine.engine import Engine
+from kv_cache import make_policy
 from model import Config
 from selective_kv import KVCache, Shape
 
@@ -101,6 +102,11 @@ class SavedCache:
         self.tokens: list[list[int]] = [ids.tolist() for _, ids in self.file.read(names)]
         talk = self.record["talk"]
         self.talk = None if talk is None else Talk(**talk | {name: tuple(talk[name]) for name in ("pending", "turns")})
+
+    def policy(self) -> KVCache:
+        """The cache's setting. Raises UserError where there is no such cache here."""
+        knobs = dict(self.record["cache"])
+        return make_policy(knobs.pop("name"), knobs)
 
     def require(self, config: Config, policy: KVCache, shape: Shape) -> None:
         """Raises UserError, naming what differs, unless the cache is of such a model, policy, dtype and batch."""

@@ -30,6 +30,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cli.console import shown
 from cli.options import Parser, add_plugin_flag, load_plugin, positive
@@ -39,6 +40,7 @@ from common.files import require_writable, to_json, write_whole
 from common.messages import progress
 from common.program import program
 from evaluation import scoring
+from evaluation.after import After
 from evaluation.passkeys import score_passkeys
 from evaluation.ruler import score_ruler
 from evaluation.ruler_tasks import TASKS
@@ -46,6 +48,7 @@ from evaluation.subject import Subject, Text
 from evaluation.summaries import score_summaries
 from evaluation.tables import PRINTERS
 from kv_cache import format_policy
+from model import Transformer
 from selective_kv import FullCache, KVCache
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +87,15 @@ def score_texts(subject: Subject, save: Save) -> list[dict[str, Any]]:
     runs = [(subject.model, str(subject.weights or 16), policy) for policy in subject.policies]
     if subject.reference is not subject.model:
         runs.insert(0, (subject.reference, "16", FullCache()))
+    longest = max(len(window) for text in texts for window in text.windows)
+    path = subject.args.load_cache
+    after = None if path is None else After(path, subject, longest)
+
+    def states_of(model: Transformer, policy: KVCache, tokens: Tensor) -> Tensor:
+        if after is not None:
+            return after.read(policy, tokens)
+        return scoring.reader(policy, subject.args.sequential)(model, policy, tokens)
+
     bar = progress(None, sum(len(t.windows) for t in texts) * len(runs), "scoring")
     for text in texts:
         done = list(rows)
@@ -91,11 +103,10 @@ def score_texts(subject: Subject, save: Save) -> list[dict[str, Any]]:
         n_bytes = 0
         for window in text.windows:  # the reference's states of one window at a time
             tokens = window.to(subject.device)
-            full = scoring.reader(FullCache(), subject.args.sequential)(subject.reference, FullCache(), tokens)
+            full = states_of(subject.reference, FullCache(), tokens)
             for results, (model, _, policy) in zip(scored, runs, strict=True):
-                read = scoring.reader(policy, subject.args.sequential)
                 same = policy.name == FullCache.name and model is subject.reference
-                states = full if same else read(model, policy, tokens)
+                states = full if same else states_of(model, policy, tokens)
                 results.append(scoring.score(model, tokens, states, full, subject.reference))
                 bar.update()
             n_bytes += subject.text_bytes(window[1:])
@@ -165,7 +176,9 @@ def record(subject: Subject, argv: list[str]) -> dict[str, Any]:
         "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit(),
         "settings": {name: getattr(subject.args, name) for name in SETTINGS[kind]},
         "command": ["scripts/evaluate.py", *shown(argv)],
-        "made_from": made_from(subject.path, [*subject.args.text, subject.args.plugin], subject.dtype, subject.device),
+        "made_from": made_from(
+            subject.path, [*subject.args.text, subject.args.plugin, subject.args.load_cache], subject.dtype, subject.device
+        ),
     }  # fmt: skip
 
 
@@ -186,6 +199,10 @@ def make_parser() -> Parser:
     p.add_argument("--context", type=positive, default=2048, help="tokens of a window (default: 2048)")
     p.add_argument("--windows", type=positive, default=4, help="windows of each text, evenly spread (default: 4)")
     p.add_argument("--sequential", action="store_true", help="token by token through the cache: slow, the same")
+    p.add_argument(
+        "--load_cache", type=Path, metavar="FILE",
+        help="perplexity, divergence: texts are scored after the one that this full cache of generate.py's holds",
+    )  # fmt: skip
     p.add_argument("--lengths", nargs="+", type=positive, default=[1024, 2048, 4096])
     p.add_argument("--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
     p.add_argument("--trials", type=positive, default=4, help="passkeys or RULER samples a cell (default: 4)")
@@ -213,6 +230,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         require_writable(args.json, "--json")
     if args.model is not None and args.checkpoint_path is None:
         raise UserError(f"--model {args.model} is a shape, and its weights are evaluated: give --checkpoint_path")
+    if args.load_cache and args.kind not in ("perplexity", "divergence"):
+        raise UserError(f"--load_cache goes with perplexity and divergence, not {args.kind}")
     subject = Subject(args)
     if args.kind not in ("passkey", "ruler") and args.context > subject.config.context:
         raise UserError(f"--context {args.context} is past the model's context of {subject.config.context}")

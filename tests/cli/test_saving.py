@@ -120,3 +120,42 @@ def test_mistakes_are_one_line(tiny: Path, tmp_path: Path, capsys: pytest.Captur
     )
     message = fails(capsys, *run, "--plugin", tmp_path / "mine.py", "mine_saved", "--save_cache", file)
     assert "mine_saved does not say what it holds" in message
+
+
+def test_benchmark_and_evaluate_start_from_one(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text scored after a saved one costs what it costs at the end of both, in every cache."""
+    from benchmark import command as benchmark
+    from evaluation import command as evaluate
+
+    full, int8 = tmp_path / "full.safetensors", tmp_path / "int8.safetensors"
+    run = ["--checkpoint_path", tiny, "--max_new_tokens", 1, "--prompt", "The red fox jumped over the river. " * 2]
+    call(capsys, *run, "--save_cache", full)
+    _, report, _ = call(capsys, *run, "--save_cache", int8, *QUANTIZE)
+    record = tmp_path / "speed.json"
+    argv = ["--checkpoint_path", tiny, "--load_cache", full, int8, "--rounds", 1, "--steps", 2, "--json", record]
+    benchmark.main([str(a) for a in argv])
+    rows = json.loads(record.read_text())["rows"]
+    assert [r["cache"].split(":")[0] for r in rows] == ["full", "quantize_kv"]
+    assert {(r["batch"], r["context"]) for r in rows} == {(1, report["tokens_read"])}
+    text = tmp_path / "text.txt"
+    text.write_text("and the old clock looked over the stone wall until the morning came.")
+    record = tmp_path / "score.json"
+    argv = ["perplexity", "--checkpoint_path", tiny, "--text", text, "--context", 12, "--windows", 1]
+    cache = "quantize_kv:sink_size=2,window_size=6"
+    evaluate.main([str(a) for a in [*argv, "--caches", cache, "--json", record, "--load_cache", full]])
+    after = json.loads(record.read_text())["rows"]
+    evaluate.main([str(a) for a in [*argv, "--caches", cache, "--json", record]])
+    alone = json.loads(record.read_text())["rows"]
+    assert [r["tokens"] for r in after] == [11, 11] and after[0]["nll"] != alone[0]["nll"]
+    assert after[0]["nll"] != after[1]["nll"]
+    capsys.readouterr()
+    for command, argv in (
+        (benchmark, ["--load_cache", full, "--context", 5]),
+        (evaluate, ["passkey", "--load_cache", full]),
+        (evaluate, ["perplexity", "--load_cache", int8, "--text", text, "--context", 12]),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            command.main([str(a) for a in [*argv, "--checkpoint_path", tiny]])
+        assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1
