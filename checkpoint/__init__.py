@@ -26,7 +26,7 @@ from checkpoint.quantised import Described, describe, parameter_fills
 from checkpoint.share import Share
 from checkpoint.stored import Stored, stored_tensors
 from checkpoint.tokenizer_files import TOKENIZER_FILES, eos_ids_of, find_tokenizer, load_tokenizer
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import is_plain_file, read_file, read_json
 from model import Config
 from quantize import WeightSetting, parse_weights
@@ -61,6 +61,9 @@ class Checkpoint:
     gguf: GGUF | None = field(default=None, repr=False)  # the file, where it is one: it holds the tokenizer too
     weights: WeightSetting | None = None  # in how many bits they are stored, where `quantize.py` wrote them
     share: Share | None = field(default=None, repr=False)  # of the model, where this is one rank's part of it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name, 100))  # a folder's, or what a GGUF file calls itself
 
     def tokenizer(self) -> Tokenizer | None:
         """Its tokenizer; None where it has none. Raises UserError."""
@@ -111,6 +114,10 @@ def open_checkpoint(path: Path | None, model: str | None = None) -> Checkpoint:
 
 def _open(path: Path, model: str | None) -> Checkpoint:
     file = _weights_file(path)
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{file}: weights are read by libraries that open only paths in UTF-8: rename it") from None
     if is_gguf(file):
         return _open_gguf(path, file, model)
     folder = _beside(file)

@@ -86,8 +86,6 @@ def stored_tensors(file: Path, dtypes: Mapping[str, torch.dtype] = FLOATS) -> di
 def _safetensors(file: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
     try:
         handle = safe_open(file, framework="pt", device="cpu")
-    except UnicodeEncodeError:
-        raise UserError(f"{file}: the library of safetensors opens only paths that are UTF-8") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged or truncated ({error})") from None
     tensors = {}

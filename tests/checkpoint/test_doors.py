@@ -218,6 +218,21 @@ def test_paths_of_any_bytes(name: bytes, tmp_path: Path, capfd: pytest.CaptureFi
     assert "error" in err or "tokens/s" in err
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "m.gguf"])
+def test_a_path_that_is_no_utf8_is_told_so(name: str, tmp_path: Path) -> None:
+    """ "damaged or truncated" was wrong, and GGUF a traceback."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / name).write_bytes(b"GGUF" + bytes(100))
+    refused(folder, r"caf\\udce9/.*: weights are read by libraries that open only paths in UTF-8")
+
+
+def test_a_checkpoint_is_called_what_can_be_printed(tmp_path: Path) -> None:
+    """Its name stands in every report and table."""
+    folder = write_checkpoint(tmp_path / "a\x1b[2J\nb")
+    assert open_checkpoint(folder).name == "a\\x1b[2J\\nb"
+
+
 # --- The two places that all of this goes through -------------------------------------------------
 
 
