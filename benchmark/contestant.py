@@ -29,6 +29,7 @@ from selective_kv import KVCache, Shape
 from selective_kv.cache import wide
 from selective_kv.kernels import AttentionKernels, attention_kernels
 from selective_kv.regions import Regions
+from weights.modules import Weight
 
 GATE_TOKENS = 200  # beyond sink and window
 GATE_STEPS = 4
@@ -104,7 +105,7 @@ class Compared:
         self.kernels = dataclasses.replace(kernels, linear=self.linear, qkv=self.qkv)
         self.error = 0.0
 
-    def linear(self, x: Tensor, weight: Tensor, *args: Any, **around: Any) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, *args: Any, **around: Any) -> Tensor:
         given = {name: widened(value) for name, value in around.items()}
         want = PYTORCH.linear(widened(x), widened(weight), *map(widened, args), **given)  # the residual may be reused
         got = self.wrapped.linear(x, weight, *args, **around)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from checkpoint import first_bad_parameter
 from common.errors import UserError
-from engine.fused import FusedStep
+from engine.fused import FusedStep, use_kernels
 from engine.fused_chunk import FusedChunk
 from engine.kernels import PYTORCH, step_kernels
 from engine.parallel import Parallel
@@ -92,6 +92,7 @@ class Engine:
         self.read_chunk: Callable[[Tensor, ModelCache], Tensor] = self._read_chunk
         self.step_path = "eager step"
         kernels = step_kernels(device)
+        use_kernels(self.model, kernels)
         if self.fuse and kernels is not PYTORCH:
             fused = FusedStep(self.model, kernels)
             self.forward = lambda tokens: fused(tokens, self.cache)

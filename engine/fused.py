@@ -9,6 +9,14 @@ from torch import Tensor
 from engine.kernels import StepKernels
 from kv_cache import ModelCache
 from model import Attention, Block, Transformer
+from weights.modules import QuantizedLinear, QuantizedWeight, quantized
+
+
+def use_kernels(model: Transformer, kernels: StepKernels) -> None:
+    """Let `model.py`'s own products, which read prompts, be a device's kernels where weights have 8 or 4 bits."""
+    for module in quantized(model):
+        if isinstance(module, QuantizedLinear):
+            module.multiply = kernels.linear
 
 
 class FusedStep:
@@ -31,7 +39,7 @@ class FusedStep:
         rope = model.rope(step.positions)
         turn = rope.cos[:, 0, 0], rope.sin[:, 0, 0]
         n_head, n_kv_head = model.config.n_head, model.config.n_kv_head
-        x = model.tok_embeddings(tokens[:, 0])
+        x = self.kernels.embed(tokens[:, 0], model.tok_embeddings.weight, model.norm.weight.dtype)
         for block, layer_cache in zip(model.layers, cache.layers, strict=True):
             assert isinstance(block, Block)
             attention, feed_forward = block.attention, block.feed_forward
@@ -48,9 +56,10 @@ class FusedStep:
                 self._norms(attention),
             )
             q, k, v = qkv[:, :, None].split([n_head, n_kv_head, n_kv_head], 1)
-            then = replace(step, then=attention.wo.weight)
+            wo = attention.wo.weight
+            then = replace(step, then=wo.ints if isinstance(wo, QuantizedWeight) else wo)
             y = layer_cache.attend(q, k, v, then, rope).reshape(len(x), -1)
-            x = self._add(x, y, attention.wo.weight, attention.wo.bias)
+            x = self._add(x, y, wo, attention.wo.bias)
             norm = block.ffn_norm
             if model.config.ffn_bias:  # as few: not fused
                 x = block.add(x, feed_forward(norm(x)))

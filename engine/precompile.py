@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from checkpoint.quantised import skeleton
 from common.messages import say
 from engine import FusedChunk, FusedStep, Sampling, chunk_size
+from engine.fused import use_kernels
 from kv_cache import ModelCache
 from model import Config, Transformer
 from quantize import WeightSetting
@@ -162,6 +163,7 @@ def walk(
     if not all([layer.wrap_kernels(lambda _: TRITON) for layer in cache.layers]):  # a plugin's own attention
         return
     tokens = torch.zeros(shape.batch, 1, dtype=torch.int64, device=META)
+    use_kernels(model, STEP)
     logits = FusedStep(model, STEP)(tokens, cache)
     if sampling.temperature == 0 and ranks is None:
         STEP.greedy(logits)

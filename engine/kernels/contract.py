@@ -7,7 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from weights.modules import Weight
 
 HeadNorms = tuple[Tensor, Tensor, float]  # weights of q's and k's RMSNorm, [head_dim] each, and their epsilon
 
@@ -16,7 +19,7 @@ class Linear(Protocol):
     def __call__(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None = None,
         norm: Tensor | None = None,
         eps: float = 0.0,
@@ -25,8 +28,8 @@ class Linear(Protocol):
     ) -> Tensor:
         """weight @ x, with an RMSNorm before it and a bias or SwiGLU (not both) and a residual after it, if given.
 
-        x: [n_token, k], a float dtype, contiguous; weight: [n, k] in x's dtype, the gate's rows before the up
-        projection's with swiglu; bias: [n]; norm: [k]; residual: like the output, and may become it.
+        x: [n_token, k], a float dtype, contiguous; weight: [n, k] in x's dtype or fewer bits, the gate's rows before
+        the up projection's with swiglu; bias: [n]; norm: [k]; residual: like the output, and may become it.
         Returns [n_token, n] ([n_token, n / 2] with swiglu) in x's dtype.
         """
         ...
@@ -36,7 +39,7 @@ class QKV(Protocol):
     def __call__(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         norm: Tensor,
         eps: float,
@@ -90,6 +93,14 @@ class Chosen(Protocol):
         ...
 
 
+class Embed(Protocol):
+    def __call__(self, tokens: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """Rows of an embedding, [n_token, dim] in `dtype`. tokens: int64 [n_token]; weight: [vocab, dim] in `dtype`, or
+        in 8 bits.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class StepKernels:
     """One implementation of a decode step's products. `name` is what a report shows."""
@@ -101,3 +112,4 @@ class StepKernels:
     greedy: Greedy
     best: Best
     chosen: Chosen
+    embed: Embed

@@ -146,13 +146,19 @@ def linear(
         return residual.addmm_(x, weight.t())
     y = F.linear(x, weight, bias)
     if swiglu:
-        overlap = processor(x.device).overlap
-        n = weight.shape[0] // 2
-        wide, y = y, torch.empty(len(x), n, dtype=x.dtype, device=x.device)
-        launch(swiglu_kernel, (triton.cdiv(n, 1024), len(x)))(
-            wide, y, n, BLOCK=1024, OVERLAP=overlap, launch_pdl=overlap, num_warps=4
-        )
+        y = gated(y)
     return y if residual is None else residual + y
+
+
+def gated(wide: Tensor) -> Tensor:
+    """SwiGLU in a launch of its own. wide: [n_token, 2 * n], the gate's part first; returns [n_token, n]."""
+    overlap = processor(wide.device).overlap
+    n_token, n = len(wide), wide.shape[1] // 2
+    y = torch.empty(n_token, n, dtype=wide.dtype, device=wide.device)
+    launch(swiglu_kernel, (triton.cdiv(n, 1024), n_token))(
+        wide, y, n, BLOCK=1024, OVERLAP=overlap, launch_pdl=overlap, num_warps=4
+    )
+    return y
 
 
 def qkv(

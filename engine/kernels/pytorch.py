@@ -8,11 +8,12 @@ from torch import Tensor
 
 from engine.kernels.contract import StepKernels
 from selective_kv.kernels.pytorch import turned
+from weights.modules import QuantizedWeight, Weight, product
 
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
@@ -27,7 +28,7 @@ def linear(
     assert bias is None or not swiglu
     if norm is not None:
         x = F.rms_norm(x, norm.shape, norm, eps)
-    y = F.linear(x, weight, bias)
+    y = product(x, weight, bias) if isinstance(weight, QuantizedWeight) else F.linear(x, weight, bias)
     if swiglu:
         gate, up = y.chunk(2, -1)
         y = F.silu(gate) * up
@@ -35,7 +36,7 @@ def linear(
 
 
 def qkv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor, eps: float, cos: Tensor, sin: Tensor,
+    x: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor, eps: float, cos: Tensor, sin: Tensor,
     n_head: int, n_qk: int, norms: tuple[Tensor, Tensor, float] | None,
 ) -> Tensor:  # fmt: skip
     """A layer's queries, keys and values, a norm before the product and RoPE after it: `linear`, then `rotate_qk`.
@@ -90,6 +91,11 @@ def chosen(keys: Tensor) -> Tensor:
     return torch.where(keys == _SPOILED, -1, _LAST - (keys & _LAST))
 
 
-PYTORCH = StepKernels(
-    name="PyTorch products", linear=linear, qkv=qkv, rotate_qk=rotate_qk, greedy=greedy, best=best, chosen=chosen
-)
+def embed(tokens: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Rows of an embedding: see the contract."""
+    if isinstance(weight, QuantizedWeight):
+        return (weight.ints[tokens] * weight.scale[tokens][:, None]).to(dtype)
+    return F.embedding(tokens, weight)
+
+
+PYTORCH = StepKernels("PyTorch products", linear, qkv, rotate_qk, greedy, best, chosen, embed)

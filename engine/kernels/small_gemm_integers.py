@@ -1,0 +1,310 @@
+"""Products of a few tokens with weights of 8 or 4 bits, on the matrix units: `small_gemm.py` over integers.
+
+Matrix units want 16-bit operands. An integer becomes one in its register, without a conversion: its bits are set
+under an exponent at which they count ones. Of 8 bits, in bfloat16, seven of them under 128's (128 to 255) less what
+the sign bit makes there (128 or 256): both exact, and so is their difference. Of 4 bits, u under 128's: 128 + u, and
+the 128 is taken off from the sum; a group's sum of activations, which that needs and a base too, is a product with a
+constant. In float16 it is 1024 + u, and 8 bits lose 1152.
+
+Groups of 4 bits: a warp's slice of a block of K is one group, whose product begins at zero, is multiplied by the
+scale and added to the total (as in `gemv_integers.py`; `quantize.py` has the formula). The next block's scales are on
+their way while this one is at work.
+
+A norm is a launch of its own here; bias, SwiGLU, RoPE and residual are in the product's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from engine.kernels.epilogue import Around, finish, rows_of, what_follows
+from engine.kernels.gemv_integers import halves
+from engine.kernels.small_gemm import padded
+from selective_kv.kernels.basics import INTERPRET, prefetch
+from selective_kv.kernels.decode_config import SHARED_SLACK, processor
+from selective_kv.kernels.launch import launch
+from weights.modules import QuantizedWeight
+
+MOST_TOKENS = 64  # beyond, a weight made dense and a library's product
+
+
+@triton.jit
+def bytes_to_16_bits(w, FLOAT16: tl.constexpr, INTERPRET: tl.constexpr):
+    """int8 as bfloat16 or float16: the same values."""
+    if INTERPRET:
+        value = w.to(tl.float32)
+    elif FLOAT16:
+        value = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 u, low, high;
+            xor.b32 u, $2, 0x80808080;
+            prmt.b32 low, u, 0x64646464, 0x4140;
+            prmt.b32 high, u, 0x64646464, 0x4342;
+            mov.b32 u, 0x64806480;
+            sub.f16x2 $0, low, u;
+            sub.f16x2 $1, high, u;
+            }
+            """,
+            "=r,=r,r",
+            [w],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        value = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high, a, b, one;
+            prmt.b32 low, $2, 0, 0x4140;
+            prmt.b32 high, $2, 0, 0x4342;
+            mov.b32 one, 0x3F803F80;
+            lop3.b32 a, low, 0x007F007F, 0x43004300, 0xEA;
+            lop3.b32 b, low, 0x00800080, 0xC300C300, 0xEA;
+            fma.rn.bf16x2 $0, a, one, b;
+            lop3.b32 a, high, 0x007F007F, 0x43004300, 0xEA;
+            lop3.b32 b, high, 0x00800080, 0xC300C300, 0xEA;
+            fma.rn.bf16x2 $1, a, one, b;
+            }
+            """,
+            "=r,=r,r",
+            [w],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    return value
+
+
+@triton.jit
+def nibbles_to_16_bits(w, FLOAT16: tl.constexpr, INTERPRET: tl.constexpr):
+    """int16 elements, four integers of 4 bits each, lowest first: four tensors of 128 + u; 1024 + u in float16."""
+    if INTERPRET:
+        offset = 1024.0 if FLOAT16 else 128.0
+        a, b = (w & 15).to(tl.float32) + offset, ((w >> 4) & 15).to(tl.float32) + offset
+        c, d = ((w >> 8) & 15).to(tl.float32) + offset, ((w >> 12) & 15).to(tl.float32) + offset
+    elif FLOAT16:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 up;
+            lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+            shr.u32 up, $4, 4;
+            lop3.b32 $1, up, 0x000F000F, 0x64006400, 0xEA;
+            shr.u32 up, $4, 8;
+            lop3.b32 $2, up, 0x000F000F, 0x64006400, 0xEA;
+            shr.u32 up, $4, 12;
+            lop3.b32 $3, up, 0x000F000F, 0x64006400, 0xEA;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [w],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 up;
+            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+            shr.u32 up, $4, 4;
+            lop3.b32 $1, up, 0x000F000F, 0x43004300, 0xEA;
+            shr.u32 up, $4, 8;
+            lop3.b32 $2, up, 0x000F000F, 0x43004300, 0xEA;
+            shr.u32 up, $4, 12;
+            lop3.b32 $3, up, 0x000F000F, 0x43004300, 0xEA;
+            }
+            """,
+            "=r,=r,=r,=r,r",
+            [w],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    return a, b, c, d
+
+
+@triton.jit
+def operand(at, mask, MASKED: tl.constexpr, INTERPRET: tl.constexpr):
+    """Activations for the matrix units. (The interpreter's bfloat16 arithmetic is wrong.)"""
+    value = tl.load(at, mask, 0.0)
+    if INTERPRET:
+        value = value.to(tl.float32)
+    return value
+
+
+@triton.jit(do_not_specialize=["n_out", "n_token", "n_turned", "end"])
+def tokens_integers_kernel(
+    x, ints, unit, pairs, bias, norm, residual, cos, sin, out, n_out, n_turned, n_token, end, eps,
+    K: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    SLICE: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr,
+    SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, FLOAT16: tl.constexpr, OVERLAP: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Program: the units of ROWS rows, for all tokens. x: [n_token, K], n_token <= N; out: [n_token, n_out].
+
+    GROUP 0: ints is int8 [n_row, K] and SLICE elements of K are a warp's. Otherwise ints is int16 [n_row, n_group *
+    GROUP / 4], pairs int32 [n_row, n_group], and SLICE is GROUP / 4. end: elements or words of a row, to loop over: a
+    compiler that knows how often unrolls all of it. EARLY: bytes of a row asked for before the wait. NORM, eps: none.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+    PAIRED: tl.constexpr = SWIGLU or HEAD_DIM > 0
+    UNITS: tl.constexpr = ROWS // 2 if PAIRED else ROWS
+    N_GROUP: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
+    LENGTH: tl.constexpr = N_GROUP * SLICE if GROUP > 0 else K  # elements of `ints` in a row
+    BLOCK: tl.constexpr = WARPS * SLICE
+    r = tl.arange(0, ROWS)  # the first rows of all units, then the second ones
+    row, apart = rows_of(tl.program_id(0) * UNITS + r % UNITS, n_out, HEAD_DIM, SWIGLU)
+    row = tl.where(row < n_out, row, 0) + r // UNITS * apart
+    start_of_row = row.to(tl.int64) * LENGTH
+    warp = tl.arange(0, WARPS)
+    line_at = pairs + row.to(tl.int64)[None, :] * N_GROUP + warp[:, None]  # [WARPS, ROWS]
+    line = warp  # nobody looks at it where there are no groups
+    if GROUP > 0:
+        line = tl.load(line_at, (warp < N_GROUP)[:, None], 0)
+    if OVERLAP:
+        if EARLY > 0:
+            PER_LINE: tl.constexpr = 64 if GROUP > 0 else 128  # elements of 128 bytes
+            LINES: tl.constexpr = EARLY // 128
+            at = tl.arange(0, LINES) * PER_LINE
+            prefetch(ints + start_of_row[:, None] + tl.minimum(at, LENGTH - 1)[None, :])
+        gdc_wait()
+
+    first, apart = rows_of(tl.program_id(0) * UNITS + tl.arange(0, UNITS)[:, None], n_out, HEAD_DIM, SWIGLU)
+    token = tl.arange(0, N)
+    there = (first < n_out) & (token < n_token)[None, :]
+    at = token[None, :].to(tl.int64) * n_out + first
+    follows = what_follows(
+        bias, residual, cos, sin, first, apart, at, token[None, :], n_turned, there, HEAD_DIM, BIAS, ADD
+    )
+    own_unit = tl.load(unit + first, first < n_out, 0.0)
+    other_unit = own_unit
+    if PAIRED:
+        other_unit = tl.load(unit + first + apart, first < n_out, 0.0)
+    k = (warp * SLICE)[:, None] + tl.arange(0, SLICE)[None, :]
+    ints_at = ints + start_of_row[None, :, None] + k[:, None, :]
+    given = (token < n_token)[None, None, :]
+    total = tl.zeros((WARPS, ROWS, N), tl.float32)
+    WHOLE: tl.constexpr = LENGTH % BLOCK == 0
+    if GROUP > 0:
+        # Quarter i of a group meets nibble i of its words.
+        x_at = x + token[None, None, :] * K + (warp * GROUP)[:, None, None] + tl.arange(0, SLICE)[None, :, None]
+        left = K - (warp * GROUP)[:, None, None] - tl.arange(0, SLICE)[None, :, None]
+        OFFSET: tl.constexpr = 1024.0 if FLOAT16 else 128.0
+        OPERAND: tl.constexpr = tl.float32 if INTERPRET else (tl.float16 if FLOAT16 else tl.bfloat16)
+        constant = tl.full((WARPS, ROWS, SLICE), OFFSET, OPERAND)
+        EVEN: tl.constexpr = WHOLE and K % GROUP == 0
+        for start in tl.range(0, end, BLOCK, num_stages=STAGES):
+            words = tl.load(ints_at + start) if WHOLE else tl.load(ints_at + start, (start + k < LENGTH)[:, None, :], 0)
+            after = start // SLICE + WARPS
+            line_after = tl.load(line_at + after, (after + warp < N_GROUP)[:, None], 0)
+            a, b, c, d = nibbles_to_16_bits(words, FLOAT16, INTERPRET)
+            at_x = x_at + start * 4
+            rest = left - start * 4
+            first_value = operand(at_x, given if EVEN else given & (rest > 0), not EVEN, INTERPRET)
+            part = tl.dot(a, first_value, input_precision="ieee")
+            sums = tl.dot(constant, first_value, input_precision="ieee")
+            value = operand(at_x + SLICE, given if EVEN else given & (rest > SLICE), not EVEN, INTERPRET)
+            part = tl.dot(b, value, part, input_precision="ieee")
+            sums = tl.dot(constant, value, sums, input_precision="ieee")
+            value = operand(at_x + 2 * SLICE, given if EVEN else given & (rest > 2 * SLICE), not EVEN, INTERPRET)
+            part = tl.dot(c, value, part, input_precision="ieee")
+            sums = tl.dot(constant, value, sums, input_precision="ieee")
+            value = operand(at_x + 3 * SLICE, given if EVEN else given & (rest > 3 * SLICE), not EVEN, INTERPRET)
+            part = tl.dot(d, value, part, input_precision="ieee")
+            sums = tl.dot(constant, value, sums, input_precision="ieee")
+            scale, base = halves(line, True)
+            total += (part - sums) * scale[:, :, None] + sums * (base * (1.0 / OFFSET))[:, :, None]
+            line = line_after
+    else:
+        x_at = x + token[None, None, :] * K + k[:, :, None]
+        for start in tl.range(0, end, BLOCK, num_stages=STAGES):
+            inside = start + k < K
+            tile = tl.load(ints_at + start) if WHOLE else tl.load(ints_at + start, inside[:, None, :], 0)
+            value = operand(x_at + start, given if WHOLE else inside[:, :, None] & given, not WHOLE, INTERPRET)
+            total = tl.dot(bytes_to_16_bits(tile, FLOAT16, INTERPRET), value, total, input_precision="ieee")
+    PAIR: tl.constexpr = ROWS // UNITS
+    if WARPS > 1:
+        y = tl.reshape(total, (WARPS // 2, 2, PAIR, UNITS, N))
+        y, other = tl.split(tl.permute(y, (3, 4, 2, 0, 1)))
+        y = tl.sum(y + other, 3)
+    else:
+        y = tl.permute(tl.reshape(total, (PAIR, UNITS, N)), (1, 2, 0))
+    if PAIRED:
+        y, other = tl.split(y)
+    else:
+        y = tl.reshape(y, (UNITS, N))
+        other = y
+    finish(y * own_unit, other * other_unit, 1.0, follows, out, at, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
+
+
+class Plan(NamedTuple):
+    """What a program of `tokens_integers_kernel` takes on."""
+
+    rows: int  # of the weight: both rows of a unit count
+    warps: int
+    slice: int  # elements of 8 bits a warp has of a block of K; of 4 bits it is a group's words
+    stages: int  # blocks in flight, and one
+    early: int = 512  # bytes of a row asked for before the wait; 0: none
+
+    def shared(self, n: int, four: bool) -> int:
+        """Bytes of shared memory for n tokens."""
+        row = self.slice * (2 if four else 1)
+        return (self.stages - 1) * self.warps * (self.rows * row + n * 2 * self.slice * (4 if four else 1))
+
+
+def plan_tokens(weight: QuantizedWeight, n_token: int, n_processor: int, shared: int) -> Plan:
+    """About as many bytes in flight as `small_gemm.plan_tokens` has, with as many programs."""
+    n_row, four = len(weight), weight.group > 0
+    if n_row <= 32 * n_processor:
+        p = Plan(16, 8, 128, 4)
+    elif n_row <= 64 * n_processor:
+        p = Plan(16, 4, 128, 4)
+    else:
+        p = Plan(32, 4, 128, 4)
+    if four:
+        p = p._replace(slice=weight.group // 4, rows=32)
+    n = padded(n_token)
+    if n > 32:
+        p = p._replace(warps=min(p.warps, 4))
+    while p.shared(n, four) > shared - SHARED_SLACK:
+        if p.stages > 2:
+            p = p._replace(stages=p.stages - 1)
+        else:
+            p = p._replace(slice=p.slice // 2) if not four else p._replace(warps=p.warps // 2)
+    return p
+
+
+def integers_fit_tokens(x: Tensor, weight: QuantizedWeight) -> bool:
+    """Whether `run_tokens_integers` is for these tokens: 16-bit activations, groups of 64 or 128."""
+    fits = weight.group >= 64 or (weight.group == 0 and weight.k % 16 == 0)
+    return 1 <= len(x) <= MOST_TOKENS and x.element_size() == 2 and fits and weight.k % 8 == 0
+
+
+def run_tokens_integers(x: Tensor, weight: QuantizedWeight, around: Around, p: Plan) -> Tensor:
+    """A product with what stands around it by a given plan. x: [n_token, k]; returns [n_token, n_out]."""
+    assert around.norm is None
+    around.check(x, weight.ints)
+    n_token, k = x.shape
+    n_out = around.n_out(weight.ints)
+    overlap = processor(x.device).overlap
+    out = torch.empty(n_token, n_out, dtype=x.dtype, device=x.device)
+    units = p.rows // 2 if around.paired else p.rows
+    pairs = x if weight.pairs is None else weight.pairs.view(torch.int32)
+    launch(tokens_integers_kernel, (triton.cdiv(around.n_unit(weight.ints), units),))(
+        x, weight.ints, weight.scale, pairs, *around.pointers(x), out, n_out, around.n_turned, n_token,
+        weight.ints.shape[1], around.eps, K=k, GROUP=weight.group, N=padded(n_token), ROWS=p.rows, WARPS=p.warps,
+        SLICE=p.slice, STAGES=p.stages, EARLY=p.early, **around.constants, FLOAT16=x.dtype == torch.float16,
+        OVERLAP=overlap, INTERPRET=INTERPRET, launch_pdl=overlap, num_warps=p.warps,
+    )  # fmt: skip
+    return out
