@@ -23,7 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a program
 
 from engine.kernels.argmax import part_kernel, pick_kernel
 from engine.kernels.gemv import norm_kernel, rotate_kernel, swiglu_kernel, vector_kernel
+from engine.kernels.gemv_integers import integers_kernel
+from engine.kernels.gemv_integers import plan as plan_integers
+from engine.kernels.quantised import dense_kernel, embed_kernel
 from engine.kernels.small_gemm import padded, plan_tokens, tokens_kernel
+from engine.kernels.small_gemm_integers import tokens_integers_kernel
 from selective_kv.kernels.decode import combine_kernel, split_kernel
 from selective_kv.kernels.decode_config import cuts, fitting, merging, plan
 from selective_kv.kernels.history import dequantize_kernel, history_kernel
@@ -85,6 +89,47 @@ def compile_tokens_kernel(
     types = {name: f"*{dtype}" for name in ("x", "weight", "bias", "norm", "residual", "out")}
     types |= {"cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
     return counted(compile_kernel(tokens_kernel, types, constants, p.warps, True))
+
+
+def compile_integers_kernel(k: int, group: int, swiglu: bool = False, norm: bool = True) -> dict[str, int] | None:
+    """What counts in `integers_kernel` by its plan, for a product of 4096 outputs."""
+    words = -(-k // group) * group // 8 if group else k // 4
+    chunks = max(32, triton.next_power_of_2(words // 4))
+    p = plan_integers(4096, chunks, 132)
+    units = p.units // 2 if swiglu else p.units
+    types = {name: "*i32" for name in ("x", "ints", "pairs", "norm")} | {"unit": "*fp32", "eps": "fp32"}
+    types |= {name: "*bf16" for name in ("bias", "residual", "out")} | {"cos": "*fp32", "sin": "*fp32"}
+    constants = {"K": k, "GROUP": group, "UNITS": units, "CHUNKS": chunks, "HEAD_DIM": 0, "NORM": norm,
+                 "SWIGLU": swiglu, "BIAS": False, "ADD": False, "FLOAT16": False, "OVERLAP": True,
+                 "INTERPRET": False}  # fmt: skip
+    compiled = compile_kernel(integers_kernel, types, constants, p.warps, True)
+    found = counted(compiled)
+    return found and found | {"rows": p.units, **of_integers(compiled)}
+
+
+def compile_tokens_integers_kernel(k: int, group: int, n_token: int = 8) -> dict[str, int] | None:
+    """What counts in `tokens_integers_kernel`."""
+    slice_ = group // 4 or 128
+    types = {name: "*bf16" for name in ("x", "bias", "norm", "residual", "out")} | {"unit": "*fp32", "eps": "fp32"}
+    types |= {"ints": "*i16" if group else "*i8", "pairs": "*i32" if group else "*bf16", "cos": "*fp32", "sin": "*fp32"}
+    constants = {"K": k, "GROUP": group, "N": padded(n_token), "ROWS": 32, "WARPS": 4, "SLICE": slice_, "STAGES": 3,
+                 "EARLY": 512, "HEAD_DIM": 0, "NORM": False, "SWIGLU": False, "BIAS": False, "ADD": False,
+                 "FLOAT16": False, "OVERLAP": True, "INTERPRET": False}  # fmt: skip
+    compiled = compile_kernel(tokens_integers_kernel, types, constants, 4, True)
+    found = counted(compiled)
+    return found and found | of_integers(compiled)
+
+
+def of_integers(compiled: Any) -> dict[str, int]:
+    """Instructions that matter where weights are integers."""
+    found = disassembled(compiled)
+    assert found is not None
+    names = instructions(found[0])
+    return {
+        "dp4a": len([n for n in names if n.startswith("IDP.4A")]),
+        "wide_loads": len([n for n in names if n.startswith("LDG.E.128")]),
+        "conversions": len([n for n in names if n.startswith("I2F")]),
+    }
 
 
 def counted(compiled: Any) -> dict[str, int] | None:
@@ -230,11 +275,17 @@ def compile_the_rest() -> None:
         compile_kernel(rotate_kernel, types, {"HEAD_DIM": 128, "NORM": True, "OVERLAP": overlap})
         compile_kernel(norm_kernel, types, {"K": 4096, "OVERLAP": overlap})
         compile_kernel(swiglu_kernel, types, {"BLOCK": 1024, "OVERLAP": overlap})
+        compile_kernel(embed_kernel, {"tokens": "*i64", "ints": "*i8", "scale": "*fp32", "out": "*bf16"}, {
+            "N": 4096, "BLOCK": 4096, "OVERLAP": overlap,
+        })  # fmt: skip
         for k in (4096, 3600, 100):  # whole blocks of K, or not; rows that are not of 16 bytes
             compile_kernel(tokens_kernel, types, {
                 "K": k, "N": 8, "ROWS": 32, "WARPS": 4, "SLICE": 64, "STAGES": 3, "EARLY": 512, "HEAD_DIM": 0,
                 "NORM": True, "SWIGLU": True, "BIAS": False, "ADD": True, "OVERLAP": overlap, "INTERPRET": False,
             })  # fmt: skip
+    for group, ints in ((0, "*i8"), (128, "*i16")):
+        dense = {"ints": ints, "unit": "*fp32", "pairs": "*fp16", "out": "*bf16"}
+        compile_kernel(dense_kernel, dense, {"K": 4000, "GROUP": group, "ROWS": 4, "COLUMNS": 1024})
     compile_kernel(slots_kernel, types, {"HEAD_DIM": 128, "BLOCK": 16})
     for turn in (False, True):
         compile_kernel(history_kernel, types, {

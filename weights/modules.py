@@ -16,7 +16,8 @@ import quantize
 from model import Transformer
 from quantize import WeightSetting
 
-DENSE_ELEMENTS = 1 << 24  # of a weight made dense at once, for many tokens: 32 MiB in 16 bits
+DENSE_ELEMENTS = 1 << 26  # of a weight made dense at once, for many tokens: 128 MiB in 16 bits
+DENSE_ROWS = 256  # a library's products like multiples of it
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ Product = Callable[[Tensor, QuantizedWeight, Tensor | None], Tensor]
 def blocks(n: int, k: int) -> Iterator[tuple[int, int]]:
     """Rows that are made dense together, of a weight [n, k]: first and one past the last."""
     step = max(1, DENSE_ELEMENTS // k)
+    if step > DENSE_ROWS:
+        step -= step % DENSE_ROWS
     return ((start, min(start + step, n)) for start in range(0, n, step))
 
 

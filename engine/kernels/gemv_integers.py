@@ -162,9 +162,9 @@ def largest(a, b, c, d):
     return tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
 
 
-@triton.jit(do_not_specialize=["n_out", "n_turned", "steps"])
+@triton.jit(do_not_specialize=["n_out", "n_unit", "n_turned", "steps"])
 def integers_kernel(
-    x, ints, unit, pairs, bias, norm, residual, cos, sin, out, n_out, n_turned, steps, eps,
+    x, ints, unit, pairs, bias, norm, residual, cos, sin, out, n_out, n_unit, n_turned, steps, eps,
     K: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
     HEAD_DIM: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     FLOAT16: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
@@ -180,28 +180,20 @@ def integers_kernel(
     N_GROUP: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
     WORDS: tl.constexpr = N_GROUP * GROUP // 8 if GROUP > 0 else K // 4
     WHOLE: tl.constexpr = CHUNKS * 4 == WORDS  # every thread has as many chunks
+    ROWS: tl.constexpr = 2 * UNITS if PAIRED else UNITS
     chunk, word = tl.arange(0, CHUNKS), tl.arange(0, 4)
-    # Tensors are [CHUNKS, UNITS, 4] or less, in this order: so a compiler gives a thread a chunk of every unit's row.
+    # Tensors are [CHUNKS, ROWS, 4] or less, in this order: so a compiler gives a thread a chunk of every row.
     column = (chunk[:, None] * 4 + word[None, :])[:, None, :]  # [CHUNKS, 1, 4]
     inside = (chunk < WORDS // 4)[:, None, None]
     group = tl.minimum(chunk * 32 // GROUP, N_GROUP - 1) if GROUP > 0 else chunk
-    first = tl.program_id(0) * (UNITS * steps) + tl.arange(0, UNITS)
-    stop = (tl.program_id(0) + 1) * (UNITS * steps)
-
-    row, apart = rows_of(first, n_out, HEAD_DIM, SWIGLU)
-    start = tl.where(row < n_out, row, 0).to(tl.int64)
-    apart = apart + row * 0  # of the row's shape, where it is 0 too
-    tile_at = ints + start[None, :, None] * WORDS + column
-    line_at = pairs + start[None, :] * N_GROUP + group[:, None]
-    tile = words_of(tile_at, inside, not WHOLE)
-    other_tile, line, other_line = tile, tile, tile
-    if PAIRED:
-        other_tile = words_of(tile_at + apart[None, :, None].to(tl.int64) * WORDS, inside, not WHOLE)
+    r = tl.arange(0, ROWS)  # the first rows of all units, then the second ones
+    start = tl.program_id(0) * (UNITS * steps)
+    row, apart = rows_of(tl.minimum(start + r % UNITS, n_unit - 1), n_out, HEAD_DIM, SWIGLU)
+    row += r // UNITS * apart
+    tile = words_of(ints + row.to(tl.int64)[None, :, None] * WORDS + column, inside, not WHOLE)
+    line = tile
     if GROUP > 0:
-        line = tl.load(line_at)
-        other_line = line
-        if PAIRED:
-            other_line = tl.load(line_at + apart[None, :].to(tl.int64) * N_GROUP)
+        line = tl.load(pairs + row.to(tl.int64)[None, :] * N_GROUP + group[:, None])
     if OVERLAP:
         gdc_wait()
 
@@ -253,43 +245,31 @@ def integers_kernel(
         scale = tl.rsqrt(tl.sum(tl.reshape(squares, (CHUNKS * 4,)), 0) / K + eps)
 
     for n in range(steps):
-        unit_index = first + n * UNITS
-        row, apart = rows_of(unit_index, n_out, HEAD_DIM, SWIGLU)
-        apart = apart + row * 0
-        there = row < n_out
-        follows = what_follows(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
-        row_unit = tl.load(unit + row, there, 0.0)
-        other_unit = row_unit
-        if PAIRED:
-            other_unit = tl.load(unit + row + apart, there, 0.0)
-        # The next units' weights; past the last step nothing is read.
-        row_after, apart_after = rows_of(unit_index + UNITS, n_out, HEAD_DIM, SWIGLU)
-        apart_after = apart_after + row_after * 0
-        more = (unit_index + UNITS < stop) & (row_after < n_out)
-        tile_at = ints + row_after[None, :, None].to(tl.int64) * WORDS + column
-        line_at = pairs + row_after[None, :].to(tl.int64) * N_GROUP + group[:, None]
-        wanted = more[None, :, None] if WHOLE else more[None, :, None] & inside
-        tile_after = tl.load(tile_at, wanted, 0)
-        other_tile_after, line_after, other_line_after = tile_after, line, other_line
-        if PAIRED:
-            other_tile_after = tl.load(tile_at + apart_after[None, :, None].to(tl.int64) * WORDS, wanted, 0)
+        unit_index = start + n * UNITS + tl.arange(0, UNITS)
+        first, apart = rows_of(unit_index, n_out, HEAD_DIM, SWIGLU)
+        there = unit_index < n_unit
+        follows = what_follows(bias, residual, cos, sin, first, apart, first, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
+        row_unit = tl.load(unit + row)
+        # The next units' weights, behind the last ones the last again: a mask would cost more than reading the L2.
+        ahead = tl.minimum(start + tl.minimum(n + 1, steps - 1) * UNITS + r % UNITS, n_unit - 1)
+        row, apart_ahead = rows_of(ahead, n_out, HEAD_DIM, SWIGLU)
+        row += r // UNITS * apart_ahead
+        tile_ahead = words_of(ints + row.to(tl.int64)[None, :, None] * WORDS + column, inside, not WHOLE)
+        line_ahead = line
         if GROUP > 0:
-            line_after = tl.load(line_at, more[None, :], 0)
-            other_line_after = line_after
-            if PAIRED:
-                other_line_after = tl.load(line_at + apart_after[None, :].to(tl.int64) * N_GROUP, more[None, :], 0)
+            line_ahead = tl.load(pairs + row.to(tl.int64)[None, :] * N_GROUP + group[:, None])
 
         y = sum_of(tile, line, hi, lo, hi_odd, lo_odd, step, sums, GROUP, INTERPRET) * row_unit
         other = y
         if PAIRED:
-            other = sum_of(other_tile, other_line, hi, lo, hi_odd, lo_odd, step, sums, GROUP, INTERPRET) * other_unit
-        finish(y, other, scale, follows, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
-        tile, other_tile, line, other_line = tile_after, other_tile_after, line_after, other_line_after
+            y, other = tl.split(tl.permute(tl.reshape(y, (2, UNITS)), (1, 0)))
+        finish(y, other, scale, follows, out, first, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
+        tile, line = tile_ahead, line_ahead
 
 
 @triton.jit
 def sum_of(tile, line, hi, lo, hi_odd, lo_odd, step, sums, GROUP: tl.constexpr, INTERPRET: tl.constexpr):
-    """Rows' products with the token, but for the rows' units: float32 [UNITS]. tile: [CHUNKS, UNITS, 4]."""
+    """Rows' products with the token, but for the rows' units: float32 [ROWS]. tile: [CHUNKS, ROWS, 4]."""
     hi, lo = tl.broadcast_to(hi, tile.shape), tl.broadcast_to(lo, tile.shape)
     if GROUP > 0:
         hi_odd, lo_odd = tl.broadcast_to(hi_odd, tile.shape), tl.broadcast_to(lo_odd, tile.shape)
@@ -314,12 +294,14 @@ def chunks_of(weight: QuantizedWeight) -> int:
     return max(32, triton.next_power_of_2(weight.ints.shape[1] * weight.ints.element_size() // 16))
 
 
-def plan(n_unit: int, chunks: int, paired: bool, n_processor: int) -> Plan:
-    """One chunk a thread, or two; 64 bytes of weights a thread on their way while as many are at work."""
-    warps = min(16, chunks // 32)
-    units = 2 if paired else 4
-    steps = min(8, max(1, n_unit // (units * n_processor * max(1, 16 // warps))))
-    return Plan(units, steps, warps)
+def plan(n_unit: int, chunks: int, n_processor: int) -> Plan:
+    """What measured best on an H100 for Llama 8B's shapes (LOG.md, 2026-11-26): a chunk or two a thread, and as many
+    steps as leave every processor 16 warps' worth of programs, within limits.
+    """
+    warps = max(1, min(chunks // 32, 8)) if chunks < 1024 else 16
+    units, most = (2, 8) if warps == 16 else (4, 4)
+    n_program = n_processor * 16 // warps
+    return Plan(units, min(most, triton.cdiv(n_unit, units * n_program)), warps)
 
 
 def integers_fit(x: Tensor, weight: QuantizedWeight) -> bool:
@@ -339,7 +321,7 @@ def run_integers(x: Tensor, weight: QuantizedWeight, around: Around, p: Plan) ->
     bias, norm, residual, cos, sin = around.pointers(x)
     launch(integers_kernel, (triton.cdiv(around.n_unit(weight.ints), p.units * p.steps),))(
         x.view(torch.int32), words, weight.scale, pairs, bias, norm.view(torch.int32), residual, cos, sin, out,
-        n_out, around.n_turned, p.steps, around.eps,
+        n_out, around.n_unit(weight.ints), around.n_turned, p.steps, around.eps,
         K=x.shape[1], GROUP=weight.group, UNITS=p.units, CHUNKS=chunks_of(weight), **around.constants,
         FLOAT16=x.dtype == torch.float16, OVERLAP=overlap, INTERPRET=INTERPRET, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip

@@ -264,24 +264,22 @@ class Plan(NamedTuple):
 
 
 def plan_tokens(weight: QuantizedWeight, n_token: int, n_processor: int, shared: int) -> Plan:
-    """About as many bytes in flight as `small_gemm.plan_tokens` has, with as many programs."""
-    n_row, four = len(weight), weight.group > 0
-    if n_row <= 32 * n_processor:
-        p = Plan(16, 8, 128, 4)
-    elif n_row <= 64 * n_processor:
-        p = Plan(16, 4, 128, 4)
+    """What measured best on an H100 for Llama 8B's shapes and 8 tokens (LOG.md, 2026-11-26)."""
+    four = weight.group > 0
+    if four:
+        p = Plan(32, 8, weight.group // 4, 3)
+    elif len(weight) <= 64 * n_processor:
+        p = Plan(16, 8, 128, 3)
     else:
         p = Plan(32, 4, 128, 4)
-    if four:
-        p = p._replace(slice=weight.group // 4, rows=32)
     n = padded(n_token)
     if n > 32:
-        p = p._replace(warps=min(p.warps, 4))
+        p = p._replace(warps=4)
     while p.shared(n, four) > shared - SHARED_SLACK:
         if p.stages > 2:
             p = p._replace(stages=p.stages - 1)
         else:
-            p = p._replace(slice=p.slice // 2) if not four else p._replace(warps=p.warps // 2)
+            p = p._replace(warps=p.warps // 2) if four else p._replace(slice=p.slice // 2)
     return p
 
 
