@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.kernels import StepKernels
 from kv_cache import ModelCache
 from model import Attention, Block, Transformer
-from weights.modules import QuantizedLinear, QuantizedWeight, quantized
+from weights.modules import QuantizedLinear, QuantizedWeight, Weight, quantized
 
 
 def use_kernels(model: Transformer, kernels: StepKernels) -> None:
@@ -69,7 +69,7 @@ class FusedStep:
         cache.advance(step)
         return linear(x, model.output_weight, norm=model.norm.weight, eps=model.config.norm_eps)
 
-    def _add(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _add(self, x: Tensor, y: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x plus weight @ y plus bias, which is the sum of every rank's where several hold the model together."""
         if self.model.ranks is None:  # few models have a bias here: a launch of its own
             return self.kernels.linear(y, weight, residual=x if bias is None else x + bias)
