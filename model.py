@@ -368,10 +368,9 @@ class Transformer(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """x: [..., dim]. Returns logits [..., vocab_rows or vocab_size] in the weights' dtype."""
         x = self.norm(x)
-        weight = self.output.weight
         if not (self.config.vocab_rows and self.config.tied_embeddings):
             return self.output(x)
-        if isinstance(weight, Tensor):
+        if isinstance(getattr(self.output, "weight", None), Tensor):
             return F.linear(x, self.output_weight)
         return self.output(x)[..., self.config.vocab_start :][..., : self.config.vocab_rows]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import CPU
+from checkpoints import CPU, forward
 from safetensors.torch import load_file, save_file
 
 from checkpoint import Checkpoint, find_demo, load_model, open_checkpoint
@@ -118,3 +118,19 @@ def test_random_weights_are_quantised_too() -> None:
     w2 = model.layers[1].feed_forward.w2
     assert isinstance(w2, QuantizedLinear)
     assert w2.weight.dense(torch.float32).std() == pytest.approx(0.01, rel=0.1)
+
+
+@pytest.mark.parametrize(("weights", "most"), [("int8", 2e-3), ("int4:group_size=64", 0.2)])
+def test_a_model_says_nearly_the_same(source: Path, weights: str, most: float) -> None:
+    """Mean KL from the weights as they are, through a CPU's products: one token and many."""
+    checkpoint = open_checkpoint(source)
+    tokens = torch.randint(checkpoint.config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for setting in (None, parse_weights(weights)):
+        model = load_model(checkpoint, CPU, torch.float32, weights=setting)
+        with torch.inference_mode():
+            many, one = forward(model, tokens), forward(model, tokens[:, :1])
+        assert torch.allclose(many[:, :1], one, atol=0.2 if setting else 1e-3)
+        logits.append(many.log_softmax(-1))
+    kl = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean()
+    assert 0 < kl < most
