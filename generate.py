@@ -190,7 +190,7 @@ class Job:
     chunk: int  # prompt tokens read at once
     echo: bool
     chat: Conversation | None
-    ranks: Parallel | None  # those that hold the model together, where there are several
+    ranks: Parallel | None  # where several hold the model together
     saved: SavedCache | None
 
 
@@ -230,8 +230,7 @@ def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None)
         name = "a model of random weights" if args.random_weights else str(checkpoint.path)
         ids = [encode_prompt(text, tokenizer, config.vocab_size, args.seed, name) for text in texts]
     ranks = None if link is None else connect(link, device)
-    if ranks is not None:  # a chat template may look at the clock
-        ids = ranks.from_first(lambda: ids)
+    ids = ids if ranks is None else ranks.from_first(lambda: ids)  # a chat template may look at the clock
     ids = ids if texts or saved is None else saved.tokens
     prompts = [] if args.interactive else [p for p in ids for _ in range(args.num_samples)]
     longest = max(map(len, prompts), default=0)
@@ -291,7 +290,9 @@ def build(
     began = time.perf_counter()
     config = job.checkpoint.config
     lengths, kept = list(map(len, job.prompts)), saving.kept if saving is not None else ()
-    kernels = compiled_ahead(config, job.policy, job.shape, job.sampling, lengths, job.chunk, job.weights, kept)
+    kernels = compiled_ahead(
+        config, job.policy, job.shape, job.sampling, lengths, job.chunk, job.weights, kept, job.ranks
+    )
     with nullcontext() if args.reference else kernels:
         model = load_model(
             job.checkpoint, device, dtype, args.random_weights, args.seed, weights=job.weights, ranks=job.ranks

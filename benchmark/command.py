@@ -5,6 +5,7 @@
   python scripts/benchmark.py --peer transformers                          its caches beside ours
   python scripts/benchmark.py --kernels                                    one layer's decode attention alone
   python scripts/benchmark.py --largest_batch --context 8000               how many sequences fit
+  torchrun --standalone --nproc_per_node 2 scripts/benchmark.py ...        one model on two GPUs
 
 A gate comes first: each cache's fast path must agree with its slow reference, or nothing is timed. The
 caches are then filled to the context, and their decode steps timed in turn (A B C A B C ...), so that a
@@ -23,7 +24,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,17 +41,21 @@ from benchmark import layer as bench_attention
 from benchmark import peers
 from benchmark.clock import read_ceiling
 from benchmark.contestant import Contestant, Timed, gate
-from checkpoint import Checkpoint, chosen_weights, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
+from benchmark.rows import no_slower_from, print_table, slope
+from checkpoint import Checkpoint, chosen_weights, find_demo, load_model, open_checkpoint, parse_dtype
 from cli.options import Parser, add_plugin_flag, load_plugin, parse_size, positive, require_weights
 from cli.provenance import FORMAT, device_name, made_from
+from cli.ranks import free_memory
 from cli.report import Plan, device_memory, make_plan, parameter_bytes, require_suits, size
 from common.errors import UserError
 from common.files import append_line, require_writable, to_json
 from common.messages import say
 from common.program import program, ran_out
-from common.tables import table
 from engine import PREFILL_CHUNK
+from engine.link import Link, linked
+from engine.parallel import connect, rank_device
 from engine.saved import SavedCache
+from engine.sums import SUMS
 from kv_cache import format_policy, parse_policy
 from model import Config, Transformer
 from quantize import WeightSetting, weights_help
@@ -63,25 +67,6 @@ DEFAULT_CACHES = [
     "quantize_kv:sink_size=16,window_size=32",
 ]
 DEFAULT_STEPS = 16
-
-
-def slope(rows: list[dict[str, Any]]) -> float:
-    """Least-squares microseconds of a step per 1,000 tokens of context."""
-    xs, ys = [r["context"] / 1e3 for r in rows], [r["step_ms"] * 1e3 for r in rows]
-    return statistics.linear_regression(xs, ys).slope if len(set(xs)) > 1 else 0.0  # one context has no slope
-
-
-def no_slower_from(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> int | None:
-    """The smallest context measured from which on no step takes longer than the base's; None: at the largest it does.
-
-    rows and base: one row a context, in the same order, contexts rising.
-    """
-    found = None
-    for r, b in zip(reversed(rows), reversed(base), strict=True):
-        if r["step_ms"] > b["step_ms"]:
-            break
-        found = r["context"]
-    return found
 
 
 def largest_batch(
@@ -99,27 +84,6 @@ def largest_batch(
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    header = ["cache", "batch", "context", "step ms", "min-max", "tok/s", "vs first", "cache", "ceiling", "peak"]
-    if with_prefill := any(r["prefill_s"] for r in rows):
-        header += ["first token, s", "of it storing"]
-    cells = []
-    for r in rows:
-        base = next(b for b in rows if (b["batch"], b["context"]) == (r["batch"], r["context"]))
-        told = r["cache_bytes"] is not None
-        cells.append([
-            r["cache"], str(r["batch"]), str(r["context"]), f"{r['step_ms']:.3f}",
-            f"{r['step_ms_min']:.2f}-{r['step_ms_max']:.2f}", f"{r['tokens_per_s']:.1f}",
-            f"{base['step_ms'] / r['step_ms']:.3f}x" if base["cache"] == rows[0]["cache"] else "",
-            size(r["cache_bytes"]) if told else "not told", f"{r['share_of_ceiling']:.1%}" if told else "",
-            size(r["peak_memory_bytes"]) if r["peak_memory_bytes"] else "",
-        ])  # fmt: skip
-        if with_prefill:
-            store = "" if r["store_s"] is None else f"{r['store_s'] / r['prefill_s']:.2%}"
-            cells[-1] += [f"{r['prefill_s']:.3f}", store]
-    print(table(header, cells))
 
 
 def plans(
@@ -160,18 +124,20 @@ def compare(
     model: Transformer, config: Config, policies: list[KVCache], args: argparse.Namespace, shape: Shape, ceiling: float
 ) -> list[dict[str, Any]]:
     """A row for every cache at every batch and context, interleaved within each; one cache after the other where they
-    do not fit the device together."""
+    do not fit the device together. Of several ranks, the first one's rows, with every rank's peak.
+    """
     theirs = None
     if args.peer:
         theirs = peers.transformers_model(model)
         say(f"peer: transformers' logits are {peers.gate(model, theirs):.2g} from ours")
     rows: list[dict[str, Any]] = []
     release(shape.device)
-    available = device_memory(shape.device) + parameter_bytes(model)
+    available = free_memory(shape.device, args.ranks) + parameter_bytes(model)
     for (batch, context), each in plans(config, policies, args, shape).items():
         at = replace(shape, batch=batch, capacity=context + args.steps + 2)
+        rest = (at, context, args.prefill)
         makers: list[Callable[[], Timed]] = [
-            partial(Contestant, model, p, at, context, args.prefill, args.saved.get(format_policy(p))) for p in policies
+            partial(Contestant, model, p, *rest, args.saved.get(format_policy(p)), args.ranks) for p in policies
         ]
         if theirs is not None:
             made = peers.caches(theirs)
@@ -271,6 +237,7 @@ def make_parser() -> Parser:
     p.add_argument("--rounds", type=positive, default=5, help="(default: 5)")
     p.add_argument("--prefill", action="store_true", help="read a prompt instead of filling with random values")
     p.add_argument("--peer", choices=("transformers",), help="run its dynamic and quantised caches beside ours")
+    p.add_argument("--sums", choices=SUMS, default="auto", help="of several ranks: how a step's sums go between them")
     p.add_argument("--kernels", action="store_true", help="decode attention of one layer alone, beside SDPA's")
     p.add_argument("--largest_batch", action="store_true", help="instead of --batch, as many sequences as fit")
     p.add_argument("--memory_budget", type=parse_size, metavar="SIZE", help="--largest_batch may take this much in all")
@@ -307,8 +274,8 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     for saved in args.saved.values():
         saved.require(config, saved.policy(), replace(shape, batch=args.batch[0]))
     if not args.largest_batch:
-        require_room(plans(config, policies, args, shape), policies, device_memory(device))
-    model = load_model(checkpoint, device, dtype, random_weights=args.random_weights, weights=weights)
+        require_room(plans(config, policies, args, shape), policies, free_memory(device, args.ranks))
+    model = load_model(checkpoint, device, dtype, random_weights=args.random_weights, weights=weights, ranks=args.ranks)
     for policy in policies:
         # The largest batch is not known yet: 32 sequences take the kernels' plan for many.
         worst = max(
@@ -343,6 +310,7 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
         "weights": str(weights or 16),
         "device": device_name(device),
         "read_ceiling_bytes_per_s": ceiling,
+        "world_size": 1 if args.ranks is None else args.ranks.size,
         "rows": rows,
         "slope_us_per_1000_tokens": slopes,
     }
@@ -367,8 +335,12 @@ def load_saved(args: argparse.Namespace) -> None:
         args.caches, args.batch, args.context = list(args.saved), [len(found)], [found[0]]
 
 
-def run(args: argparse.Namespace, argv: list[str]) -> None:
-    device = parse_device(args.device)
+def run(args: argparse.Namespace, argv: list[str], link: Link | None) -> None:
+    device = rank_device(args.device, link)
+    if link is not None and (args.kernels or args.largest_batch or args.peer):
+        raise UserError("--kernels, --largest_batch and --peer are measured on one device")
+    if link is None and args.sums != "auto":
+        raise UserError("--sums goes with several ranks (torchrun)")
     if args.random_weights and args.model is None:
         raise UserError("--random_weights needs --model NAME")
     others = args.peer or args.largest_batch or args.png or args.prefill or args.caches or args.steps
@@ -383,12 +355,20 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     where = None if args.random_weights else args.checkpoint_path or find_demo()
     require_weights(args)
     checkpoint = open_checkpoint(where, args.model)
+    args.ranks = None
+    if link is not None:
+        checkpoint = checkpoint.share_of(link.rank, link.size)
+        args.ranks = connect(link, device, args.sums)
     for flag, path in (("--json", args.json), ("--png", args.png)):
         if path:
             require_writable(path, flag)
     record = (run_kernels if args.kernels else run_caches)(checkpoint, device, args)
     dtype = parse_dtype(args.dtype, checkpoint, device)
     record |= {"format": FORMAT, "torch": torch.__version__, "command": ["scripts/benchmark.py", *argv]}
+    if link is not None:
+        link.finish()
+        if link.rank:
+            return
     if args.json:
         record["made_from"] = made_from(where, [args.plugin, *args.load_cache], dtype, device)
     if args.json:
@@ -401,6 +381,6 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    with program("benchmark.py", "interrupted: nothing is written"):
+    with linked("benchmark.py") as link, program("benchmark.py", "interrupted: nothing is written"):
         load_plugin(argv)
-        run(make_parser().parse(argv), argv)
+        run(make_parser().parse(argv), argv, link)

@@ -22,6 +22,7 @@ from cli.report import bytes_read, parameter_bytes
 from common.errors import UserError
 from engine import PREFILL_CHUNK, Engine, FusedStep, Sampling
 from engine.kernels import PYTORCH, StepKernels, step_kernels
+from engine.parallel import Parallel
 from engine.saved import SavedCache
 from kv_cache import ModelCache, format_policy
 from model import Transformer
@@ -317,18 +318,15 @@ class Contestant(Timed):
     """One of our caches with its engine."""
 
     def __init__(
-        self,
-        model: Transformer,
-        policy: KVCache,
-        shape: Shape,
-        context: int,
-        prefill: bool = False,
-        saved: SavedCache | None = None,
-    ) -> None:
+        self, model: Transformer, policy: KVCache, shape: Shape, context: int, prefill: bool = False,
+        saved: SavedCache | None = None, ranks: Parallel | None = None,
+    ) -> None:  # fmt: skip
         """Filled to `context` with a prompt (prefill), with what `saved` holds, or with random values."""
         super().__init__(format_policy(policy), shape.batch, context, shape.device)
+        self.ranks = ranks
         with self.peak.watch():
-            self.engine = Engine(model, ModelCache(policy, model.config.n_layer, shape), Sampling(temperature=0))
+            cache = ModelCache(policy, model.config.n_layer, shape)
+            self.engine = Engine(model, cache, Sampling(temperature=0), ranks=ranks)
             if prefill:
                 self.read(model.config.vocab_size)
             elif saved is not None:
@@ -347,6 +345,12 @@ class Contestant(Timed):
         with StoreClock(self.engine.cache) as clock:
             self.prefill_seconds = timed(lambda: self.engine.read([ids] * self.batch), self.device)
         self.store_seconds = clock.seconds()
+
+    def result(self, model: Transformer, ceiling: float) -> dict[str, Any]:
+        row = super().result(model, ceiling)
+        if self.ranks is not None:
+            row["rank_peak_memory_bytes"] = self.ranks.from_all(row["peak_memory_bytes"])
+        return row
 
     def advance(self) -> None:
         self.engine.step()

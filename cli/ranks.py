@@ -25,11 +25,17 @@ def world_size(args: argparse.Namespace, link: Link | None) -> int:
     return wanted
 
 
-def memory_budget(args: argparse.Namespace, device: torch.device, ranks: Parallel | None) -> int:
-    """Bytes that a rank may take: of all the ranks' the least, for they must decide alike."""
+def free_memory(device: torch.device, ranks: Parallel | None) -> int:
+    """Bytes that tensors can still take; of several ranks the least one's, for they must decide alike."""
     free = device_memory(device)
-    if ranks is not None:
-        free = min(ranks.from_all(free)) // (ranks.size if device.type == "cpu" else 1)  # one machine's, shared
+    if ranks is None:
+        return free
+    return min(ranks.from_all(free)) // (ranks.size if device.type == "cpu" else 1)  # one machine's, shared
+
+
+def memory_budget(args: argparse.Namespace, device: torch.device, ranks: Parallel | None) -> int:
+    """Bytes that this run, or each of its ranks, may take."""
+    free = free_memory(device, ranks)
     if args.memory_budget is None:
         return free
     return args.memory_budget if args.dry_run else min(free, args.memory_budget)  # a dry run: of another machine

@@ -24,9 +24,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.distributed import DistNetworkError, DistStoreError, Store
 from torch.distributed.rendezvous import rendezvous
@@ -224,10 +224,19 @@ def linked(program: str) -> Iterator[Link | None]:
     except SystemExit as exit_:
         status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
         link.leave(status, link.said.line if link.rank else "")
-        raise
+        _end(status)
     except BaseException as error:
         time.sleep(GRACE_SECONDS)  # a collective fails when a rank has died: then the link's thread ends this process
         traceback.print_exc(file=link.stderr)
         link.leave(1, f"{program}: error: {type(error).__name__}: {error}")
         os._exit(1)
     link.leave(0)
+    _end(0)
+
+
+def _end(status: int) -> NoReturn:
+    """The process's, without the interpreter's: NCCL would wait there for graphs that hold its collectives."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a pipe that nobody reads any more
+            stream.flush()
+    os._exit(status)

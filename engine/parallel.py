@@ -9,7 +9,7 @@ rank 0 knows (a line of standard input) it hands to the others with `from_first`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from checkpoint import parse_device
 from common.errors import UserError
+from common.messages import say
 from engine.kernels import step_kernels
 from engine.link import Link
+from engine.sums import BackendSums, OneShotSums, PeerSums, Sums
 
 T = TypeVar("T")
 FOREVER = timedelta(days=365)  # collectives wait as long as a person types: the link's threads know who has died
@@ -35,18 +37,18 @@ class Parallel:
     device: torch.device
     group: dist.ProcessGroup
     control: dist.ProcessGroup
+    sums: tuple[Sums, ...]  # the first that a tensor fits sums it
 
     # --- Tensors of the device: these are in a captured step ---
 
     @property
     def path(self) -> str:
         """How sums go between the ranks, for reports."""
-        return f"sums over {self.size} ranks by {dist.get_backend(self.group)}"
+        return f"sums over {self.size} ranks by {self.sums[0].name}"
 
     def sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual plus every rank's x; in x's memory."""
-        dist.all_reduce(x, group=self.group)
-        return x.add_(residual)
+        """residual plus every rank's x, which may be overwritten."""
+        return next(sums for sums in self.sums if sums.fits(x)).sum(x, residual)
 
     def greedy(self, logits: Tensor, start: int) -> Tensor:
         """The likeliest token of the whole vocabulary; -1 where a row is not finite on some rank. int64 [batch].
@@ -103,17 +105,43 @@ def rank_device(name: str, link: Link | None, elsewhere: bool = False) -> torch.
     return parse_device(f"cuda:{link.local_rank}" if name == "cuda" else name)
 
 
-def connect(link: Link, device: torch.device) -> Parallel:
-    """Make the groups that tensors and objects go through. Every rank calls it."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+def connect(link: Link, device: torch.device, how: str = "auto") -> Parallel:
+    """Make the groups that tensors and objects go through. Every rank calls it. how: one of SUMS, for a step's."""
     dist.init_process_group(
-        backend,
+        "gloo",
         store=dist.PrefixStore("parallel", link.store),
         rank=link.rank,
         world_size=link.size,
         timeout=FOREVER,
-        device_id=device if device.type == "cuda" else None,
     )
-    group = dist.group.WORLD
-    assert group is not None
-    return Parallel(link.rank, link.size, device, group, dist.new_group(backend="gloo", timeout=FOREVER))
+    control = group = dist.group.WORLD
+    if device.type == "cuda":
+        group = dist.new_group(backend="nccl", timeout=FOREVER)
+    assert control is not None and group is not None
+    backend_sums: Sums = BackendSums(group)
+    alone = Parallel(link.rank, link.size, device, group, control, (backend_sums,))
+    if device.type != "cuda" or how == "backend":
+        return alone
+    return replace(alone, sums=(*fast_sums(alone, how), backend_sums))
+
+
+def fast_sums(ranks: Parallel, how: str) -> tuple[Sums, ...]:
+    """Sums through each other's memory, where all ranks can. Where they cannot it is said, once."""
+    made: Sums | None = None
+    problem = None
+    try:
+        here = [d for d in range(torch.cuda.device_count()) if d != ranks.device.index]
+        if not all(torch.cuda.can_device_access_peer(ranks.device, d) for d in here[: ranks.size - 1]):
+            problem = "GPUs that cannot reach each other's memory"
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
+    if not any(ranks.from_all(problem)):
+        try:
+            made = (OneShotSums if how == "one_shot" else PeerSums)(ranks.group, ranks.device)
+        except (RuntimeError, ImportError) as error:
+            problem = str(error).splitlines()[0]
+    problem = next((p for p in ranks.from_all(problem) if p), None)
+    if problem is None and made is not None:
+        return (made,)
+    say(f"a step's sums go by {ranks.sums[0].name}, which takes longer: {problem}")
+    return ()

@@ -22,6 +22,8 @@ from checkpoint.quantised import skeleton
 from common.messages import say
 from engine import FusedChunk, FusedStep, Sampling, chunk_size
 from engine.fused import use_kernels
+from engine.parallel import Parallel
+from engine.sums import PeerSums
 from kv_cache import ModelCache
 from model import Config, Transformer
 from quantize import WeightSetting
@@ -45,6 +47,7 @@ def compiled_ahead(
     chunk: int,
     weights: WeightSetting | None = None,
     kept: Sequence[int] = (),
+    ranks: Parallel | None = None,
 ) -> Iterator[None]:
     """Compile in the background; at the end wait for it. Nothing happens where no Triton kernel will run.
 
@@ -61,7 +64,7 @@ def compiled_ahead(
         try:
             if uses_triton(shape.device):
                 parts = prompt_parts(lengths or [shape.capacity], chunk_size(policy, config.context, chunk), kept)
-                compile_all(lambda: walk(config, policy, shape, sampling, parts, weights), shape.device)
+                compile_all(lambda: walk(config, policy, shape, sampling, parts, weights, ranks), shape.device)
                 longest = max((n_token for _, _, n_token in parts), default=1)
                 make_plans(shape.device, shape.dtype, config.n_head, config.n_kv_head, config.head_dim, longest)
         except Exception as error:
@@ -140,24 +143,28 @@ def _outputs(module: nn.Linear | nn.Embedding | nn.RMSNorm, x: Tensor) -> Tensor
     return torch.empty(shape, dtype=module.weight.dtype, device=META)
 
 
-class _Ranks:
-    """Those who hold a share's model with it, on the meta device: what they add has no kernel of ours."""
+class _Sums:
+    """What sums over ranks on the meta device: the kernel where it is ours, else nothing."""
+
+    def __init__(self, ranks: Parallel) -> None:
+        self.ranks = ranks
 
     def sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        return x
+        sums = self.ranks.sums[0]
+        return sums.on_meta(x, residual) if isinstance(sums, PeerSums) and sums.fits(x) else x
 
 
 @torch.inference_mode()
 def walk(
     config: Config, policy: KVCache, shape: Shape, sampling: Sampling, parts: Sequence[Part],
-    weights: WeightSetting | None = None,
+    weights: WeightSetting | None = None, ranks: Parallel | None = None,
 ) -> None:  # fmt: skip
     """Call every kernel that a run does, on the meta device: only in `compiling`."""
     from engine.kernels.triton_backend import TRITON as STEP
     from selective_kv.kernels.triton_backend import TRITON
 
-    ranks = _Ranks() if config.vocab_rows else None
-    model = skeleton(replace(config, n_layer=2), weights, shape.dtype, ranks)  # the last layer is another kind
+    sums = None if ranks is None else _Sums(ranks)
+    model = skeleton(replace(config, n_layer=2), weights, shape.dtype, sums)  # the last layer is another kind
     blank(model)
     cache = _Past(policy, 2, replace(shape, device=META))
     if not all([layer.wrap_kernels(lambda _: TRITON) for layer in cache.layers]):  # a plugin's own attention

@@ -289,7 +289,7 @@ def test_caches_that_do_not_fit_together_are_timed_one_after_the_other(
     *_, record = run(tmp_path, *argv)
     assert not any(row["interleaved"] for row in record["rows"]) and most == 1
     assert "one after the other" in capsys.readouterr().err
-    monkeypatch.setattr(benchmark, "device_memory", lambda device: 1 << 10)
+    monkeypatch.setattr(benchmark, "free_memory", lambda device, ranks: 1 << 10)
     with pytest.raises(SystemExit) as exit_:
         run(tmp_path, *argv)
     err = capsys.readouterr().err

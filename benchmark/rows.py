@@ -1,0 +1,49 @@
+"""What a benchmark's rows say together: slopes over the contexts, and the table for people."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from cli.report import size
+from common.tables import table
+
+
+def slope(rows: list[dict[str, Any]]) -> float:
+    """Least-squares microseconds of a step per 1,000 tokens of context."""
+    xs, ys = [r["context"] / 1e3 for r in rows], [r["step_ms"] * 1e3 for r in rows]
+    return statistics.linear_regression(xs, ys).slope if len(set(xs)) > 1 else 0.0  # one context has no slope
+
+
+def no_slower_from(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> int | None:
+    """The smallest context measured from which on no step takes longer than the base's; None: at the largest it does.
+
+    rows and base: one row a context, in the same order, contexts rising.
+    """
+    found = None
+    for r, b in zip(reversed(rows), reversed(base), strict=True):
+        if r["step_ms"] > b["step_ms"]:
+            break
+        found = r["context"]
+    return found
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    header = ["cache", "batch", "context", "step ms", "min-max", "tok/s", "vs first", "cache", "ceiling", "peak"]
+    if with_prefill := any(r["prefill_s"] for r in rows):
+        header += ["first token, s", "of it storing"]
+    cells = []
+    for r in rows:
+        base = next(b for b in rows if (b["batch"], b["context"]) == (r["batch"], r["context"]))
+        told = r["cache_bytes"] is not None
+        cells.append([
+            r["cache"], str(r["batch"]), str(r["context"]), f"{r['step_ms']:.3f}",
+            f"{r['step_ms_min']:.2f}-{r['step_ms_max']:.2f}", f"{r['tokens_per_s']:.1f}",
+            f"{base['step_ms'] / r['step_ms']:.3f}x" if base["cache"] == rows[0]["cache"] else "",
+            size(r["cache_bytes"]) if told else "not told", f"{r['share_of_ceiling']:.1%}" if told else "",
+            size(r["peak_memory_bytes"]) if r["peak_memory_bytes"] else "",
+        ])  # fmt: skip
+        if with_prefill:
+            store = "" if r["store_s"] is None else f"{r['store_s'] / r['prefill_s']:.2%}"
+            cells[-1] += [f"{r['prefill_s']:.3f}", store]
+    print(table(header, cells))
