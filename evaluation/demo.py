@@ -49,12 +49,21 @@ class Demo:
             raise UserError(f"{self.checkpoint.path}: the demo needs a tokenizer with the weights")
         self.tokenizer: Tokenizer = tokenizer
         dtype = parse_dtype("auto", self.checkpoint, device)
-        self.model: Transformer = load_model(self.checkpoint, device, dtype)
         c = self.checkpoint.config
         self.length = min(args.length, c.context - ANSWER_TOKENS)
+        least = max(self.shortest(trial) for trial in range(TRIALS))
+        if self.length < least:
+            raise UserError(f"--length {args.length}: the passkey test takes at least {least} tokens")
         self.shape = Shape(1, c.n_kv_head, c.head_dim, self.length + ANSWER_TOKENS, dtype, device)
+        self.model: Transformer = load_model(self.checkpoint, device, dtype)
         self.policies: list[KVCache] = [FullCache(), SinkWindowCache(16, 32), SelectiveCache(16, 32)]
         self.bar = tqdm(total=3 + 1 + 3 * TRIALS, disable=not sys.stderr.isatty(), leave=False)
+
+    def shortest(self, trial: int) -> int:
+        """The least tokens of a prompt that hides this trial's number and asks for it."""
+        name, key = passkey.draw(random.Random(trial))
+        hidden = passkey.needle(name, key) + passkey.question(name)
+        return len(self.tokenizer.encode(hidden, bos=False)) + 4  # a beginning, and halves that split otherwise
 
     def engine(self, policy: KVCache, sampling: Sampling, batch: int = 1, capacity: int = 0) -> Engine:
         shape = Shape(
@@ -113,12 +122,12 @@ class Demo:
         print_columns([f"{name}\n{'-' * len(name)}\n{text}" for name, (text, _) in zip(names, stories, strict=True)])
         print(f"\nA number hidden in {self.length} tokens, asked for at their end:\n")
         full = sum(trials[0][0][2].values())
-        print(f"{'cache':<14}{'cache bytes':>14}{'of full':>9}{'tokens/s':>10}   answers (the number hidden)")
+        print(f"{'cache':<14}{'cache bytes':>14}{'of full':>9}{'story tok/s':>13}   answers (the number hidden)")
         for name, (_, speed), results in zip(names, stories, trials, strict=True):
             n_bytes = sum(results[0][2].values())
             answers = ", ".join(f"{answer or '(none)'} ({key})" for key, answer, _ in results)
             right = sum(answer == key for key, answer, _ in results)
-            print(f"{name:<14}{size(n_bytes):>14}{n_bytes / full:>9.0%}{speed:>10.1f}   {right} of {TRIALS}: {answers}")
+            print(f"{name:<14}{size(n_bytes):>14}{n_bytes / full:>9.0%}{speed:>13.1f}   {right} of {TRIALS}: {answers}")
 
 
 def print_columns(texts: list[str]) -> None:

@@ -292,7 +292,8 @@ def test_the_table_has_every_figure_of_every_cache() -> None:
     (caption,) = [t.get_text() for t in figure.axes[0].texts]
     assert caption.splitlines() == [
         "m", "cache, perplexity, KL, same top: a.txt", "passkeys: in 1024, 2048 tokens",
-        "ROUGE-L: s.jsonl, 3 documents; to full's: to the full cache's own summaries", "tokens/s: cpu, float32, batch 1, after 100 tokens",
+        "ROUGE-L: s.jsonl, 3 documents; to full's: to the full cache's own summaries",
+            "tokens/s: cpu, float32, batch 1, after 100 tokens",
     ]  # fmt: skip
 
 
