@@ -369,7 +369,7 @@ def run(args: argparse.Namespace, policy: KVCache, link: Link | None) -> None:
             report["ranks"] = link.reports()
         say("", *report_lines(report))
         if args.json and first:  # after the run: hashing all weights takes seconds
-            files, where = [args.prompt_file, args.plugin], job.checkpoint.path
+            files, where = [args.prompt_file, args.plugin, args.load_cache], job.checkpoint.path
             report |= {"format": FORMAT, "made_from": made_from(where, files, job.shape.dtype, job.shape.device)}
         if profiler is not None:
             say(*profiler.write(report))

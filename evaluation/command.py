@@ -167,6 +167,10 @@ def commit() -> str | None:
     return git.stdout.strip() or None
 
 
+def read_files(args: argparse.Namespace) -> list[Path | None]:
+    return [*args.text, args.plugin, args.load_cache]
+
+
 def record(subject: Subject, argv: list[str]) -> dict[str, Any]:
     """What it takes to repeat a run; its rows come into it as they are made."""
     kind = subject.args.kind
@@ -176,9 +180,7 @@ def record(subject: Subject, argv: list[str]) -> dict[str, Any]:
         "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit(),
         "settings": {name: getattr(subject.args, name) for name in SETTINGS[kind]},
         "command": ["scripts/evaluate.py", *shown(argv)],
-        "made_from": made_from(
-            subject.path, [*subject.args.text, subject.args.plugin, subject.args.load_cache], subject.dtype, subject.device
-        ),
+        "made_from": made_from(subject.path, read_files(subject.args), subject.dtype, subject.device),
     }  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def what_tasks_are_made_from(args: argparse.Namespace) -> dict[str, Any]:
     """As the programs will record it. Raises UserError where what they are to read is not there."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--text", nargs="+", type=Path, default=[])
-    for name in ("checkpoint_path", "prompt_file"):
+    for name in ("checkpoint_path", "prompt_file", "load_cache"):
         own.add_argument(f"--{name}", type=Path, nargs="?")  # that it lacks its value, the program will say
     for name in ("model", "dtype", "device"):
         own.add_argument(f"--{name}", nargs="?")
@@ -111,7 +111,9 @@ def what_tasks_are_made_from(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = open_checkpoint(where, given.model)
     device = parse_device(given.device or "auto")
     files = [given.prompt_file] if args.kind == "speed" else given.text
-    return made_from(where, [*files, args.plugin], parse_dtype(given.dtype or "auto", checkpoint, device), device)
+    return made_from(
+        where, [*files, args.plugin, given.load_cache], parse_dtype(given.dtype or "auto", checkpoint, device), device
+    )
 
 
 def settings(args: argparse.Namespace) -> list[str]:
