@@ -12,8 +12,9 @@ from transformers import Cache, PreTrainedModel
 
 from selective_kv.transformers import NAME
 
-# How a call that is being continued names its cache: the old name serves up to 5.40, the new one from 5.24 on.
 PROMPTS = torch.randint(3, families.N_VOCAB, (3, 24), generator=torch.Generator().manual_seed(3))
+# Long enough that a selective cache of a small window has quantised some, even if it does so 128 tokens at a time.
+LONG = torch.randint(3, families.N_VOCAB, (3, 190), generator=torch.Generator().manual_seed(4))
 
 
 @functools.cache

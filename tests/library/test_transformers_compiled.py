@@ -13,7 +13,7 @@ from conftest import ROOT
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
-from transformers_models import PROMPTS, padded, tiny, write
+from transformers_models import LONG, PROMPTS, padded, tiny, write
 
 from benchmark.peers import transformers_model
 from checkpoint import load_model, open_checkpoint
@@ -40,10 +40,10 @@ def anew() -> None:
 def test_one_graph_for_every_step() -> None:
     """fullgraph: nothing breaks it. A second text in the same cache compiles nothing, nor does another policy."""
     model = tiny("llama3")
-    ids, mask = padded([PROMPTS[0], PROMPTS[1, :4]])
+    ids, mask = padded([LONG[0, :125], LONG[1, :4]])
     for made, policy in enumerate((SelectiveCache(sink_size=2, window_size=6), FullCache(), SinkWindowCache(2, 6))):
         eager = write(model, ids, PolicyKVCache(model.config, policy), 20, attention_mask=mask)
-        cache = PolicyKVCache(model.config, policy, max_cache_len=60)
+        cache = PolicyKVCache(model.config, policy, max_cache_len=150)
         assert cache.is_compileable
         for _ in range(2):
             out = write(model, ids, cache, 20, attention_mask=mask, compile_config=GRAPH)
@@ -57,11 +57,11 @@ def test_one_graph_for_every_step() -> None:
 def test_prefill_in_chunks_is_compiled_too() -> None:
     """With padding, and a last chunk that is shorter; memory made ahead as for StaticCache."""
     model = tiny("llama3")
-    ids, mask = padded([PROMPTS[0], PROMPTS[1, :4]])
+    ids, mask = padded([LONG[0, :150], LONG[1, :4]])
     policy = SelectiveCache(sink_size=2, window_size=6)
     settings: dict[str, Any] = dict(attention_mask=mask, prefill_chunk_size=7)
     eager = write(model, ids, PolicyKVCache(model.config, policy), 10, **settings)
-    cache = PolicyKVCache(model.config, policy, max_cache_len=60)
+    cache = PolicyKVCache(model.config, policy, max_cache_len=200)
     cache.early_initialization(2, 2, 8, torch.float32, torch.device("cpu"))
     assert write(model, ids, cache, 10, compile_config=TRACED, **settings).equal(eager)
     assert not counters["graph_break"]
@@ -180,7 +180,7 @@ def test_an_eager_step_by_graphs_of_each_layer(name: str, monkeypatch: pytest.Mo
             return self.out
 
     policy = POLICIES[name]
-    ids, mask = padded([PROMPTS[0, :9], PROMPTS[1, :4]])
+    ids, mask = padded([LONG[0, :120], LONG[1, :110]])
     expected = write(model, ids, PolicyKVCache(model.config, policy), 30, attention_mask=mask, num_beams=2)
     monkeypatch.setattr("selective_kv.transformers.sequences.CapturedSteps", Remembering)
     monkeypatch.setattr("selective_kv.transformers.sequences.ROOM", 12)

@@ -23,7 +23,7 @@ from transformers import (
     Qwen2Config,
     T5Config,
 )
-from transformers_models import PROMPTS, padded, tiny, write
+from transformers_models import LONG, PROMPTS, padded, tiny, write
 
 from selective_kv import SelectiveCache, SinkWindowCache
 from selective_kv.transformers import NAME, FullKVCache, PolicyKVCache, SelectiveKVCache, SinkWindowKVCache
@@ -129,8 +129,8 @@ def test_what_cannot_be_cropped() -> None:
         cache = PolicyKVCache(model.config, policy)
         call(model, PROMPTS[:, :8], cache)
         cache.crop(-3)
-        call(model, PROMPTS[:, :4], cache)
-        says("no longer holds all of its 9 tokens", lambda cache=cache: cache.crop(-1))
+        call(model, LONG, cache)
+        says("no longer holds all of its 195 tokens", lambda cache=cache: cache.crop(-1))
         says("negative", lambda cache=cache: cache.crop(3))
     ids, mask = padded([PROMPTS[0, :6], PROMPTS[1, :3]])
     cache = FullKVCache(model.config)

