@@ -20,6 +20,8 @@ from tokenizer import BYTE_OF, BYTE_PIECE, SPACE, Tokenizer, TokenizerSettings
 
 _DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
 
+_TRIALS = ("Hello, world ", "  two  blanks, a tab\tand a line\n", " é日本 😀 \u2581 e_a", "a")
+
 
 def llama_class(settings: TokenizerSettings) -> dict[str, Any]:
     """The parts of a tokenizer.json that transformers' LlamaTokenizer replaces (models/llama/tokenization_llama.py)."""
@@ -110,6 +112,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         specials = set(self.special_ids.values())
         self.pieces = {n: b"" if n in specials else self._bytes(n, piece) for piece, n in vocab.items()}
         model.encode_special_tokens = True  # a special token's name in a text is only text
+        self._require_same_decoding(name)
         self.bos_id = self._bos_id()
         end = vocab.get(settings.eos_token)
         self.eos_ids = tuple(dict.fromkeys([*settings.eos_ids, *([end] if end is not None else [])]))
@@ -149,6 +152,20 @@ class HuggingFaceTokenizer(LibraryTokenizer):
             or bool(metaspace.get("add_prefix_space"))
             or (strip.get("content") == " " and strip.get("start", 0) > 0)
         )
+
+    def _require_same_decoding(self, name: str) -> None:
+        """Raises UserError where `_bytes` and `StreamDecoder` do not give the text that the file's decoder gives.
+
+        The steps of a decoder can be put together in many ways, of which few are in use: those are known by trial.
+        """
+        with library_errors(name), silent_stderr():
+            for text in _TRIALS:
+                ids = self.model.encode(text, add_special_tokens=False).ids
+                ours, theirs = self.decode(ids), self.model.decode(ids, skip_special_tokens=True)
+                if ours != theirs:
+                    raise UserError(
+                        f"{name}: its decoder is not supported: it makes {theirs!r} of what would be {ours!r}"
+                    )
 
     def _bytes(self, token: int, piece: str) -> bytes:
         if self.byte_level:

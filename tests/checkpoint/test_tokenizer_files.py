@@ -209,3 +209,39 @@ def test_a_panic_of_the_library_is_a_line(tmp_path: Path, capfd: pytest.CaptureF
     with pytest.raises(UserError, match=r"tokenizer.json: ") as caught:
         load_tokenizer(tmp_path)
     assert str(caught.value).isprintable() and capfd.readouterr().err == ""
+
+
+def steps(*decoders: str) -> dict[str, object]:
+    known = {
+        "Replace": {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        "other letters": {"type": "Replace", "pattern": {"String": "e"}, "content": "E"},
+        "Strip": {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        "the end's": {"type": "Strip", "content": " ", "start": 0, "stop": 1},
+    }
+    return {"type": "Sequence", "decoders": [known.get(name, {"type": name}) for name in decoders]}
+
+
+@pytest.mark.parametrize(
+    ("decoder", "known"),
+    [
+        (steps("Replace", "ByteFallback", "Fuse", "Strip"), True),
+        (steps("Replace", "ByteFallback", "Fuse"), True),
+        (steps("Replace", "ByteFallback", "Fuse", "other letters"), False),
+        (steps("other letters", "Replace", "ByteFallback", "Fuse", "Strip"), False),
+        (steps("Replace", "ByteFallback", "Fuse", "the end's"), False),
+        (steps("ByteFallback", "Fuse", "Strip"), False),
+        (steps("Strip", "Replace", "ByteFallback", "Fuse"), False),
+    ],
+)
+def test_a_decoder_is_followed_or_refused(tmp_path: Path, decoder: dict[str, object], known: bool) -> None:
+    """What a file replaces and strips was not looked at: text came out as other letters, without a word."""
+    fields = json.loads(byte_fallback_json()) | {"decoder": decoder}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    if not known:
+        with pytest.raises(UserError, match=r"its decoder is not supported: it makes .* of what would be "):
+            load_tokenizer(tmp_path)
+        return
+    ours, library = load_tokenizer(tmp_path), tokenizers.Tokenizer.from_str(json.dumps(fields))
+    for text in TEXTS:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == library.decode(ids, skip_special_tokens=True)
