@@ -42,6 +42,7 @@ from benchmark import peers
 from benchmark.clock import read_ceiling
 from benchmark.contestant import Contestant, Timed, gate
 from benchmark.rows import no_slower_from, print_table, slope
+from benchmark.saved import load_saved
 from checkpoint import Checkpoint, chosen_weights, find_demo, load_model, open_checkpoint, parse_dtype
 from cli.options import Parser, add_plugin_flag, load_plugin, parse_size, positive, require_weights
 from cli.provenance import FORMAT, device_name, made_from
@@ -54,7 +55,6 @@ from common.program import program, ran_out
 from engine import PREFILL_CHUNK
 from engine.link import Link, linked
 from engine.parallel import connect, rank_device
-from engine.saved import SavedCache
 from engine.sums import SUMS
 from kv_cache import format_policy, parse_policy
 from model import Config, Transformer
@@ -316,29 +316,10 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     }
 
 
-def load_saved(args: argparse.Namespace) -> None:
-    """Take caches, batch and context from the files of --load_cache. Raises UserError where flags say them too."""
-    if args.load_cache and (args.caches or args.context or args.batch or args.kernels or args.largest_batch):
-        raise UserError("--load_cache says which caches, how many sequences and how long: no other flag for that")
-    if args.load_cache and (args.prefill or args.peer):
-        raise UserError("--load_cache does not go with --prefill or --peer")
-    args.batch, args.context, args.saved = args.batch or [1], args.context or [256, 2048, 8000], {}
-    lengths: set[tuple[int, ...]] = set()
-    for path in args.load_cache:
-        saved = SavedCache(path)
-        lengths.add(tuple(map(len, saved.tokens)))
-        args.saved[format_policy(saved.policy())] = saved
-    if len(lengths) > 1 or any(len(set(found)) > 1 for found in lengths):
-        raise UserError("--load_cache: the sequences of all files must have one length, to be compared")
-    if lengths:
-        found = lengths.pop()
-        args.caches, args.batch, args.context = list(args.saved), [len(found)], [found[0]]
-
-
 def run(args: argparse.Namespace, argv: list[str], link: Link | None) -> None:
     device = rank_device(args.device, link)
-    if link is not None and (args.kernels or args.largest_batch or args.peer):
-        raise UserError("--kernels, --largest_batch and --peer are measured on one device")
+    if link is not None and (args.kernels or args.largest_batch or args.peer or args.load_cache):
+        raise UserError("--kernels, --largest_batch, --peer and --load_cache are measured on one device")
     if link is None and args.sums != "auto":
         raise UserError("--sums goes with several ranks (torchrun)")
     if args.random_weights and args.model is None:
