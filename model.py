@@ -194,7 +194,9 @@ class Ranks(Protocol):
 
 
 def both_ways(frequencies: Tensor) -> Tensor:
-    """[head_dim], the first half turning back: with these an angle's sine has the sign that `Rope` wants."""
+    """[head_dim]: the negated frequencies, then the frequencies, so that the sine of an angle in the first half of a
+    head already has the minus sign of a rotation.
+    """
     return torch.cat((-frequencies, frequencies))
 
 

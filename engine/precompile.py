@@ -53,7 +53,7 @@ def compiled_ahead(
 
     lengths: tokens of the prompts; none: a conversation, of which nothing is known. chunk: as in `Engine`;
     kept: of each prompt, how many tokens the cache has already.
-    An error here is only told: where it matters, the launch that needs the kernel raises it again.
+    An error here is printed and ends nothing: the launch that needs the kernel raises it again.
     """
     if shape.device.type != "cuda":
         yield

@@ -109,10 +109,10 @@ class Plan(NamedTuple):
     """What a program of `tokens_kernel` takes on."""
 
     rows: int  # of the weight: both rows of a unit count
-    warps: int  # each with a slice of a block of K: more warps than slices would repeat one another's products
+    warps: int  # each sums its own slice of K; with more warps than slices two would compute the same products
     slice: int  # elements; below 64 a norm's part of a block is no asynchronous copy (those have 4 bytes a thread)
-    stages: int  # blocks in flight, and one
-    early: int = 512  # elements of a row asked for before the wait; 0: none
+    stages: int  # of the software pipeline: stages - 1 blocks are being loaded while one is multiplied
+    early: int = 512  # elements of a weight row prefetched into L2 before the PDL wait; 0: none
 
     def shared(self, n: int) -> int:
         """Bytes of shared memory for n tokens, with a norm."""

@@ -254,7 +254,7 @@ class Plan(NamedTuple):
     rows: int  # of the weight: both rows of a unit count
     warps: int
     slice: int  # elements of 8 bits a warp has of a block of K; of 4 bits it is a group's words
-    stages: int  # blocks in flight, and one
+    stages: int  # of the software pipeline: stages - 1 blocks are being loaded while one is multiplied
     early: int = 512  # bytes of a row asked for before the wait; 0: none
 
     def shared(self, n: int, four: bool) -> int:

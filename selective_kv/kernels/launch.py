@@ -43,14 +43,15 @@ def _launch(run: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
 
 def divide_as_needed(kernel: Any) -> None:
-    """Let the GPU divide a processor's memory between shared memory and L1 for a kernel as it finds it.
+    """Reset a kernel's shared-memory carve-out preference to "none", so that consecutive launches can overlap on an SM.
 
-    Triton (3.6) asks for as much shared memory as there is wherever a program has more than 48 KiB. A processor that
-    has to be divided anew must first be empty, so such a launch cannot begin while the one before is at work, nor the
-    next one beside it: 15 us a layer on an H200, 13% of a step (LOG.md, 2026-11-25). A driver that will not undo it is
-    told of, once: the numbers are the same.
+    For a program with more than 48 KiB of shared memory Triton (3.6) sets the preference to the maximum. An SM can
+    only change its split between shared memory and L1 while it is idle, so such a launch cannot start before the
+    previous one has ended, nor the next one beside it: 15 us a layer on an H200, 13% of a step (LOG.md, 2026-11-25).
+    If the driver refuses, a warning says so once; results do not depend on it.
 
-    kernel: what a launch returned; the first one of a kernel was still by Triton's way. None: the interpreter's.
+    kernel: what a launch returned (the first launch of a kernel still used Triton's preference); None in the
+    interpreter.
     """
     function = getattr(kernel, "function", None)
     if function is None or getattr(kernel, "divided", False) or kernel.metadata.shared <= ALWAYS_THERE:
