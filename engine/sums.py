@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SUMS = ("auto", "peer", "one_shot", "backend")
+from engine.kernels import step_kernels
+
+SUMS = ("auto", "backend")
 
 
 class Sums(Protocol):
@@ -24,6 +26,14 @@ class Sums(Protocol):
 
     def sum(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual plus every rank's x, which it may overwrite."""
+        ...
+
+    def chooses(self, logits: Tensor) -> bool: ...
+
+    def choose(self, logits: Tensor, start: int) -> Tensor:
+        """The likeliest token of the whole vocabulary, of which this rank has logits [sequence, n] from `start` on; -1
+        where a row is not finite on some rank. int64 [sequence].
+        """
         ...
 
 
@@ -40,11 +50,20 @@ class BackendSums:
         dist.all_reduce(x, group=self.group)
         return x.add_(residual)
 
+    def chooses(self, logits: Tensor) -> bool:
+        return True
+
+    def choose(self, logits: Tensor, start: int) -> Tensor:
+        """A rank's best logit and its index are one number, and the largest of those is all that is exchanged."""
+        kernels = step_kernels(logits.device)
+        keys = kernels.best(logits, start)
+        dist.all_reduce(keys, dist.ReduceOp.MAX, self.group)
+        return kernels.chosen(keys)
+
 
 class PeerSums:
-    """Sums with the residual in them, by GPUs that write into each other's memory. Every rank makes it at once.
-
-    Raises RuntimeError where memory cannot be shared.
+    """Sums with the residual in them, and choices, by GPUs that write into each other's memory. Every rank makes it at
+    once. Raises RuntimeError where memory cannot be shared.
     """
 
     name = "peers' memory"
@@ -55,12 +74,13 @@ class PeerSums:
         from engine.kernels import peer_sum
 
         self.kernel, self.rank = peer_sum, group.rank()
-        self.memory = symmetric.empty(peer_sum.memory_bytes(group.size()), dtype=torch.uint8, device=device)
+        self.memory = symmetric.empty(peer_sum.places(group.size())[-1], dtype=torch.uint8, device=device)
         self.handle = symmetric.rendezvous(self.memory, group)
         self.memory.zero_()
-        self.peers = torch.tensor(list(self.handle.buffer_ptrs), dtype=torch.int64, device=device)
+        self.peers = tuple(self.handle.buffer_ptrs)
         n_program = peer_sum.MOST_ELEMENTS // peer_sum.BLOCK
-        self.counts = torch.zeros(n_program, dtype=torch.int32, device=device)
+        self.sums = torch.zeros(n_program, dtype=torch.int32, device=device)  # so far, by program
+        self.choices = torch.zeros(peer_sum.MOST_ROWS, dtype=torch.int32, device=device)  # by sequence
         torch.cuda.synchronize(device)
         dist.all_reduce(torch.zeros(1, device=device), group=group)  # nobody writes before all memory is zero
         torch.cuda.synchronize(device)
@@ -68,34 +88,13 @@ class PeerSums:
     def fits(self, x: Tensor) -> bool:
         return x.numel() <= self.kernel.MOST_ELEMENTS
 
-    def on_meta(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The same call on the meta device: to compile the kernel."""
-        peers, counts = (t.to("meta") for t in (self.peers, self.counts))
-        return self.kernel.peer_sum(x.contiguous(), residual.contiguous(), peers, counts, self.rank)
-
     def sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.kernel.peer_sum(x.contiguous(), residual.contiguous(), self.peers, self.counts, self.rank)
+        counts = self.sums.to(x.device)  # the meta device's, where it is only compiled
+        return self.kernel.peer_sum(x.contiguous(), residual.contiguous(), self.peers, counts, self.rank)
 
+    def chooses(self, logits: Tensor) -> bool:
+        return len(logits) <= self.kernel.MOST_ROWS
 
-class OneShotSums:
-    """PyTorch's one-shot all-reduce over symmetric memory, to compare with. Raises RuntimeError as `PeerSums`."""
-
-    name = "one-shot all-reduce"
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        from torch.distributed import _symmetric_memory as symmetric
-
-        self.group = group
-        self.memory = {
-            dtype: symmetric.empty(1 << 18, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32)
-        }
-        self.handles = [symmetric.rendezvous(memory, group) for memory in self.memory.values()]
-
-    def fits(self, x: Tensor) -> bool:
-        memory = self.memory.get(x.dtype)
-        return memory is not None and x.numel() <= memory.numel() and x.nbytes % 16 == 0
-
-    def sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        memory = self.memory[x.dtype][: x.numel()]
-        whole = torch.ops.symm_mem.one_shot_all_reduce_copy(memory, x.view(-1), "sum", self.group.group_name)
-        return whole.view(x.shape).add_(residual)
+    def choose(self, logits: Tensor, start: int) -> Tensor:
+        counts = self.choices.to(logits.device)
+        return self.kernel.peer_choice(logits, start, self.peers, counts, self.rank)
