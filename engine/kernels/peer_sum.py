@@ -2,8 +2,8 @@
 the choice of a token among all ranks' logits, in the same way.
 
 On two H100s NCCL's all-reduce of a token's 8 KiB and the residual's launch take 9.3 us, PyTorch's one-shot all-reduce
-over symmetric memory 9.7, this 4.0 (LOG.md, 2026-11-26), and a step has two a layer. Here a program has BLOCK elements and nothing to do with
-other programs. It
+over symmetric memory 9.7, this 4.0 (LOG.md, 2026-11-26), and a step has two a layer. Here a program has BLOCK elements
+and nothing to do with other programs. It
 
     1. writes its part of x into the other ranks' memory, and after it a flag, released to the whole system;
     2. waits for the flags of the others' parts, which come into its own memory meanwhile: no value is asked for from
