@@ -161,3 +161,21 @@ def test_a_driver_that_refuses_is_told_of_once(
     launched(monkeypatch, Driver(400), 96 << 10, 96 << 10)
     told = "".join(f"{record.message}\n" for record in caplog.records)
     assert told.count("\n") == 1 and "cuFuncSetCacheConfig failed with 400" in told
+
+
+START = """
+import sys, torch
+from model import CONFIGS, Transformer
+with torch.device("meta"):
+    model = Transformer(CONFIGS["llama-3.2-1b"])
+with torch.device("meta"):
+    small = Transformer(__import__("dataclasses").replace(CONFIGS["llama-3.2-1b"], n_layer=1, vocab_size=64))
+small.materialize(torch.device("cpu"))
+print([name for name in ("sympy", "torch._dynamo") if name in sys.modules])
+"""
+
+
+def test_making_a_model_imports_no_compiler_of_torchs() -> None:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", START], env=env, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr

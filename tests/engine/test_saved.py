@@ -259,3 +259,31 @@ class Changed(FullCache):
 def test_a_cache_of_ones_own_is_refused(policy: KVCache) -> None:
     with pytest.raises(UserError, match="does not say what it holds"):
         require_saveable(policy)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_on_a_gpu_to_the_bit(policy: KVCache, tmp_path: Path) -> None:
+    """With the captured step: the same prompt, and a longer one after what was saved."""
+    device = torch.device("cuda", 0)
+    model = new_model().to(device, torch.bfloat16)
+    at = dataclasses.replace(shape(700, dtype=torch.bfloat16), device=device)
+
+    def new_engine() -> Engine:
+        return Engine(model, ModelCache(policy, CONFIG.n_layer, at), Sampling(1.0, seed=5))
+
+    prompt, more, file = text(600), text(40, 9), tmp_path / "cache.safetensors"
+    first = new_engine()
+    first.read([prompt])
+    save_cache(file, first, [prompt])
+    first.reset()
+    want = written(first, [prompt])
+    first.reset()
+    first.read([prompt])
+    first.generator.manual_seed(5)
+    want_more = written(first, [more])
+    for rest, wanted in (([], want), (more, want_more)):
+        second = new_engine()
+        SavedCache(file).load(second, [600])
+        assert written(second, [rest]) == wanted
