@@ -48,9 +48,9 @@ from cli.options import Parser, add_plugin_flag, load_plugin, parse_size, positi
 from cli.provenance import FORMAT, device_name, made_from
 from cli.ranks import free_memory
 from cli.report import Plan, device_memory, make_plan, parameter_bytes, require_suits, size
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import append_line, require_writable, to_json
-from common.messages import say
+from common.messages import note, say
 from common.program import program, ran_out
 from engine import PREFILL_CHUNK
 from engine.link import Link, linked
@@ -275,6 +275,7 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
         saved.require(config, saved.policy(), replace(shape, batch=args.batch[0]))
     if not args.largest_batch:
         require_room(plans(config, policies, args, shape), policies, free_memory(device, args.ranks))
+    note(f"loading {checkpoint.name}")
     model = load_model(checkpoint, device, dtype, random_weights=args.random_weights, weights=weights, ranks=args.ranks)
     for policy in policies:
         # The largest batch is not known yet: 32 sequences take the kernels' plan for many.
@@ -282,11 +283,12 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
             gate(model, policy, replace(shape, batch=n)) for n in ([1, 32] if args.largest_batch else args.batch)
         )
         print(f"gate: {format_policy(policy)} within {worst:.2g} of its reference", file=sys.stderr)
+    note("measuring the read ceiling, then steps")
     ceiling = read_ceiling(device)
     measure = fill_card if args.largest_batch else compare
     rows = measure(model, config, policies, args, shape, ceiling)
     of = f"{str(dtype).removeprefix('torch.')}, weights {weights or 16}"
-    print(f"{checkpoint.name}, {of}; read ceiling {ceiling / 1e9:.0f} GB/s")
+    print(f"{printable(checkpoint.name, 80)}, {of}; read ceiling {ceiling / 1e9:.0f} GB/s")
     print_table(rows)
     for r in rows if args.largest_batch else ():
         base = next(b["batch"] for b in rows if b["context"] == r["context"])

@@ -25,7 +25,7 @@ from benchmark.contestant import Contestant, gate
 from checkpoint import find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from cli.options import Parser, positive
 from cli.report import require_suits
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.program import program
 from kv_cache import format_policy, parse_policy
 from selective_kv import Shape
@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
         require_suits(policy, config)
     model = load_model(checkpoint, device, dtype, random_weights=args.random_weights)
     shape = Shape(args.batch, config.n_kv_head, config.head_dim, 1, dtype, device)
-    print(f"{checkpoint.name}, {torch.cuda.get_device_name(device)}, batch {args.batch}; medians, ms a step")
+    name = printable(checkpoint.name, 80)
+    print(f"{name}, {torch.cuda.get_device_name(device)}, batch {args.batch}; medians, ms a step")
     for policy in policies:
         for changes in plans:
             gate(model, policy, shape, attention=configured(changes))

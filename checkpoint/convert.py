@@ -25,7 +25,7 @@ from checkpoint import WEIGHTS, Checkpoint, companion_folder, open_checkpoint
 from checkpoint.layout import slot_names
 from checkpoint.tokenizer_files import TOKENIZER_FILES
 from cli.options import Parser
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import is_plain_file
 from common.program import program
 
@@ -127,4 +127,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     with program("convert_hf_checkpoint.py", "interrupted: nothing is converted"):
         args = parser.parse(sys.argv[1:] if argv is None else argv)
         file = convert(args.checkpoint_dir, args.out or args.checkpoint_dir, args.model_name)
-        print(f"{file}: {file.stat().st_size / 2**30:.2f} GiB")
+        print(f"{printable(str(file))}: {file.stat().st_size / 2**30:.2f} GiB")

@@ -14,6 +14,12 @@ def say(*lines: str) -> None:
         print(printable(line, None), file=sys.stderr)
 
 
+def note(what: str) -> None:
+    """What goes on where nothing else would be heard for seconds: to somebody who looks on, not into a log."""
+    if sys.stderr.isatty():
+        say(what)
+
+
 def progress(items: Any, total: int | None, what: str) -> Any:
     """A bar on standard error around what is iterated over, where a person looks on; gone when it is done."""
     from tqdm import tqdm  # not above: entry points, which say what is not installed, stand on this module

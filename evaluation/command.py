@@ -37,7 +37,7 @@ from cli.options import Parser, add_plugin_flag, load_plugin, positive
 from cli.provenance import FORMAT, made_from
 from common.errors import UserError
 from common.files import require_writable, to_json, write_whole
-from common.messages import progress
+from common.messages import note, progress
 from common.program import program
 from evaluation import scoring
 from evaluation.after import After
@@ -63,7 +63,6 @@ CACHES_HELP = (
     f"(default: {' '.join(CACHES)})"
 )
 MOST_NLL = 700.0  # nats: the exponential of more is no number any more
-BUCKETS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 SETTINGS = {  # what a record names of the command line, defaults included
     "perplexity": ("context", "windows", "sequential"),
     "divergence": ("context", "windows", "sequential"),
@@ -149,7 +148,7 @@ def by_position(results: list[scoring.Scored]) -> dict[str, dict[str, float | No
     """Mean NLL, with its error over windows, and KL of the tokens in each stretch of a window."""
     found: dict[str, dict[str, float | None]] = {}
     n_token = max(len(r.nll) for r in results)
-    for lo, hi in pairwise(BUCKETS):
+    for lo, hi in pairwise(scoring.POSITIONS):
         if lo > n_token:
             break
         here = slice(max(lo, 1) - 1, hi - 1)  # token 0 has no score
@@ -234,10 +233,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         raise UserError(f"--model {args.model} is a shape, and its weights are evaluated: give --checkpoint_path")
     if args.load_cache and args.kind not in ("perplexity", "divergence"):
         raise UserError(f"--load_cache goes with perplexity and divergence, not {args.kind}")
+    note("loading the model")
     subject = Subject(args)
     if args.kind not in ("passkey", "ruler") and args.context > subject.config.context:
         raise UserError(f"--context {args.context} is past the model's context of {subject.config.context}")
-    about = record(subject, argv)
+    if args.json:
+        note("fingerprints of weights and texts")
+    about = record(subject, argv) if args.json else {}
 
     def save(rows: list[dict[str, Any]], path: Path | None = None) -> None:
         if args.json:

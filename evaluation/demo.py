@@ -25,7 +25,7 @@ from tqdm import tqdm
 from checkpoint import end_ids, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from cli.options import Parser, positive
 from cli.report import size
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.program import program
 from engine import Engine, Sampling
 from evaluation import passkey
@@ -118,7 +118,8 @@ class Demo:
         trials = [[self.remembers(p, filler, t) for t in range(TRIALS)] for p in self.policies]
         self.bar.close()
         names = [p.name for p in self.policies]
-        print(f"\n{self.checkpoint.name} on {self.shape.device}; sink 16, window 32. The same story, by each cache:\n")
+        name = printable(self.checkpoint.name, 80)
+        print(f"\n{name} on {self.shape.device}; sink 16, window 32. The same story, by each cache:\n")
         print_columns([f"{name}\n{'-' * len(name)}\n{text}" for name, (text, _) in zip(names, stories, strict=True)])
         print(f"\nA number hidden in {self.length} tokens, asked for at their end:\n")
         full = sum(trials[0][0][2].values())

@@ -29,6 +29,7 @@ from selective_kv.cache import wide
 from selective_kv.formats import INT8
 
 QUERIES = 512  # a block's queries: its scores are [n_head, QUERIES, keys] in float32
+POSITIONS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # borders of what a record tells apart
 HEAD_TOKENS = 1024  # tokens whose logits are held at once
 
 

@@ -28,7 +28,7 @@ from checkpoint import (
 )
 from cli.report import require_suits
 from common.errors import UserError
-from common.messages import progress
+from common.messages import note, progress
 from engine import PREFILL_CHUNK, Engine, Sampling
 from evaluation import scoring
 from kv_cache import ModelCache, parse_policy
@@ -98,6 +98,7 @@ class Subject:
             return [self.own_text(self.args.windows, self.args.context)]
         found = []
         for path in self.args.text:
+            note(f"reading {path.name}")
             text = read_text(path)
             ids = torch.tensor(self.encode(text))
             cut = list(scoring.windows(ids, self.args.context, self.args.windows))

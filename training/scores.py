@@ -17,10 +17,10 @@ import torch.nn.functional as F
 
 from common.messages import progress
 from evaluation import passkey
+from evaluation.scoring import POSITIONS
 from model import Cache, Transformer
 
 PASSKEY_LENGTHS = (1024, 2048, 4096, 8192)
-BUCKETS = (0, 256, 1024, 2048, 4096, 6144, 8192)
 
 
 @torch.inference_mode()
@@ -28,19 +28,19 @@ def score_text(model: Transformer, cache: Cache, tokens: np.ndarray, sizes: np.n
     """Bits per byte of whole windows of `context` tokens, over all and by position in the window."""
     context, device = model.config.context, model.norm.weight.device
     n = (len(tokens) - 1) // context
-    sums = {lo: [0.0, 0] for lo in BUCKETS[:-1] if lo < context}
+    sums = {lo: [0.0, 0] for lo in POSITIONS[:-1] if lo < context}
     for i in progress(range(n), n, "windows"):
         ids = torch.from_numpy(tokens[i * context : (i + 1) * context + 1].astype(np.int64)).to(device)[None]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(ids[:, :-1], cache)
         nll = F.cross_entropy(logits[0].float(), ids[0, 1:], reduction="none").double().cpu()
         size = sizes[ids[0, 1:].cpu().numpy()]
-        for lo, hi in pairwise(BUCKETS):
+        for lo, hi in pairwise(POSITIONS):
             if lo < context:
                 sums[lo][0] += float(nll[lo:hi].sum())
                 sums[lo][1] += int(size[lo:hi].sum())
     by = {f"{lo}-{hi}": sums[lo][0] / math.log(2) / max(1, sums[lo][1])
-          for lo, hi in pairwise(BUCKETS) if lo in sums}  # fmt: skip
+          for lo, hi in pairwise(POSITIONS) if lo in sums}  # fmt: skip
     bits = sum(s for s, _ in sums.values()) / math.log(2) / sum(b for _, b in sums.values())
     return {"windows": n, "context": context, "bits_per_byte": bits, "by_position": by}
 
