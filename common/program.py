@@ -30,6 +30,8 @@ def start(module: str) -> None:
     try:
         with missing_packages_told():
             main()
+    except KeyboardInterrupt:  # before its own way to end has begun
+        sys.exit(130)
     finally:
         signal.signal(signal.SIGINT, _leave)  # the interpreter's own end has nothing to report either
 

@@ -39,20 +39,24 @@ class Forked:
     def _run(self, argv: list[str]) -> NoReturn:
         code = 70
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # as `start` begins and ends
             handle = os.open(self.out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for number in (1, 2):
                 os.dup2(handle, number)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in enumerate("rww"))
             torch.set_num_threads(1)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             self.main(argv)
             code = 0
+        except KeyboardInterrupt:
+            code = 130
         except SystemExit as exit_:
             code = exit_.code if isinstance(exit_.code, int) else 1
         except BaseException:
             traceback.print_exc()
         finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             try:
                 sys.stdout.flush()
                 sys.stderr.flush()
