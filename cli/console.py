@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -262,7 +263,9 @@ def converse(
         written: list[int] = []
         transcript.whole = False
         try:
-            with first_interrupt_noted() as stopped:  # between two steps, so that the cache is whole
+            # An answer stops between two steps, so that the cache is whole. Of several ranks the others would go on: there
+            # a Ctrl-C ends the conversation.
+            with first_interrupt_noted() if engine.ranks is None else nullcontext([]) as stopped:
                 for row in engine.generate([ids], min(n_new, room)):
                     printer.push(row, engine.end_ids)
                     written += [token for token in row if token is not None]
