@@ -8,7 +8,6 @@ import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -265,7 +264,7 @@ def converse(
         try:
             # An answer stops between two steps, so that the cache is whole. Of several ranks the others would go on: there
             # a Ctrl-C ends the conversation.
-            with first_interrupt_noted() if engine.ranks is None else nullcontext([]) as stopped:
+            with first_interrupt_noted(engine.ranks is None) as stopped:
                 for row in engine.generate([ids], min(n_new, room)):
                     printer.push(row, engine.end_ids)
                     written += [token for token in row if token is not None]

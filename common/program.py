@@ -116,9 +116,12 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def first_interrupt_noted() -> Iterator[list[int]]:
-    """A Ctrl-C is only noted, in the list that this yields, for the block to stop where it can; a second one raises."""
-    caught: list[int] = []
+def first_interrupt_noted(noted: bool = True) -> Iterator[list[int]]:
+    """A Ctrl-C is only noted, in the list that this yields, for the block to stop where it can; a second one raises.
+
+    noted: False: the first one raises already.
+    """
+    caught: list[int] = [] if noted else [signal.SIGINT]
 
     def note(number: int, _: FrameType | None) -> None:
         if caught:
@@ -127,7 +130,7 @@ def first_interrupt_noted() -> Iterator[list[int]]:
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield caught
+        yield caught if noted else []
     finally:
         signal.signal(signal.SIGINT, before)
 
