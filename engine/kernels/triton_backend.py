@@ -44,6 +44,8 @@ def embed(tokens: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """As the contract says."""
     if isinstance(weight, QuantizedWeight):
         return quantised.embed(tokens, weight, dtype)
+    if weight.is_meta:  # compiling ahead, where `F.embedding` would import sympy
+        return weight.new_empty(*tokens.shape, weight.shape[1])
     return F.embedding(tokens, weight)
 
 
