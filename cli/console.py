@@ -262,8 +262,8 @@ def converse(
         written: list[int] = []
         transcript.whole = False
         try:
-            # An answer stops between two steps, so that the cache is whole. Of several ranks the others would go on: there
-            # a Ctrl-C ends the conversation.
+            # An answer stops between two steps, so that the cache is whole. Of several ranks the others would go on:
+            # there a Ctrl-C ends the conversation.
             with first_interrupt_noted(engine.ranks is None) as stopped:
                 for row in engine.generate([ids], min(n_new, room)):
                     printer.push(row, engine.end_ids)
