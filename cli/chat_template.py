@@ -112,6 +112,8 @@ def load_chat_template(folder: Path, variables: dict[str, Any] | None = None) ->
             raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
     elif isinstance(source, list):  # several, by name
         source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
+    elif isinstance(source, dict):
+        source = source.get("default")
     if not isinstance(source, str):
         raise UserError(
             f"--chat: {folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
