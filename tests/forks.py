@@ -53,8 +53,6 @@ class Forked:
             code = 130
         except SystemExit as exit_:
             code = exit_.code if isinstance(exit_.code, int) else 1
-        except KeyboardInterrupt:  # before `program` was there to tell it, or after: as `common.program.start` ends
-            code = 130
         except BaseException:
             traceback.print_exc()
         finally:
