@@ -151,7 +151,7 @@ class _Sums:
 
     def sum(self, x: Tensor, residual: Tensor) -> Tensor:
         sums = self.ranks.sums[0]
-        return sums.sum(x, residual) if isinstance(sums, PeerSums) and sums.fits(x) else x
+        return sums.on_meta(x, residual) if isinstance(sums, PeerSums) and sums.fits(x) else x
 
 
 @torch.inference_mode()
@@ -174,8 +174,6 @@ def walk(
     logits = FusedStep(model, STEP)(tokens, cache)
     if sampling.temperature == 0 and ranks is None:
         STEP.greedy(logits)
-    elif sampling.temperature == 0 and ranks is not None and isinstance(ranks.sums[0], PeerSums):
-        ranks.sums[0].choose(logits, config.vocab_start)
     elif sampling.temperature == 0:
         STEP.chosen(STEP.best(logits, config.vocab_start))
     for row, start, n_token in parts:

@@ -25,6 +25,7 @@ from engine.kernels.argmax import part_kernel, pick_kernel
 from engine.kernels.gemv import norm_kernel, rotate_kernel, swiglu_kernel, vector_kernel
 from engine.kernels.gemv_integers import integers_kernel
 from engine.kernels.gemv_integers import plan as plan_integers
+from engine.kernels.peer_sum import BLOCK, MOST_ELEMENTS, sum_kernel
 from engine.kernels.quantised import dense_kernel, embed_kernel
 from engine.kernels.small_gemm import padded, plan_tokens, tokens_kernel
 from engine.kernels.small_gemm_integers import tokens_integers_kernel
@@ -260,6 +261,9 @@ def compile_the_rest() -> None:
     types |= {"positions": "*i64", "softmax_scale": "fp32", "eps": "fp32"}
     for overlap in (False, True):  # before Hopper, and since
         picking = types | {"logits": "*bf16", "keys": "*i64", "out": "*i64"}
+        compile_kernel(sum_kernel, types | {"peers": "*i64", "counts": "*i32"}, {
+            "N_RANK": 4, "BLOCK": BLOCK, "MOST": MOST_ELEMENTS, "PROGRAMS": MOST_ELEMENTS // BLOCK, "OVERLAP": overlap,
+        })  # fmt: skip
         compile_kernel(part_kernel, picking, {"BLOCK": 4096, "OVERLAP": overlap})
         for key in (False, True):
             compile_kernel(pick_kernel, picking, {"KEY": key, "BLOCK": 32, "OVERLAP": overlap})
