@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from checkpoint import Checkpoint
 from cli.conversation import Conversation
 from common.errors import UserError
-from common.files import require_writable
+from common.files import is_special, require_writable
 from common.messages import say
 from engine import BAD, Engine
 from engine.parallel import Parallel
@@ -116,6 +116,8 @@ def start_saving(args: argparse.Namespace, job: Job) -> tuple[Saving, Transcript
         raise UserError("--save_cache and --load_cache go with one rank: each of several has heads of its own")
     if args.save_cache is not None:
         require_writable(args.save_cache, "--save_cache")
+        if is_special(args.save_cache):  # the file that takes its place would end a device or a pipe
+            raise UserError(f"--save_cache {args.save_cache}: not a plain file")
         require_saveable(job.policy)
     saved = job.saved
     if saved is None:

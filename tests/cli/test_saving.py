@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,9 @@ def test_mistakes_are_one_line(tiny: Path, tmp_path: Path, capsys: pytest.Captur
     other = write_checkpoint(tmp_path / "other", seed=1)
     assert "of other weights" in fails(capsys, "--checkpoint_path", other, "--load_cache", file)
     assert "no such file" in fails(capsys, *run, "--load_cache", tmp_path / "none")
+    os.mkfifo(tmp_path / "pipe")
+    for special in (tmp_path / "pipe", "/dev/null"):
+        assert "not a plain file" in fails(capsys, *run, "--save_cache", special)
     assert "not a folder" in fails(capsys, *run, "--save_cache", file / "below")
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom selective_kv import FullCache\n"
