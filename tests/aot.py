@@ -96,8 +96,8 @@ def compile_integers_kernel(k: int, group: int, swiglu: bool = False, norm: bool
     """What counts in `integers_kernel` by its plan, for a product of 4096 outputs."""
     words = -(-k // group) * group // 8 if group else k // 4
     chunks = max(32, triton.next_power_of_2(words // 4))
-    p = plan_integers(4096, chunks, 132)
-    units = p.units // 2 if swiglu else p.units
+    p = plan_integers(4096, chunks, swiglu, 132)
+    units = max(1, p.units // 2) if swiglu else p.units
     types = {name: "*i32" for name in ("x", "ints", "pairs", "norm")} | {"unit": "*fp32", "eps": "fp32"}
     types |= {name: "*bf16" for name in ("bias", "residual", "out")} | {"cos": "*fp32", "sin": "*fp32"}
     constants = {"K": k, "GROUP": group, "UNITS": units, "CHUNKS": chunks, "HEAD_DIM": 0, "NORM": norm,

@@ -16,7 +16,7 @@ import quantize
 from model import Transformer
 from quantize import WeightSetting
 
-DENSE_ELEMENTS = 1 << 26  # of a weight made dense at once, for many tokens: 128 MiB in 16 bits
+DENSE_ELEMENTS = 1 << 27  # of a weight made dense at once, for many tokens: 256 MiB in 16 bits
 DENSE_ROWS = 256  # a library's products like multiples of it
 
 

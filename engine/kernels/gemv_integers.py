@@ -18,6 +18,7 @@ The norm, RoPE, SwiGLU and residual are in the launch as they are in `gemv.py`.
 
 from __future__ import annotations
 
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -188,12 +189,14 @@ def integers_kernel(
     group = tl.minimum(chunk * 32 // GROUP, N_GROUP - 1) if GROUP > 0 else chunk
     r = tl.arange(0, ROWS)  # the first rows of all units, then the second ones
     start = tl.program_id(0) * (UNITS * steps)
-    row, apart = rows_of(tl.minimum(start + r % UNITS, n_unit - 1), n_out, HEAD_DIM, SWIGLU)
-    row += r // UNITS * apart
-    tile = words_of(ints + row.to(tl.int64)[None, :, None] * WORDS + column, inside, not WHOLE)
+    first, apart = rows_of(tl.minimum(start, n_unit - UNITS), n_out, HEAD_DIM, SWIGLU)
+    # Units one after the other are rows one after the other: a row's offset from the first is a constant.
+    row_offset = r % UNITS + r // UNITS * apart
+    offset, line_offset = (row_offset * WORDS)[None, :, None], (row_offset * N_GROUP)[None, :]
+    tile = words_of(ints + first.to(tl.int64) * WORDS + column + offset, inside, not WHOLE)
     line = tile
     if GROUP > 0:
-        line = tl.load(pairs + row.to(tl.int64)[None, :] * N_GROUP + group[:, None])
+        line = tl.load(pairs + first.to(tl.int64) * N_GROUP + group[:, None] + line_offset)
     if OVERLAP:
         gdc_wait()
 
@@ -245,25 +248,25 @@ def integers_kernel(
         scale = tl.rsqrt(tl.sum(tl.reshape(squares, (CHUNKS * 4,)), 0) / K + eps)
 
     for n in range(steps):
-        unit_index = start + n * UNITS + tl.arange(0, UNITS)
+        unit_index = tl.minimum(start + n * UNITS, n_unit - UNITS)
         first, apart = rows_of(unit_index, n_out, HEAD_DIM, SWIGLU)
-        there = unit_index < n_unit
-        follows = what_follows(bias, residual, cos, sin, first, apart, first, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
-        row_unit = tl.load(unit + row)
-        # The next units' weights, behind the last ones the last again: a mask would cost more than reading the L2.
-        ahead = tl.minimum(start + tl.minimum(n + 1, steps - 1) * UNITS + r % UNITS, n_unit - 1)
-        row, apart_ahead = rows_of(ahead, n_out, HEAD_DIM, SWIGLU)
-        row += r // UNITS * apart_ahead
-        tile_ahead = words_of(ints + row.to(tl.int64)[None, :, None] * WORDS + column, inside, not WHOLE)
+        row = first + tl.arange(0, UNITS)
+        there = row < n_out
+        follows = what_follows(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
+        row_unit = tl.load(unit + first + row_offset)
+        # The next units' weights; behind the last ones the last again: a mask would cost more than reading the L2.
+        ahead = tl.minimum(start + tl.minimum(n + 1, steps - 1) * UNITS, n_unit - UNITS)
+        first_ahead = rows_of(ahead, n_out, HEAD_DIM, SWIGLU)[0].to(tl.int64)
+        tile_ahead = words_of(ints + first_ahead * WORDS + column + offset, inside, not WHOLE)
         line_ahead = line
         if GROUP > 0:
-            line_ahead = tl.load(pairs + row.to(tl.int64)[None, :] * N_GROUP + group[:, None])
+            line_ahead = tl.load(pairs + first_ahead * N_GROUP + group[:, None] + line_offset)
 
         y = sum_of(tile, line, hi, lo, hi_odd, lo_odd, step, sums, GROUP, INTERPRET) * row_unit
         other = y
         if PAIRED:
             y, other = tl.split(tl.permute(tl.reshape(y, (2, UNITS)), (1, 0)))
-        finish(y, other, scale, follows, out, first, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
+        finish(y, other, scale, follows, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
         tile, line = tile_ahead, line_ahead
 
 
@@ -294,14 +297,18 @@ def chunks_of(weight: QuantizedWeight) -> int:
     return max(32, triton.next_power_of_2(weight.ints.shape[1] * weight.ints.element_size() // 16))
 
 
-def plan(n_unit: int, chunks: int, n_processor: int) -> Plan:
+def plan(n_unit: int, chunks: int, paired: bool, n_processor: int) -> Plan:
     """What measured best on an H100 for Llama 8B's shapes (LOG.md, 2026-11-26): a chunk or two a thread, and as many
     steps as leave every processor 16 warps' worth of programs, within limits.
     """
-    warps = max(1, min(chunks // 32, 8)) if chunks < 1024 else 16
-    units, most = (2, 8) if warps == 16 else (4, 4)
-    n_program = n_processor * 16 // warps
-    return Plan(units, min(most, triton.cdiv(n_unit, units * n_program)), warps)
+    if chunks >= 1024:
+        p = Plan(2, 8, 16)
+    elif chunks == 256:
+        p = Plan(2 if paired else 4, 2, 8)
+    else:
+        p = Plan(4, 4, max(1, min(chunks // 32, 8)))
+    n_program = n_processor * 16 // p.warps
+    return p._replace(steps=min(p.steps, triton.cdiv(n_unit, p.units * n_program)))
 
 
 def integers_fit(x: Tensor, weight: QuantizedWeight) -> bool:
@@ -311,8 +318,15 @@ def integers_fit(x: Tensor, weight: QuantizedWeight) -> bool:
 
 
 def run_integers(x: Tensor, weight: QuantizedWeight, around: Around, p: Plan) -> Tensor:
-    """The product of one token by a given plan. x: [1, k]; returns [1, n_out]."""
+    """The product of one token by a given plan. x: [1, k]; returns [1, n_out].
+
+    Units at a time are rows one after the other: no more of them than there are, nor than half a head turns together.
+    """
     around.check(x, weight.ints)
+    units = min(p.units, 1 << (around.n_unit(weight.ints).bit_length() - 1))
+    if around.turn is not None:
+        units = gcd(units, around.turn.cos.shape[1] // 2)
+    p = p._replace(units=units)
     overlap = processor(x.device).overlap
     n_out = around.n_out(weight.ints)
     out = torch.empty(1, n_out, dtype=x.dtype, device=x.device)

@@ -86,7 +86,7 @@ def in_one_launch(x: Tensor, weight: QuantizedWeight, around: Around) -> Tensor 
     here = processor(x.device)
     if integers_fit(x, weight):
         n_unit = around.n_unit(weight.ints)
-        return run_integers(x, weight, around, plan(n_unit, chunks_of(weight), here.multiprocessors))
+        return run_integers(x, weight, around, plan(n_unit, chunks_of(weight), around.paired, here.multiprocessors))
     if integers_fit_tokens(x, weight) and around.norm is None:
         return run_tokens_integers(x, weight, around, plan_tokens(weight, len(x), here.multiprocessors, here.shared))
     return None

@@ -266,10 +266,12 @@ class Plan(NamedTuple):
 def plan_tokens(weight: QuantizedWeight, n_token: int, n_processor: int, shared: int) -> Plan:
     """What measured best on an H100 for Llama 8B's shapes and 8 tokens (LOG.md, 2026-11-26)."""
     four = weight.group > 0
-    if four:
-        p = Plan(32, 8, weight.group // 4, 3)
+    if four and len(weight) > 64 * n_processor:
+        p = Plan(64, 4, weight.group // 4, 3)
+    elif four:
+        p = Plan(32, 16, weight.group // 4, 3)
     elif len(weight) <= 64 * n_processor:
-        p = Plan(16, 8, 128, 3)
+        p = Plan(32, 8, 128, 4)
     else:
         p = Plan(32, 4, 128, 4)
     n = padded(n_token)
