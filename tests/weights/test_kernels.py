@@ -166,8 +166,6 @@ def test_machine_code_of_one_token() -> None:
 @pytest.mark.machine_code
 def test_machine_code_of_a_few_tokens() -> None:
     """Integers reach the matrix units from registers: through asynchronous copies and ldmatrix, never byte by byte."""
-    for one in counts(
-        "compile_tokens_integers_kernel", [[4096, 128], [4096, 64], [4096, 0], [4096, 0, 16]]
-    ):
+    for one in counts("compile_tokens_integers_kernel", [[4096, 128], [4096, 64], [4096, 0], [4096, 0, 16]]):
         assert one["spills"] == one["stack"] == one["byte_loads"] == 0
         assert one["HMMA"] > 0 and one["copies"] > 0 and one["conversions"] == 0
