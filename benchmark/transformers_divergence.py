@@ -10,7 +10,6 @@ divergence, its 99th percentile, and the share of positions with the same most l
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ from torch import Tensor
 from benchmark import peers
 from benchmark.transformers_generate import Contender, contenders
 from checkpoint import load_model, open_checkpoint
-from cli.options import Parser
+from cli.options import Parser, positive
 from common.errors import UserError
+from common.files import require_writable, to_json, write_whole
+from common.program import program
 from evaluation.subject import read_text
 
 BASE = "transformers dynamic, eager"
@@ -63,14 +64,16 @@ def divergence(model: Any, ids: Tensor, chunk: int, everyone: list[Contender]) -
 def run(argv: list[str] | None = None) -> dict[str, Any]:
     import transformers
 
-    p = Parser(description=__doc__.splitlines()[0])
+    p = Parser("divergence_transformers.py", description=__doc__.splitlines()[0])
     p.add_argument("--checkpoint_path", type=Path, required=True)
     p.add_argument("--text", type=Path, required=True)
-    p.add_argument("--context", type=int, default=4096, help="tokens of the text that are read")
-    p.add_argument("--chunk", type=int, default=128, help="tokens read at once")
+    p.add_argument("--context", type=positive, default=4096, help="tokens of the text that are read")
+    p.add_argument("--chunk", type=positive, default=128, help="tokens read at once")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", type=Path)
-    args = p.parse_args(argv)
+    args = p.parse(sys.argv[1:] if argv is None else argv)
+    if args.json:
+        require_writable(args.json, "--json")
     checkpoint = open_checkpoint(args.checkpoint_path)
     tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
@@ -91,13 +94,10 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
         "dtype": "float32", "transformers": transformers.__version__, "torch": torch.__version__, "rows": rows,
     }  # fmt: skip
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1))
+        write_whole(args.json, to_json(report) + "\n")
     return report
 
 
 def main() -> None:
-    try:
+    with program("divergence_transformers.py"):
         run()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

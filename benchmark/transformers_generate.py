@@ -14,7 +14,6 @@ decodes.
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -27,8 +26,10 @@ from torch import Tensor
 
 from benchmark import peers
 from checkpoint import DTYPES, find_demo, load_model, open_checkpoint, parse_device
-from cli.options import Parser
+from cli.options import Parser, positive, require_weights
 from common.errors import UserError
+from common.files import require_writable, to_json, write_whole
+from common.program import program
 
 GATE_PROMPT, GATE_NEW = 300, 12
 ROUNDING = 0.1  # of bfloat16 through random layers: 0.05 was seen, 0.2 and more with a wrong attention
@@ -186,19 +187,22 @@ def measure(model: Any, contender: Contender, ids: Tensor, n_new: int) -> Row:
 def run(argv: list[str] | None = None) -> dict[str, Any]:
     import transformers
 
-    p = Parser(description=__doc__.splitlines()[0])
+    p = Parser("bench_transformers.py", description=__doc__.splitlines()[0])
     p.add_argument("--checkpoint_path", type=Path)
     p.add_argument("--model", help="shape, where weights are random")
     p.add_argument("--random_weights", action="store_true")
     p.add_argument("--device", type=parse_device, default=None)
     p.add_argument("--dtype", choices=tuple(DTYPES), default=None)
-    p.add_argument("--context", type=int, default=1024, help="tokens of the prompt")
-    p.add_argument("--new", type=int, default=64, help="tokens written")
+    p.add_argument("--context", type=positive, default=1024, help="tokens of the prompt")
+    p.add_argument("--new", type=positive, default=64, help="tokens written")
     p.add_argument("--only", nargs="+", help="names of contenders, as the table has them")
     p.add_argument("--json", type=Path)
-    args = p.parse_args(argv)
+    args = p.parse(sys.argv[1:] if argv is None else argv)
+    if args.json:
+        require_writable(args.json, "--json")
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
+    require_weights(args)
     where = None if args.random_weights else args.checkpoint_path or find_demo()
     ours = load_model(open_checkpoint(where, args.model), device, dtype, random_weights=args.random_weights)
     model = peers.transformers_model(ours)
@@ -229,13 +233,10 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
             flush=True,
         )
         if args.json:
-            args.json.write_text(json.dumps(report, indent=1))
+            write_whole(args.json, to_json(report) + "\n")
     return report
 
 
 def main() -> None:
-    try:
+    with program("bench_transformers.py"):
         run()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

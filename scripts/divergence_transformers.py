@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project is run from its folder, not installed
 
-from benchmark.transformers_divergence import main
+from common.program import start
 
 if __name__ == "__main__":
-    main()
+    start("benchmark.transformers_divergence")
