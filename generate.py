@@ -78,6 +78,7 @@ from engine.saved import SavedCache
 from kv_cache import ModelCache
 from quantize import WeightSetting, weights_help
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, caches
+from selective_kv.formats import BITS
 from tokenizer import Tokenizer
 
 
@@ -136,7 +137,7 @@ def make_parser() -> Parser:
         f"cache holds them (default: {PREFILL_CHUNK})",
     )  # fmt: skip
     g.add_argument(
-        "--bits", choices=("8", "4", "auto"),
+        "--bits", choices=(*map(str, BITS), "auto"),
         help="of quantize_kv: --k_bits and --v_bits at once; auto takes the most that --memory_budget allows",
     )  # fmt: skip
     g.add_argument(

@@ -29,7 +29,9 @@ from cli.options import Parser
 from common.errors import UserError
 from common.files import require_writable, to_json, write_whole
 from common.program import program
-from selective_kv.formats import Format, hadamard
+from selective_kv import SelectiveCache, Shape
+from selective_kv.formats import TILE, Format, key_format, value_format
+from selective_kv.kernels import attention_kernels
 from selective_kv.regions import Regions
 
 L2_BYTES = 256 << 20  # copies are made until they hold this much: several times any L2
@@ -60,51 +62,54 @@ class Version:
     error: float = float("nan")
 
 
-INT8 = (Format(), Format())
-K8V4 = (Format(), Format(4))
-K4V4 = (Format(4, 0, True), Format(4))
+FORMATS = {
+    name: (key_format(k_bits), value_format(v_bits))
+    for name, k_bits, v_bits in (("int8", 8, 8), ("K8V4", 8, 4), ("K4V4", 4, 4), ("K3V3", 3, 3))
+}
 
 
 def random_regions(
     batch: int, n_token: int, heads: Heads, slots: int, formats: tuple[Format, Format] | None
 ) -> Regions:
-    """A cache that holds n_token random tokens per sequence; given formats, `slots` of them in full precision."""
+    """A cache that holds n_token random tokens per sequence; given formats, `slots` of them or up to 127 more in full
+    precision."""
     shape = (batch, heads.n_kv_head, n_token, heads.head_dim)
     k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv")
     k[..., 5] *= 4  # an outlier channel
     if formats is None:
-        return Regions(k, v, None, None, None, None, 0, n_token)
-    ints, scales = [], []
-    for x, form in zip((k, v), formats, strict=True):
-        parts = [form.quantize(part) for part in x[:, :, : n_token - slots].split(1, 0)]
-        ints.append(torch.cat([p[0] for p in parts]))
-        scales.append(torch.cat([p[1] for p in parts]))
-    window = [x[:, :, n_token - slots :].contiguous() for x in (k, v)]
-    rotation = hadamard(heads.head_dim, k.device).to(k.dtype) if formats[0].rotated else None
-    return Regions(window[0], window[1], ints[0], ints[1], scales[0], scales[1], 4, slots - 4, *formats, rotation)
+        return Regions(k, v, 0, n_token)
+    policy = SelectiveCache(4, slots - 4)
+    policy.formats = lambda: formats  # type: ignore[method-assign]
+    policy.allocate(Shape(batch, heads.n_kv_head, heads.head_dim, n_token, k.dtype, k.device))
+    attention_kernels(k.device).store_chunk(policy.regions, k, v, 0)
+    return policy.regions
 
 
-def reference(q: Tensor, regions: Regions) -> Tensor:
-    """Attention in float64 over what a full cache holds. q: [batch, n_head, head_dim]."""
+def reference(q: Tensor, regions: Regions, n_token: int) -> Tensor:
+    """Attention in float64 over what a cache of n_token tokens holds. q: [batch, n_head, head_dim]."""
+    exact, n_tile = regions.exact_slots(n_token), regions.n_left(n_token) // TILE
     batch, _, head_dim = q.shape
     out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
     n_kv_head = regions.k.shape[1]
     for b in range(batch):
         for h in range(n_kv_head):
-            keys, values = regions.k[b, h].double(), regions.v[b, h].double()
-            if regions.k_int is not None:
-                (_, k_int, k_scale, k_form), (_, v_int, v_scale, v_form) = regions.quantised()
-                keys = torch.cat((keys, k_form.dequantize(k_int[b, h], k_scale[b, h]).double()))
-                values = torch.cat((values, v_form.dequantize(v_int[b, h], v_scale[b, h]).double()))
+            keys, values = (torch.cat([x[b, h, part] for part in exact]).double() for x in (regions.k, regions.v))
+            if n_tile:
+                stored = [part.tiles.of(b).of(h).part(slice(0, n_tile)) for part in regions.stored()]
+                keys, values = (
+                    torch.cat((x, part.format.dequantize(tiles).flatten(0, 1).double()))
+                    for x, tiles, part in zip((keys, values), stored, regions.stored(), strict=True)
+                )
             tile = q[b].view(n_kv_head, -1, head_dim)[h].double()
             score = tile @ keys.T * head_dim**-0.5
             out[b].view(n_kv_head, -1, head_dim)[h] = score.softmax(-1) @ values
     return out
 
 
-def n_bytes(regions: Regions) -> int:
-    tensors = [t for t in regions if isinstance(t, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+def n_bytes(regions: Regions, n_token: int) -> int:
+    """What has to be read of a cache of n_token tokens."""
+    n_exact = n_token - regions.n_left(n_token)
+    return 2 * regions.k[:, :, 0].nbytes * n_exact + sum(part.tiles.nbytes for part in regions.stored())
 
 
 def our_version(name: str, caches: list[Regions], q: Tensor, positions: Tensor) -> Version:
@@ -115,7 +120,8 @@ def our_version(name: str, caches: list[Regions], q: Tensor, positions: Tensor) 
     def launch(i: int) -> Tensor:
         return triton_kernels.decode_attention(q, caches[i], positions)
 
-    return Version(name, launch, len(caches), n_bytes(caches[0]), lambda: reference(q, caches[0]), [])
+    n_token = int(positions[0]) + 1
+    return Version(name, launch, len(caches), n_bytes(caches[0], n_token), lambda: reference(q, caches[0], n_token), [])
 
 
 def sdpa_version(name: str, backend: SDPBackend, packed: bool, caches: list[Regions], q: Tensor) -> Version:
@@ -128,21 +134,8 @@ def sdpa_version(name: str, backend: SDPBackend, packed: bool, caches: list[Regi
             y = F.scaled_dot_product_attention(tile, caches[i].k, caches[i].v, enable_gqa=not packed)
         return y.reshape(q.shape)
 
-    return Version(name, launch, len(caches), n_bytes(caches[0]), lambda: reference(q, caches[0]), [])
-
-
-def quantised_formats(head_dim: int) -> dict[str, tuple[Format, Format]]:
-    """K's and V's, by name; without those that vectors of head_dim elements do not suit."""
-    found = {}
-    for name, formats in (("int8", INT8), ("K8V4", K8V4), ("K4V4", K4V4)):
-        try:
-            for form in formats:
-                form.check(head_dim)
-        except ValueError as error:
-            print(f"{name} left out: {error}", file=sys.stderr)
-            continue
-        found[name] = formats
-    return found
+    n_token = caches[0].k.shape[2]
+    return Version(name, launch, len(caches), n_bytes(caches[0], n_token), lambda: reference(q, caches[0], n_token), [])
 
 
 def versions(batch: int, n_token: int, heads: Heads, slots: int, with_sdpa: bool = True) -> list[Version]:
@@ -150,9 +143,9 @@ def versions(batch: int, n_token: int, heads: Heads, slots: int, with_sdpa: bool
     positions = torch.full((batch,), n_token - 1, device="cuda")
     found = []
     full: list[Regions] = []
-    for name, formats in (("bf16", None), *quantised_formats(heads.head_dim).items()):
+    for name, formats in (("bf16", None), *FORMATS.items()):
         caches = [random_regions(batch, n_token, heads, slots, formats)]
-        while len(caches) < COPIES or sum(n_bytes(r) for r in caches) < L2_BYTES:
+        while len(caches) < COPIES or sum(n_bytes(r, n_token) for r in caches) < L2_BYTES:
             caches.append(random_regions(batch, n_token, heads, slots, formats))
         found.append(our_version(f"ours {name}", caches, q, positions))
         full = full or caches
@@ -249,9 +242,7 @@ def run(
             )
         ours = {v.name: statistics.median(v.times) for v in group}
         best = min(t for name, t in ours.items() if name == "ours bf16" or name.startswith("SDPA"))
-        faster = ", ".join(
-            f"{n} {best / ours[f'ours {n}']:.2f}x" for n in ("int8", "K8V4", "K4V4") if f"ours {n}" in ours
-        )
+        faster = ", ".join(f"{n} {best / ours[f'ours {n}']:.2f}x" for n in FORMATS if f"ours {n}" in ours)
         print(f"{batch:5} {n_token:8}  against the best bf16: {faster}", end="")
         peers = [t for name, t in ours.items() if name.startswith("SDPA")]
         print(f"; our bf16 is {min(peers) / ours['ours bf16']:.2f}x the best SDPA" if peers else "")

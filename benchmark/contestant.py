@@ -28,6 +28,7 @@ from kv_cache import ModelCache, format_policy
 from model import Transformer
 from selective_kv import KVCache, Shape
 from selective_kv.cache import wide
+from selective_kv.formats import TILE
 from selective_kv.kernels import AttentionKernels, attention_kernels
 from selective_kv.regions import Regions
 from weights.modules import Weight
@@ -63,15 +64,16 @@ def randomize(layer: KVCache) -> None:
     regions: Regions = layer.regions  # type: ignore[attr-defined]
     regions.k.normal_()
     regions.v.normal_()
-    for _, ints, scales, form in regions.quantised():
-        ints.random_(0, 128)
-        scales.uniform_(0.005, 0.015) if form.bits == 8 else scales.uniform_(0.1, 0.2)
+    for part in regions.stored():  # random integers, with the scales of a tile of normal numbers
+        like = part.format.quantize(torch.randn(1, TILE, regions.k.shape[3]).to(regions.k.device))
+        for held, made in zip(part.tiles, like, strict=True):
+            if held is not None and made is not None:
+                held.random_(0, 256) if held.dtype == torch.uint8 else held.copy_(made.expand_as(held))
 
 
 def copy_values(source: KVCache, target: KVCache) -> None:
-    for mine, theirs in zip(target.regions, source.regions, strict=True):  # type: ignore[attr-defined]
-        if isinstance(mine, Tensor):
-            mine.copy_(theirs)
+    for mine, theirs in zip(target.storage() or [], source.storage() or [], strict=True):
+        mine.copy_(theirs)
 
 
 class Checked:

@@ -23,11 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmark.contestant import randomize
 from cli.options import Parser, positive
 from common.errors import UserError
 from common.files import to_json
 from common.program import program
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
+from selective_kv.formats import TILE
 from selective_kv.kernels import pytorch as eager
 from selective_kv.regions import Regions
 
@@ -37,19 +39,22 @@ CPU = torch.device("cpu")
 def filled(policy: KVCache, shape: Shape) -> Regions:
     """A cache's memory with random values of a real cache's sizes."""
     policy.allocate(shape)
-    regions: Regions = policy.regions  # type: ignore[attr-defined]
-    for values, ints, scales, _ in regions.quantised():
-        ints.random_(-127, 128)
-        scales.uniform_(0.005, 0.015)
-        values.normal_()
-    return regions._replace(k=regions.k.normal_(), v=regions.v.normal_())
+    randomize(policy)
+    return policy.regions  # type: ignore[attr-defined]
 
 
 def gate(q: Tensor, regions: Regions, position: Tensor) -> None:
     """Raises UserError unless attention over the quantised cache is that over its dequantised values."""
     got = eager.decode_attention(q, regions, position)
+    n_token = int(position[0]) + 1
+    n_tile = regions.n_left(n_token) // TILE
     keys, values = (
-        torch.cat((x.float(), f.dequantize(i, s)), 2) for x, i, s, f in regions.quantised()
+        torch.cat(
+            [part.slots[:, :, where].float() for where in regions.exact_slots(n_token)]
+            + [part.format.dequantize(part.tiles.part(slice(0, n_tile))).flatten(2, 3)],
+            2,
+        )
+        for part in regions.stored()
     )  # a softmax does not mind the order
     tile = q.float().unflatten(1, (regions.k.shape[1], -1))
     want = F.scaled_dot_product_attention(tile, keys, values).flatten(1, 2)

@@ -170,7 +170,7 @@ def choose_bits(
     for name, one in policy.by_quality():
         try:
             total = make_plan(config, one, shape, chunk, weights, sampling).total
-        except ValueError as error:  # a head_dim that 4 bits are not for
+        except ValueError as error:  # a head_dim that a plugin's format is not for
             tried.append(f"{name}: {error}")
             continue
         tried.append(f"{name} need {size(total)}")

@@ -1,9 +1,9 @@
 """Scores of a text as a cache would have given them while decoding it token by token.
 
 `sequential` does just that. `ParallelCache` is the exact parallel form: the whole text in one pass, where
-every query picks, key by key, the version that it would have met: in full precision if the key's position
-is below sink_size or past p - window_size, otherwise quantised (or not there). It is a cache object like
-any other; the model does not know. It holds a block of one layer's scores at a time.
+every query meets, key by key, the version that it would have met (`selective_kv.cache` has the definition). Of a
+quantised cache all queries between two closing tiles meet the same. It is a cache object like any other; the model does
+not know. It holds a block of one layer's scores at a time.
 
 Exact: in float64 every logit is the sequential one's to 1e-6, at 8 bits and at 4. In float32 a matrix product of many
 tokens and of one differ in the last bit, now and then an element of a key rounds to the other integer, and layers
@@ -26,7 +26,7 @@ from kv_cache import ModelCache
 from model import Cache, Transformer
 from selective_kv import KVCache, Shape
 from selective_kv.cache import wide
-from selective_kv.formats import INT8
+from selective_kv.formats import TILE
 
 QUERIES = 512  # a block's queries: its scores are [n_head, QUERIES, keys] in float32
 POSITIONS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # borders of what a record tells apart
@@ -47,8 +47,7 @@ class ParallelCache:
             raise ValueError(f"{policy.name}: what a query sees is not known in advance: score it sequentially")
         self.sink = seen.sink_size
         self.window = 1 << 62 if seen.window_size is None else seen.window_size
-        self.quantises = seen.formats is not None
-        self.formats = seen.formats or (INT8, INT8)
+        self.formats = seen.formats
         self.turns = seen.within
         self.layers = [self] * n_layer
         self.device = device
@@ -67,70 +66,55 @@ class ParallelCache:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Any, rope: Any) -> Tensor:
         """q: [1, n_head, token, head_dim]; k, v: [1, n_kv_head, token, head_dim]. Returns like q."""
         group, n_token = q.shape[1] // k.shape[1], q.shape[2]
-        if n_token <= self.sink + self.window:  # nothing ever leaves
+        tile = 1 if self.formats is None else TILE
+        if n_token < self.sink + self.window + tile:  # nothing ever leaves
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        k, v = wide(k), wide(v)
-        k_rounded, v_rounded = (
-            f.dequantize(*f.quantize(x[0])).to(x.dtype) for f, x in zip(self.formats, (k, v), strict=True)
-        )
+        k, v = wide(k[0]), wide(v[0])
         out = torch.empty_like(q)
-        for lo in range(0, n_token, QUERIES):
-            hi = min(lo + QUERIES, n_token)
-            block = self._block(q[0, :, lo:hi], k[0], v[0], k_rounded, v_rounded, lo, rope.frequencies)
-            out[0, :, lo:hi] = block.to(q.dtype)
+        if self.formats is None:
+            for lo in range(0, n_token, QUERIES):
+                hi = min(lo + QUERIES, n_token)
+                out[0, :, lo:hi] = self._window_block(q[0, :, lo:hi], k[:, :hi], v[:, :hi], lo, rope.frequencies)
+            return out
+        stored = slice(self.sink, self.sink + self._n_left(n_token))
+        rounded = [
+            f.dequantize(f.quantize(x[:, stored].unflatten(1, (-1, TILE)))).flatten(1, 2).to(x.dtype)
+            for f, x in zip(self.formats, (k, v), strict=True)
+        ]
+        lo = 0
+        while lo < n_token:
+            n_left = self._n_left(lo + 1)
+            hi = min(lo + QUERIES, self.sink + self.window + n_left + TILE - 1, n_token)  # then a tile closes
+            met = [
+                torch.cat((x[:, : min(self.sink, hi)], r[:, :n_left], x[:, self.sink + n_left : hi]), 1)
+                for x, r in zip((k, v), rounded, strict=True)
+            ]
+            out[0, :, lo:hi] = _causal(q[0, :, lo:hi], *met)
+            lo = hi
         return out
 
-    def _block(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_rounded: Tensor,
-        v_rounded: Tensor,
-        lo: int,
-        frequencies: Tensor,
-    ) -> Tensor:
-        """Queries at positions lo, lo + 1, ...; [n_head, query, head_dim] in the keys' and values' dtype.
+    def _n_left(self, n_token: int) -> int:
+        """How many of n_token tokens are in whole tiles that have left the window."""
+        return max(0, n_token - self.sink - self.window) // TILE * TILE
 
-        Keys before `mixed` have left the window of every query here (but for the sinks); from there on it
-        depends on the query, and both versions are made.
-        """
+    def _window_block(self, q: Tensor, k: Tensor, v: Tensor, lo: int, frequencies: Tensor) -> Tensor:
+        """Queries at positions lo, lo + 1, ... over sinks and a window, the rest gone: [n_head, query, head_dim] in
+        the keys' dtype. k, v: up to the last query's."""
         n_kv_head, n_query, dim = k.shape[0], q.shape[1], q.shape[2]
         hi = lo + n_query
         pos = torch.arange(lo, hi, device=q.device)
         sink = min(self.sink, hi)
-        mixed = min(max(sink, lo - self.window + 1), hi)
+        first = min(max(sink, lo - self.window + 1), hi)  # what is before it is gone for every query here
         rows = wide(q).reshape(n_kv_head, -1, dim) * dim**-0.5  # [n_kv_head, group * query, dim]
-
-        def score(keys: Tensor, queries: Tensor = rows) -> Tensor:
-            s = queries @ keys.transpose(-1, -2)
-            return s.view(n_kv_head, q.shape[0] // n_kv_head, n_query, keys.shape[1])  # [n_kv_head, group, query, key]
-
-        key = torch.arange(hi, device=q.device)
-        unseen = key > pos[:, None]  # [query, key]
-        left = (key >= sink) & (key <= pos[:, None] - self.window)
-        s = q.new_empty(n_kv_head, q.shape[0] // n_kv_head, n_query, hi, dtype=rows.dtype)
         turned = rows
         if self.turns:
             turned = self._turned(q, pos, frequencies).reshape(rows.shape) * dim**-0.5
-        s[..., :sink] = score(k[:, :sink], turned)
-        s[..., mixed:] = score(k[:, mixed:hi])
-        if self.quantises:
-            rounded = score(k_rounded[:, sink:hi])
-            s[..., sink:mixed] = rounded[..., : mixed - sink]
-            s[..., mixed:] = torch.where(left[:, mixed:], rounded[..., mixed - sink :], s[..., mixed:])
-            s.masked_fill_(unseen, float("-inf"))
-        else:
-            s[..., sink:mixed] = float("-inf")
-            s.masked_fill_(unseen | left, float("-inf"))
-        prob = s.softmax(-1)
-        exact = prob[..., mixed:].masked_fill(left[:, mixed:], 0.0)
-        y = prob[..., :sink].flatten(1, 2) @ v[:, :sink] + exact.flatten(1, 2) @ v[:, mixed:hi]
-        if self.quantises:
-            prob[..., mixed:] -= exact
-            y += prob[..., sink:].flatten(1, 2) @ v_rounded[:, sink:hi]
-        return y.view(q.shape)
+        s = torch.cat((turned @ k[:, :sink].transpose(-1, -2), rows @ k[:, first:].transpose(-1, -2)), -1)
+        key = torch.cat((torch.arange(sink), torch.arange(first, hi))).to(q.device)
+        gone = (key >= sink) & (key <= pos[:, None] - self.window)
+        s.view(n_kv_head, -1, n_query, s.shape[-1]).masked_fill_((key > pos[:, None]) | gone, float("-inf"))
+        return (s.softmax(-1) @ torch.cat((v[:, :sink], v[:, first:]), 1)).view(q.shape)
 
     def _turned(self, q: Tensor, pos: Tensor, frequencies: Tensor) -> Tensor:
         """Queries at their positions within the cache: turned back by what has been dropped before each."""
@@ -139,6 +123,16 @@ class ParallelCache:
         a, b = wide(q).chunk(2, -1)
         cos, sin = angle.cos().to(a.dtype), angle.sin().to(a.dtype)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of the last tokens of k, v [n_kv_head, key, head_dim] over those up to themselves: q and what is
+    returned [n_head, query, head_dim], the latter in k's dtype."""
+    n_query, n_key = q.shape[1], k.shape[1]
+    s = wide(q).reshape(k.shape[0], -1, q.shape[2]) * q.shape[2] ** -0.5 @ k.transpose(-1, -2)
+    unseen = torch.arange(n_key) > torch.arange(n_key - n_query, n_key)[:, None]
+    s.view(k.shape[0], -1, n_query, n_key).masked_fill_(unseen.to(q.device), float("-inf"))
+    return (s.softmax(-1) @ v).view(q.shape)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ What a query at position p sees, with S = sink_size and W = window_size:
     cache          name           full precision              quantised   gone
     full           full           all                         -           -
     sink + window  compress_kv    pos < S and pos > p - W     -           the rest
-    selective      quantize_kv    pos < S and pos > p - W     the rest    -      (8 or 4 bits: formats.py)
+    selective      quantize_kv    pos < S and pos > p - W     the rest    -      (8 to 2 bits: formats.py)
+
+The selective cache's tokens leave the window a tile of T = 128 at a time: tile t holds positions S + t * T up to
+S + (t + 1) * T - 1, and is quantised when the last of them has left: between W and W + T - 1 recent tokens are exact.
 
 A chunk of tokens sees itself causally in full precision, and what the cache held when the chunk's
 first token came; where the model itself slides (`Shape.reach`), the window holds inside the chunk too
-(sliding.py). A token is written once, and quantised once: when it leaves the window.
+(sliding.py). A token is written once, and quantised once: when its tile leaves the window.
 
 To write a cache of your own, subclass `KVCache` and define `update`: return the dense keys, values and
 positions that a chunk may look at. That is also the slow, obvious reference of the caches here, which
@@ -67,8 +70,9 @@ class Chunk:
 class Visible:
     """What a query at position p sees of a token at position t <= p, when every token came alone (decoding).
 
-    In full precision if t < sink_size or t > p - window_size (None: always); otherwise in `formats`, K's and V's, or
-    not at all where that is None. `within`: sinks are seen at their distance within the cache, not in the text.
+    In full precision if t < sink_size or t > p - window_size (None: always); otherwise in `formats`, K's and V's, if
+    all of its tile has left the window, or not at all where that is None. `within`: sinks are seen at their distance
+    within the cache, not in the text.
     """
 
     sink_size: int = 0

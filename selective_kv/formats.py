@@ -1,140 +1,232 @@
-"""How values become integers and back: the reference maths, and the formats that a cache can store.
+"""Number formats: how a tile of 128 tokens of keys or values becomes integers, and back. The reference maths.
 
-A `Format` is made of small pieces: an optional rotation, groups that share a scale, rounding, packing.
+Tokens are stored a tile of `TILE` = 128 at a time, [128, head_dim] per KV head. A `Format` is made of small steps:
 
-8 bits, symmetric, one scale per token and head: `scale = absmax / 127`, integers in [-127, 127]. The
-scale is kept beside the integers and multiplies the attention score (K) or the probability (V), so
-that nothing is ever dequantised elementwise on the fast paths; `dequantize` is for the reference.
-Bits per element, scale included: 8 + 32 / head_dim (8.25 at head_dim 128, 8.5 at 64).
+1. Rotation. A vector times a Hadamard matrix over sqrt(head_dim), its own inverse, which spreads an outlier channel
+   over all of them (QuaRot, arXiv:2404.00456). q·k does not change if both are rotated; a weighted sum of rotated
+   values is rotated back once. Where head_dim is no power of two, blocks of the largest one that divides it.
+2. Balancing (keys). Each token is divided by its factor, the root mean square of its elements in bfloat16; the
+   factor multiplies the token's score. One large token then does not widen the steps of 127 others. (After KVarN,
+   arXiv:2606.03458, which alternates between columns and rows; one division did as well here: LOG.md.)
+3. Scale and base. Of keys, one pair for a channel, over the 128 tokens of the tile; of values, one for a token:
+   value = base + scale * u with u from 0 to 2**bits - 1. Both are bfloat16, whose range is float32's: base is rounded
+   down and scale up, so that the levels cover all elements.
+4. Packing. Integers of b = 8, 4, 2 or 1 bits form a plane: [128 * b / 8, head_dim] bytes, byte (row, d) holds element d
+   of the tokens row, row + n_row, row + 2 * n_row, ... in its bits 0 to b - 1, b to 2b - 1, ... 3 bits are a plane of
+   the two lower bits and then one of the upper. 8 bits are kept as u - 128, a signed byte.
 
-4 bits, asymmetric, per group of `group_size` elements: `base = min`, `scale = (max - min) / 15`, both rounded
-to float16 first; integers in [0, 15], value = base + scale * integer. Two to a byte: element i in the low
-half of byte i, element i + head_dim / 2 in the high half. base and scale multiply scores and probabilities
-too: q·k = scale * (q·u) + base * sum(q). Bits per element: 4 + 32 / group_size (4.25 at 128, 4.5 at 64).
+Bits per element, with all scales, at head_dim D (in brackets 64; 128):
 
-Rotation: a vector times the Hadamard matrix over sqrt(head_dim), which is its own inverse. It spreads an
-outlier channel over all of them; q·k does not change if both are rotated (QuaRot, arXiv:2404.00456).
+    keys, 8 bits              8 + 32 / 128            (8.25; 8.25)
+    keys, b = 4, 3, 2 bits    b + 32 / 128 + 16 / D   (b + 0.5; b + 0.375)
+    values, b bits            b + 32 / D              (b + 0.5; b + 0.25)
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x: [..., head_dim], any float dtype. Returns int8 [..., head_dim] and float32 scale [...].
-
-    A zero vector gets scale 1. A non-finite vector gets a non-finite scale and spoils nobody else;
-    `require_finite` is the check that refuses it.
-    """
-    x = x.float()
-    absmax = torch.linalg.vector_norm(x, torch.inf, dim=-1)
-    scale = (absmax / 127).masked_fill_(absmax == 0, 1.0)
-    return (x / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale
+TILE = 128  # tokens
+BITS = (8, 4, 3, 2)
 
 
-def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
-    """integers: int8 [..., head_dim]; scale: float32 [...]. Returns float32 [..., head_dim]."""
-    return integers.float() * scale[..., None]
+class Tiles(NamedTuple):
+    """Quantised tiles. n_vector: what has a scale, head_dim channels (keys) or TILE tokens (values)."""
+
+    codes: Tensor  # uint8 [..., n_tile, TILE * head_dim * bits / 8]: the planes, one after the other
+    scales: Tensor  # bfloat16 [..., n_tile, n_vector, 2]: scale and base
+    factors: Tensor | None  # bfloat16 [..., n_tile, TILE / 2, 2], where balanced: of the tokens i and i + TILE / 2
+
+    def of(self, sequence: int) -> Tiles:
+        """Views of those of one sequence, where sequences come first."""
+        return Tiles(
+            self.codes[sequence], self.scales[sequence], None if self.factors is None else self.factors[sequence]
+        )
+
+    def part(self, which: slice) -> Tiles:
+        """Views of some tiles."""
+        codes, scales, factors = self
+        return Tiles(
+            codes[..., which, :], scales[..., which, :, :], None if factors is None else factors[..., which, :, :]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self if part is not None)
 
 
-def quantize4(x: Tensor, n_group: int) -> tuple[Tensor, Tensor]:
-    """x: [..., head_dim]. Returns uint8 [..., head_dim / 2] and float16 [..., n_group, 2], scale and base.
+@dataclass(frozen=True)
+class Format:
+    """How tiles are stored. per_channel: a scale belongs to a channel (keys) and not to a token (values)."""
 
-    A constant group gets scale 1 and comes back as its base. Finite or not: as in `quantize`.
-    """
-    grouped = x.float().unflatten(-1, (n_group, -1))
-    low, high = grouped.amin(-1), grouped.amax(-1)
-    base, scale = low.half(), ((high - low) / 15).half()
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    u = ((grouped - base.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 15)
-    first, second = u.nan_to_num(0).to(torch.uint8).flatten(-2).chunk(2, -1)
-    return first | (second << 4), torch.stack((scale, base), -1)
+    bits: int
+    per_channel: bool
+    rotated: bool = True
+    balanced: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"a format has {', '.join(map(str, BITS))} bits, not {self.bits}")
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of each plane, the lowest bits first."""
+        return (2, 1) if self.bits == 3 else (self.bits,)
+
+    def n_vector(self, head_dim: int) -> int:
+        """Scales of a tile."""
+        return head_dim if self.per_channel else TILE
+
+    def n_byte(self, head_dim: int) -> int:
+        """Bytes of a tile's integers."""
+        return TILE * head_dim * self.bits // 8
+
+    def bits_per_element(self, head_dim: int) -> float:
+        """Scales, bases and factors included."""
+        return self.bits + 32 / (TILE if self.per_channel else head_dim) + (16 / head_dim if self.balanced else 0)
+
+    def room(self, shape: tuple[int, ...], head_dim: int, device: torch.device) -> Tiles:
+        """Zeroed storage for [*shape] tiles, as `quantize` returns them."""
+        return Tiles(
+            torch.zeros(*shape, self.n_byte(head_dim), dtype=torch.uint8, device=device),
+            torch.zeros(*shape, self.n_vector(head_dim), 2, dtype=torch.bfloat16, device=device),
+            torch.zeros(*shape, TILE // 2, 2, dtype=torch.bfloat16, device=device) if self.balanced else None,
+        )
+
+    def turn(self, x: Tensor) -> Tensor:
+        """x [..., head_dim] as the stored vectors are: rotated if they are. float32, or wider as it is. Twice is x."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return rotate(x) if self.rotated else x
+
+    def quantize(self, x: Tensor) -> Tiles:
+        """x: [..., n_tile, TILE, head_dim], any float dtype.
+
+        A constant channel (or token, of values) has scale 0 and comes back as its base, exactly where that is a
+        bfloat16. What is not finite, or has no float32 after rotation, gives the channel or token a scale and base that
+        are NaN, and spoils no other; `require_finite` is the check that refuses it.
+        """
+        x = x.float()
+        factors = None
+        if self.balanced:
+            norms = torch.linalg.vector_norm(x, dim=-1) * x.shape[-1] ** -0.5
+            factors = rounded_up(norms).masked_fill(~((norms > 0) & norms.isfinite()), 1.0)
+        x = self.turn(x)
+        if factors is not None:
+            x = x / factors[..., None]
+        axis = -2 if self.per_channel else -1
+        low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
+        base = rounded_down(low)
+        # by a tensor: by a number a GPU would multiply with its inverse, and now and then be off in the last bit
+        scale = rounded_up((high - base) / torch.full_like(high, 2**self.bits - 1))
+        scale, base = (t.masked_fill(~(high - low).isfinite(), float("nan")) for t in (scale, base))
+        u = ((x - base) / scale).round().clamp(0, 2**self.bits - 1).nan_to_num(0).to(torch.uint8)
+        scales = torch.stack((scale, base), -1).flatten(-3, -2).bfloat16()
+        if factors is not None:
+            factors = factors.unflatten(-1, (2, -1)).transpose(-1, -2).contiguous().bfloat16()
+        return Tiles(self.pack(u), scales, factors)
+
+    def stored(self, tiles: Tiles) -> Tensor:
+        """The stored vectors, still rotated if they are: float32 [..., n_tile, TILE, head_dim]."""
+        scale, base = tiles.scales.float().unsqueeze(-3 if self.per_channel else -2).unbind(-1)
+        x = base + scale * self.unpack(tiles.codes)
+        return x if tiles.factors is None else x * tiles.factors.float().transpose(-1, -2).flatten(-2)[..., None]
+
+    def dequantize(self, tiles: Tiles) -> Tensor:
+        """What `quantize` was given, but for the rounding: float32 [..., n_tile, TILE, head_dim]."""
+        return self.turn(self.stored(tiles))
+
+    def pack(self, u: Tensor) -> Tensor:
+        """u: uint8 [..., TILE, head_dim]. Returns the planes, uint8 [..., n_byte]."""
+        if self.bits == 8:
+            return (u ^ 128).flatten(-2)
+        planes, shift = [], 0
+        for bits in self.planes:
+            part = ((u >> shift) & (2**bits - 1)).unflatten(-2, (8 // bits, -1))  # [..., tokens of a byte, row, d]
+            byte = part[..., 0, :, :].clone()
+            for i in range(1, 8 // bits):
+                byte |= part[..., i, :, :] << (bits * i)
+            planes.append(byte.flatten(-2))
+            shift += bits
+        return torch.cat(planes, -1)
+
+    def unpack(self, codes: Tensor) -> Tensor:
+        """What `pack` was given: uint8 [..., TILE, head_dim]."""
+        if self.bits == 8:
+            return codes.unflatten(-1, (TILE, -1)) ^ 128
+        head_dim = codes.shape[-1] * 8 // (TILE * self.bits)
+        return self.unpack_into(codes, codes.new_empty(*codes.shape[:-1], TILE, head_dim))
+
+    def unpack_into(self, codes: Tensor, out: Tensor) -> Tensor:
+        """Write what `pack` was given (of 8 bits less 128) into out [..., TILE, head_dim], of any dtype. Returns it."""
+        if self.bits == 8:
+            return out.copy_(codes.view(torch.int8).unflatten(-1, (TILE, -1)))
+        first, value = 0, 1
+        for bits in self.planes:
+            n_row = TILE * bits // 8
+            byte = codes[..., first : first + n_row * out.shape[-1]].unflatten(-1, (n_row, -1))
+            for i in range(8 // bits):
+                part = ((byte >> (bits * i)) & (2**bits - 1)).view(torch.int8)  # of which conversion is faster
+                rows = out[..., i * n_row : (i + 1) * n_row, :]
+                rows.copy_(part) if value == 1 else rows.add_(part, alpha=value)
+            first, value = first + n_row * out.shape[-1], value << bits
+        return out
 
 
-def dequantize4(packed: Tensor, scales: Tensor) -> Tensor:
-    """What `quantize4` returned. Returns float32 [..., head_dim]."""
-    u = torch.cat((packed & 15, packed >> 4), -1).float().unflatten(-1, (scales.shape[-2], -1))
-    scale, base = scales.float()[..., None].unbind(-2)
-    return (base + scale * u).flatten(-2)
+def key_format(bits: int, rotated: bool = True) -> Format:
+    """A key's scale belongs to a channel. At 8 bits balancing wins nothing and rotating next to nothing (LOG.md)."""
+    return Format(bits, per_channel=True, rotated=rotated and bits < 8, balanced=bits < 8)
+
+
+def value_format(bits: int, rotated: bool = True) -> Format:
+    """A value's scale belongs to a token."""
+    return Format(bits, per_channel=False, rotated=rotated and bits < 8)
+
+
+def rounded_down(x: Tensor) -> Tensor:
+    """float32 to the next bfloat16 that is no larger, as float32. NaN and infinities stay."""
+    bits = x.contiguous().view(torch.int32)
+    away = torch.where(x < 0, bits + 0xFFFF, bits) & -0x10000  # the magnitude of a negative number grows
+    return torch.where(x.isfinite(), away.view(torch.float32), x)
+
+
+def rounded_up(x: Tensor) -> Tensor:
+    """float32 to the next bfloat16 that is no smaller, as float32. NaN and infinities stay."""
+    return -rounded_down(-x)
 
 
 @functools.lru_cache
 def hadamard(n: int, device: torch.device) -> Tensor:
     """float32 [n, n] of 1 and -1, n a power of two (Sylvester's construction). Over sqrt(n) it is orthogonal."""
-    h = torch.ones(1, 1, device="cpu")  # on the meta device cat imports a compiler
-    while len(h) < n:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    return h.to(device)
+    with torch.inference_mode(False):
+        h = torch.ones(1, 1, device="cpu")  # on the meta device cat imports a compiler
+        while len(h) < n:
+            h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+        return h.to(device)
+
+
+def rotation_size(head_dim: int) -> int:
+    """The size of the Hadamard blocks that rotate a vector: the largest power of two that divides head_dim."""
+    return head_dim & -head_dim
 
 
 def rotate(x: Tensor) -> Tensor:
-    """x: [..., head_dim], a power of two. Returns float32; twice gives x back."""
-    n = x.shape[-1]
-    return x.float() @ hadamard(n, x.device) * n**-0.5
+    """x: [..., head_dim] in float32 or float64. Twice gives x back."""
+    n = rotation_size(x.shape[-1])
+    blocks = x.unflatten(-1, (-1, n)) @ hadamard(n, x.device).to(x.dtype)
+    return blocks.flatten(-2) * n**-0.5
 
 
-@dataclass(frozen=True)
-class Format:
-    """How vectors of head_dim elements are stored. group_size 0: one group; `rotated`: before all else."""
-
-    bits: int = 8
-    group_size: int = 0
-    rotated: bool = False
-
-    def check(self, head_dim: int) -> None:
-        """Raises ValueError where this format does not suit vectors of head_dim elements."""
-        if self.bits == 8:
-            return
-        if head_dim & (head_dim - 1) or head_dim < 64:  # matrix units sum 32 bytes at a time, half a vector's
-            raise ValueError(f"4 bits need a head_dim that is a power of two and at least 64, not {head_dim}")
-        if self.group_size not in (0, head_dim, head_dim // 2):
-            raise ValueError(
-                f"--group_size must be the head_dim, {head_dim}, or half of it, {head_dim // 2}, not {self.group_size}"
-            )
-
-    def n_group(self, head_dim: int) -> int:
-        """Scales per vector."""
-        return head_dim // self.group_size if self.bits == 4 and self.group_size else 1
-
-    def n_byte(self, head_dim: int) -> int:
-        """Bytes of a vector's integers."""
-        return head_dim * self.bits // 8
-
-    def bits_per_element(self, head_dim: int) -> float:
-        """Scales and bases included."""
-        return self.bits + 32 * self.n_group(head_dim) / head_dim
-
-    def room(self, rows: tuple[int, ...], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Zeroed storage for `rows` vectors: integers [*rows, n_byte] and scales, as `quantize` returns them."""
-        if self.bits == 8:
-            return torch.zeros(*rows, head_dim, dtype=torch.int8, device=device), torch.zeros(*rows, device=device)
-        scales = torch.zeros(*rows, self.n_group(head_dim), 2, dtype=torch.float16, device=device)
-        return torch.zeros(*rows, head_dim // 2, dtype=torch.uint8, device=device), scales
-
-    def turn(self, q: Tensor) -> Tensor:
-        """A query as the stored keys are: rotated if they are. float32."""
-        return rotate(q) if self.rotated else q.float()
-
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [..., head_dim], any float dtype. Returns integers and scales."""
-        x = self.turn(x)
-        return quantize(x) if self.bits == 8 else quantize4(x, self.n_group(x.shape[-1]))
-
-    def stored(self, integers: Tensor, scales: Tensor) -> Tensor:
-        """The stored values, float32 [..., head_dim]: still rotated if they are."""
-        return dequantize(integers, scales) if self.bits == 8 else dequantize4(integers, scales)
-
-    def dequantize(self, integers: Tensor, scales: Tensor) -> Tensor:
-        """What `quantize` was given, but for the rounding; float32 [..., head_dim]."""
-        return self.turn(self.stored(integers, scales))
-
-
-INT8 = Format()
+@functools.lru_cache
+def rotation_matrix(head_dim: int, device: torch.device) -> Tensor:
+    """float32 [head_dim, head_dim] of 1, -1 and, between blocks, 0: over sqrt(rotation_size) what `rotate` does."""
+    n = rotation_size(head_dim)
+    with torch.inference_mode(False):
+        return torch.block_diag(*[hadamard(n, torch.device("cpu"))] * (head_dim // n)).to(device)
 
 
 def require_finite(x: Tensor, what: str) -> None:

@@ -1,25 +1,22 @@
-"""A cache made of sink, window and (maybe) quantised rows: what the three caches here have in common."""
+"""A cache made of sink, window and (maybe) tiles: what the three caches here have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from selective_kv.cache import Chunk, KVCache, RopeLike, Shape, wide
-from selective_kv.formats import INT8, Format, hadamard, require_finite
+from selective_kv.formats import TILE, Format, require_finite, rotation_matrix
 from selective_kv.kernels import AttentionKernels, attention_kernels, chunk_attention
-from selective_kv.regions import Regions, Stored
+from selective_kv.regions import Regions
 
 
 @dataclass
 class RegionCache(KVCache):
-    """A cache made of sink, window and (maybe) quantised rows: storage, reference and fast path."""
-
-    quantises: ClassVar[bool] = False
+    """A cache made of sink, window and (maybe) tiles: storage, reference and fast path."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,32 +26,32 @@ class RegionCache(KVCache):
         """sink_size and window_size."""
         raise NotImplementedError
 
-    def formats(self) -> tuple[Format, Format]:
-        """K's and V's, in what has left the window."""
-        return INT8, INT8
+    def formats(self) -> tuple[Format, Format] | None:
+        """K's and V's, in what has left the window; None: it is dropped."""
+        return None
 
     def allocate(self, shape: Shape) -> None:
         sink, window = self.sizes(shape.capacity)
         sink = min(sink, shape.capacity)
-        window = max(1, min(window, shape.capacity - sink))
-        n_row = max(0, shape.capacity - sink - window) if self.quantises else 0
+        formats, rest = self.formats(), shape.capacity - sink
+        n_tile = max(0, rest - window) // TILE if formats else 0
+        if n_tile:
+            ring = window + TILE  # a tile's first tokens wait for its last
+        else:  # no tile is ever full, and nothing leaves: where tokens are dropped, whatever the window has no room for
+            window = ring = max(1, rest if formats else min(window, rest))
 
-        def room(n: int, dtype: torch.dtype, *tail: int) -> Tensor:
-            # Zeros, not garbage: what is masked is still multiplied by zero, and 0 * NaN is NaN.
-            return torch.zeros(shape.batch, shape.n_kv_head, n, *tail, dtype=dtype, device=shape.device)
-
-        k, v = (room(sink + window, shape.dtype, shape.head_dim) for _ in "kv")
-        k_format, v_format = self.formats()
-        k_int = v_int = k_scale = v_scale = rotation = None
-        if n_row:
-            k_format.check(shape.head_dim)
-            v_format.check(shape.head_dim)
-            rows = (shape.batch, shape.n_kv_head, n_row)
-            k_int, k_scale = k_format.room(rows, shape.head_dim, shape.device)
-            v_int, v_scale = v_format.room(rows, shape.head_dim, shape.device)
-            if k_format.rotated:
-                rotation = hadamard(shape.head_dim, shape.device).to(shape.dtype)
-        self.regions = Regions(k, v, k_int, v_int, k_scale, v_scale, sink, window, k_format, v_format, rotation)
+        # Zeros, not garbage: what is masked is still multiplied by zero, and 0 * NaN is NaN.
+        slots = (shape.batch, shape.n_kv_head, sink + ring, shape.head_dim)
+        k, v = (torch.zeros(slots, dtype=shape.dtype, device=shape.device) for _ in "kv")
+        self.regions = Regions(k, v, sink, window)
+        if formats and n_tile:
+            k_tiles, v_tiles = (
+                form.room((shape.batch, shape.n_kv_head, n_tile), shape.head_dim, shape.device) for form in formats
+            )
+            rotation = None
+            if any(form.rotated for form in formats):
+                rotation = rotation_matrix(shape.head_dim, shape.device).to(shape.dtype)
+            self.regions = Regions(k, v, sink, window, k_tiles, v_tiles, *formats, rotation)
         self.kernels: AttentionKernels = attention_kernels(shape.device)
 
     def use_reference(self) -> None:
@@ -73,14 +70,14 @@ class RegionCache(KVCache):
         return not self._reference and self.regions.k.is_cuda and self.kernels.captures
 
     def storage(self) -> list[Tensor] | None:
-        return [t for t in self.regions[:6] if t is not None]
+        return [*self.regions.tensors().values()]
 
     def nbytes(self) -> dict[str, int]:
         r = self.regions
         slot_bytes = 2 * r.k[:, :, 0].nbytes
-        sizes = {"sink": r.sink_size * slot_bytes, "window": r.window_size * slot_bytes}
-        sizes["quantised"] = sum(part.ints.nbytes for part in r.quantised())
-        sizes["scales"] = sum(part.scales.nbytes for part in r.quantised())
+        sizes = {"sink": r.sink_size * slot_bytes, "window": r.ring_size * slot_bytes}
+        sizes["quantised"] = sum(part.tiles.codes.nbytes for part in r.stored())
+        sizes["scales"] = sum(part.tiles.nbytes for part in r.stored()) - sizes["quantised"]
         return {region: n for region, n in sizes.items() if n}
 
     @property
@@ -98,7 +95,7 @@ class RegionCache(KVCache):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, rope: RopeLike) -> Tensor:
         if self._reference:
             return super().attend(q, k, v, chunk, rope)
-        regions = self.regions.batch_rows(chunk.row, q.shape[0])
+        regions = self.regions.sequences(chunk.row, q.shape[0])
         sink_turn = self.sink_turn(rope)
         if k.shape[2] == 1:
             pos = chunk.positions[:, 0]
@@ -118,34 +115,41 @@ class RegionCache(KVCache):
 
     def update(self, row: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         r = self.regions
-        self._leave(row, start - r.window_size)
+        self._leave(row, start)
+        n_left = r.n_left(start + 1)
         past = torch.arange(start, device=k.device)
-        middle = (past >= r.sink_size) & (past <= start - r.window_size)
-        slots = torch.where(past < r.sink_size, past, r.sink_size + (past - r.sink_size) % r.window_size)
+        middle = (past >= r.sink_size) & (past < r.sink_size + n_left)
+        slots = torch.where(past < r.sink_size, past, r.sink_size + (past - r.sink_size) % r.ring_size)
+        stored = [part.tiles.of(row).part(slice(0, n_left // TILE)) for part in r.stored()]
+        formats = [part.format for part in r.stored()]
         dense = []
-        stored: list[Stored | None] = list(r.quantised()) or [None, None]
-        for chunk, values, held in zip((k, v), (r.k, r.v), stored, strict=True):
+        for i, (chunk, values) in enumerate(((k, r.k), (v, r.v))):
             kept = wide(values[row, :, slots[~middle]])
             parts = [kept[:, : r.sink_size], kept[:, r.sink_size :], wide(chunk)]
-            if held is not None:
-                rows = past[middle] - r.sink_size
-                parts.insert(1, held.format.dequantize(held.ints[row, :, rows], held.scales[row, :, rows]))
+            if stored:
+                parts.insert(1, formats[i].dequantize(stored[i]).flatten(1, 2))
             dense.append(torch.cat(parts, 1))
-        positions = past if self.regions.k_int is not None else past[~middle]
+        positions = past if stored else past[~middle]
         for i in range(k.shape[1]):
             if i > 0:
-                self._leave(row, start + i - r.window_size)
+                self._leave(row, start + i)
             r.k[row, :, r.slot(start + i)] = k[:, i].to(r.k.dtype)
             r.v[row, :, r.slot(start + i)] = v[:, i].to(r.v.dtype)
         own = torch.arange(start, start + k.shape[1], device=k.device)
         return dense[0], dense[1], torch.cat((positions, own))
 
     def _leave(self, row: int, pos: int) -> None:
-        """The token at `pos` leaves the window: quantise it, this once."""
-        if pos < self.regions.sink_size:
+        """Position `pos` is about to be written: quantise the tile, if any, whose last token leaves the window for it,
+        this once."""
+        r = self.regions
+        first, end = (r.sink_size + r.n_left(n) for n in (pos, pos + 1))
+        if first == end:
             return
-        at = pos - self.regions.sink_size
-        for values, ints, scales, form in self.regions.quantised():
-            token = values[row, :, self.regions.slot(pos)]
-            require_finite(token, f"the key or value at position {pos}")
-            ints[row, :, at], scales[row, :, at] = form.quantize(token)
+        for slots, tiles, form in r.stored():
+            tokens = slots[row, :, [r.slot(p) for p in range(first, end)]]
+            require_finite(tokens, f"a key or value at positions {first} to {end - 1}")
+            made = form.quantize(tokens)
+            require_finite(made.scales, f"a scale of the keys or values at positions {first} to {end - 1}")
+            for held, new in zip(tiles.of(row), made, strict=True):
+                if held is not None and new is not None:
+                    held[:, (first - r.sink_size) // TILE] = new

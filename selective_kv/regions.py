@@ -7,69 +7,102 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from selective_kv.formats import INT8, Format
+from selective_kv.formats import TILE, Format, Tiles
 
 
 class Stored(NamedTuple):
-    """K or V: full precision, integers, scales, and how to read the last two."""
+    """K or V: its slots, its tiles, and how to read those."""
 
-    values: Tensor
-    ints: Tensor
-    scales: Tensor
+    slots: Tensor
+    tiles: Tiles
     format: Format
 
 
 class Regions(NamedTuple):
-    """Sink and window in full precision, what has left the window as integers.
+    """Sink and window in full precision, what has left the window as tiles.
 
     The token at position pos lives in full precision in slot `pos` (pos < sink_size) or
-    `sink_size + (pos - sink_size) % window_size` (a ring), and, once it has left the window, in row
-    `pos - sink_size` of the quantised tensors. With sink 2 and window 3, after positions 0 to 6:
+    `sink_size + (pos - sink_size) % ring_size`. Tile t holds the positions sink_size + t * TILE up to
+    sink_size + (t + 1) * TILE - 1, all quantised when the last of them has left the window; until then they stay in the
+    ring, which therefore is TILE longer than the window. Were TILE 2, with sink 2 and window 3, after positions 0 to 7:
 
-        slots  0  1 | 5  6  4        (ring: 5 -> 2 + 3 % 3, 6 -> 2 + 4 % 3, 4 -> 2 + 2 % 3)
-        rows   2  3                  (positions 2 and 3 have left; their rows are 0 and 1)
+        slots  0  1 | 7  3  4  5  6      (ring of 5: 7 -> 2 + 5 % 5, 3 -> 2 + 1 % 5, ...)
+        tiles  [2 3]                     (4 has left the window, 5 has not: their tile is still to come)
 
-    The full cache is sink 0 and a window of the whole capacity; sink + window has no rows.
+    3 is in both: its slot is not needed again before position 8, and is no longer looked at. The full cache is sink 0
+    and a window of the whole capacity; sink + window has no tiles, and a ring of the window alone.
     """
 
-    k: Tensor  # [batch, n_kv_head, sink_size + window_size, head_dim], a float dtype
+    k: Tensor  # [batch, n_kv_head, sink_size + ring_size, head_dim], a float dtype
     v: Tensor
-    k_int: Tensor | None  # [batch, n_kv_head, n_row, bytes], as `k_format` has it; None: what leaves is dropped
-    v_int: Tensor | None
-    k_scale: Tensor | None  # [batch, n_kv_head, n_row, ...], 4 bytes per group of elements
-    v_scale: Tensor | None
     sink_size: int  # >= 0
     window_size: int  # >= 1
-    k_format: Format = INT8
-    v_format: Format = INT8
-    rotation: Tensor | None = None  # [head_dim, head_dim] of 1 and -1 in k's dtype, where k_format is rotated
+    k_tiles: Tiles | None = None  # [batch, n_kv_head, n_tile, ...], as `k_format` has it; None: what leaves is dropped
+    v_tiles: Tiles | None = None
+    k_format: Format | None = None
+    v_format: Format | None = None
+    rotation: Tensor | None = None  # [head_dim, head_dim] of 1, -1 and 0 in k's dtype, where a format is rotated
+
+    @property
+    def ring_size(self) -> int:
+        """Slots after the sinks'."""
+        return self.k.shape[2] - self.sink_size
 
     def slot(self, pos: int) -> int:
         """The full-precision slot of a position."""
-        return pos if pos < self.sink_size else self.sink_size + (pos - self.sink_size) % self.window_size
+        return pos if pos < self.sink_size else self.sink_size + (pos - self.sink_size) % self.ring_size
 
     def n_left(self, n_token: int) -> int:
-        """How many of the first n_token tokens are no longer in full precision."""
-        return max(0, n_token - self.sink_size - self.window_size)
+        """How many of the first n_token tokens are no longer looked at in full precision: positions sink_size and on.
 
-    def quantised(self) -> Iterator[Stored]:
+        Where there are tiles it is a multiple of TILE.
+        """
+        n = max(0, n_token - self.sink_size - self.window_size)
+        return n if self.k_tiles is None else n // TILE * TILE
+
+    def exact_slots(self, n_token: int, coming: int = 0) -> list[slice]:
+        """Where those of n_token tokens stand that are looked at in full precision: sinks, then the ring from its
+        oldest token on, which may be in two parts. coming: tokens that make others leave, but are not there yet."""
+        sink, n_left = self.sink_size, self.n_left(n_token + coming)
+        if n_left == 0:
+            return [slice(0, n_token)]
+        first = n_left % self.ring_size
+        end = first + n_token - sink - n_left
+        return [
+            slice(0, sink),
+            slice(sink + first, sink + min(end, self.ring_size)),
+            slice(sink, sink + max(0, end - self.ring_size)),
+        ]
+
+    def stored(self) -> Iterator[Stored]:
         """K's and V's; nothing where the middle is dropped."""
-        if self.k_int is not None and self.v_int is not None and self.k_scale is not None and self.v_scale is not None:
-            yield Stored(self.k, self.k_int, self.k_scale, self.k_format)
-            yield Stored(self.v, self.v_int, self.v_scale, self.v_format)
+        if self.k_tiles is not None and self.v_tiles is not None and self.k_format and self.v_format:
+            yield Stored(self.k, self.k_tiles, self.k_format)
+            yield Stored(self.v, self.v_tiles, self.v_format)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the memory that tokens are written to, by name: [batch, n_kv_head, slot or tile, ...]."""
+        found: dict[str, Tensor | None] = {"k": self.k, "v": self.v}
+        for name, part in zip("kv", self.stored(), strict=False):
+            found |= {f"{name}_{what}": tensor for what, tensor in part.tiles._asdict().items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def held(self, row: int, n_token: int) -> dict[str, Tensor]:
-        """What sequence `row` holds after n_token tokens, by name: views [n_kv_head, slot or row, ...].
+        """What sequence `row` holds after n_token tokens, by name: views [n_kv_head, slot or tile, ...].
 
-        Slots and rows do not depend on the capacity: a ring that the capacity made shorter has not come round yet.
+        Slots and tiles do not depend on the capacity: a ring that the capacity made shorter has not come round yet.
         """
-        n_left = self.n_left(n_token)
-        slots, rows = slice(n_token - n_left), slice(n_left)
-        lengths = {"k": slots, "v": slots, "k_int": rows, "v_int": rows, "k_scale": rows, "v_scale": rows}
-        views = {name: getattr(self, name)[row, :, n] for name, n in lengths.items() if getattr(self, name) is not None}
+        slots, tiles = slice(min(n_token, self.k.shape[2])), slice(self.n_left(n_token) // TILE)
+        views = {name: t[row, :, slots if name in ("k", "v") else tiles] for name, t in self.tensors().items()}
         return {name: view for name, view in views.items() if view.numel()}
 
-    def batch_rows(self, first: int, n: int) -> Regions:
+    def sequences(self, first: int, n: int) -> Regions:
         """Views of n sequences, from `first` on."""
-        tensors = [t if t is None else t[first : first + n] for t in self[:6]]
-        return Regions(*tensors, *self[6:])  # type: ignore[arg-type, call-arg]
+        part = slice(first, first + n)
+
+        def cut(tiles: Tiles | None) -> Tiles | None:
+            return tiles and Tiles(*(None if t is None else t[part] for t in tiles))  # type: ignore[arg-type]
+
+        return self._replace(
+            k=self.k[part], v=self.v[part], k_tiles=cut(self.k_tiles), v_tiles=cut(self.v_tiles)
+        )  # fmt: skip

@@ -162,7 +162,7 @@ class SlidingCache(RegionCache):
                 outs.append(super().attend(q[:, :, at], k[:, :, at], v[:, :, at], token, rope))
             return torch.cat(outs, 2)
         assert chunk.start is not None, "a chunk of several tokens starts at one known position"
-        regions = self.regions.batch_rows(chunk.row, q.shape[0])
+        regions = self.regions.sequences(chunk.row, q.shape[0])
         y = sliding_attention(q, k, v, regions, chunk.start, self.sink_queries(q, chunk, rope))
         self.kernels.store_chunk(regions, k, v, chunk.start)
         return y

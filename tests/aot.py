@@ -29,40 +29,39 @@ from engine.kernels.peer_sum import BLOCK, MOST_ELEMENTS, sum_kernel
 from engine.kernels.quantised import dense_kernel, embed_kernel
 from engine.kernels.small_gemm import padded, plan_tokens, tokens_kernel
 from engine.kernels.small_gemm_integers import tokens_integers_kernel
+from selective_kv.formats import rotation_size
 from selective_kv.kernels.decode import combine_kernel, split_kernel
 from selective_kv.kernels.decode_config import cuts, fitting, merging, plan
 from selective_kv.kernels.history import dequantize_kernel, history_kernel
-from selective_kv.kernels.store import append_kernel, quantize_kernel, slots_kernel
+from selective_kv.kernels.store import append_kernel, close_kernel, slots_kernel
 
 TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "then": "*bf16",
          "positions": "*i64", "cos": "*fp32", "sin": "*fp32", "partial": "*fp32",
-         "statistics": "*fp32", "k_int": "*i8", "v_pair": "*i16",
-         "softmax_scale": "fp32"}  # fmt: skip
+         "statistics": "*fp32", "k_codes": "*i8", "v_pairs": "*i16", "k_scale": "*i32", "v_scale": "*i32",
+         "k_factor": "*i32", "softmax_scale": "fp32"}  # fmt: skip
 
 
 HOPPER_SHARED = 232_448  # bytes that a program may have
 
 
 def compile_split_kernel(
-    head_dim: int, group: int, k_bits: int = 8, v_bits: int = 8, n_group: int = 1, n_row: int = 8,
+    head_dim: int, group: int, k_bits: int = 8, v_bits: int = 8, batch_heads: int = 8,
     dtype: str = "bf16", shared: int = HOPPER_SHARED, turn: bool = False,
 ) -> dict[str, int] | None:  # fmt: skip
     """Registers, spills and instruction counts of `split_kernel`; None if the tools are missing."""
     itemsize = 4 if dtype == "fp32" else 2
-    p = plan(n_row, group, head_dim, itemsize, 132, 0 < k_bits + v_bits < 16)
-    p = fitting(p, shared, head_dim, itemsize, k_bits + v_bits)
+    p = plan(batch_heads, group, head_dim, itemsize, 132, k_bits, v_bits)
+    p = fitting(p, shared, head_dim, itemsize, k_bits, v_bits)
     cut = cuts(p, itemsize, k_bits + v_bits)
     constants = {
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
-        "K_BITS": k_bits, "V_BITS": v_bits, "K_GROUPS": n_group, "V_GROUPS": n_group, "ROTATED": k_bits == 4,
+        **stored_as(head_dim, k_bits, v_bits),
         "FLOAT_COST": cut["FLOAT_COST"], "INT_COST": cut["INT_COST"], "AHEAD": p.ahead, "TURN_SINKS": turn,
         "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
     }  # fmt: skip
     names = split_kernel.arg_names
-    types = {name: kind.replace("bf16", dtype) for name, kind in TYPES.items()} | {
-        name: "*i32" if bits == 4 else "*fp32" for name, bits in (("k_scale", k_bits), ("v_scale", v_bits))
-    }
+    types = {name: kind.replace("bf16", dtype) for name, kind in TYPES.items()}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     aligned = [n for n in names if "stride" in n or signature[n].startswith("*")]
     source = ASTSource(
@@ -171,13 +170,22 @@ def instructions(sass: str) -> list[str]:
     return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
 
 
-def compile_append_kernel(head_dim: int, bits: int, n_group: int = 1, early: bool = False) -> dict[str, int] | None:
-    """What counts in `append_kernel` as a launch has it: above all what follows its wait. bits 0: no rows."""
-    ints, scales = {0: ("*bf16", "*bf16"), 4: ("*u8", "*i32"), 8: ("*i8", "*fp32")}[bits]
-    types = {name: "*bf16" for name in ("k_new", "v_new", "k", "v", "rotation")} | {"positions": "*i64"}
-    types |= {"k_int": ints, "v_int": ints, "k_scale": scales, "v_scale": scales}
-    constants = {"HEAD_DIM": head_dim, "K_BITS": bits, "V_BITS": bits, "K_GROUPS": n_group, "V_GROUPS": n_group,
-                 "ROTATED": bits == 4, "INTERPRET": False, "OVERLAP": True, "EARLY": early}  # fmt: skip
+def stored_as(head_dim: int, k_bits: int, v_bits: int, rotated: bool = True) -> dict[str, Any]:
+    """What kernels are told of the formats."""
+    turn = rotation_size(head_dim) if rotated and k_bits else 1
+    return {"K_BITS": k_bits, "V_BITS": v_bits, "BALANCED": 0 < k_bits < 8, "K_ROTATION": turn, "V_ROTATION": turn}
+
+
+STORE_TYPES = {name: "*bf16" for name in ("chunk_k", "chunk_v", "k_new", "v_new", "k", "v", "rotation")} | {
+    "k_codes": "*u8", "v_codes": "*u8", "k_scale": "*i32", "v_scale": "*i32", "k_factor": "*i32", "positions": "*i64"
+}  # fmt: skip
+
+
+def compile_append_kernel(head_dim: int, bits: int, early: bool = False) -> dict[str, int] | None:
+    """What counts in `append_kernel` as a launch has it: above all what follows its wait. bits 0: no tiles."""
+    types = STORE_TYPES if bits else STORE_TYPES | {name: "*bf16" for name in STORE_TYPES if name != "positions"}
+    constants = {"HEAD_DIM": head_dim, **stored_as(head_dim, bits, bits), "INTERPRET": False, "OVERLAP": True,
+                 "EARLY": early}  # fmt: skip
     compiled = compile_kernel(append_kernel, types, constants, 1, True)
     found = disassembled(compiled)
     if found is None:
@@ -199,7 +207,7 @@ def compile_combine_kernel(
 ) -> dict[str, int] | None:
     """What counts in `combine_kernel` as a launch has it: above all what follows its wait. bits: see `cuts`."""
     itemsize = 4 if dtype == "fp32" else 2
-    p = plan(8, group, head_dim, itemsize, 132, 0 < bits < 16)
+    p = plan(8, group, head_dim, itemsize, 132, bits // 2, bits // 2)
     constants = {"HEAD_DIM": head_dim, "HEADS": p.heads, "TILES": -(-group // p.heads), "WARPS": p.warps,
                  "HAS_INT": bits > 0, "OVERLAP": True, **cuts(p, itemsize, bits),
                  **merging((n_split + 1) * p.warps, head_dim)}  # fmt: skip
@@ -223,18 +231,13 @@ def compile_combine_kernel(
     }
 
 
-def compiles(k_bits: int, v_bits: int, n_group: int, rotated: bool) -> None:
-    """Raises what the compiler does, for any kernel that writes or reads quantised rows."""
-    numbers = {8: ("*i8", "*fp32"), 4: ("*u8", "*i32")}
-    types = {name: "*bf16" for name in ("chunk_k", "chunk_v", "k_new", "v_new", "k", "v", "rotation")}
-    types |= {"k_int": numbers[k_bits][0], "k_scale": numbers[k_bits][1], "positions": "*i64"}
-    types |= {"v_int": numbers[v_bits][0], "v_scale": numbers[v_bits][1]}
-    shared = {"HEAD_DIM": 128, "K_BITS": k_bits, "V_BITS": v_bits, "K_GROUPS": n_group if k_bits == 4 else 1,
-              "V_GROUPS": n_group if v_bits == 4 else 1}  # fmt: skip
-    store = shared | {"ROTATED": rotated, "INTERPRET": False}
-    compile_kernel(append_kernel, types, store | {"OVERLAP": True, "EARLY": False})
-    compile_kernel(quantize_kernel, types, store | {"BLOCK": 16})
-    compile_kernel(dequantize_kernel, types, shared | {"BLOCK": 32})
+def compiles(k_bits: int, v_bits: int, rotated: bool) -> None:
+    """Raises what the compiler does, for any kernel that writes or reads tiles."""
+    shared = {"HEAD_DIM": 128, "INTERPRET": False, **stored_as(128, k_bits, v_bits, rotated)}
+    compile_kernel(append_kernel, STORE_TYPES, shared | {"OVERLAP": True, "EARLY": False})
+    compile_kernel(close_kernel, STORE_TYPES, shared | {"BLOCKS": 8})
+    dense = {name: shared[name] for name in ("HEAD_DIM", "K_BITS", "V_BITS", "BALANCED")} | {"BLOCK": 32}
+    compile_kernel(dequantize_kernel, STORE_TYPES, dense)
 
 
 def compile_kernel(
@@ -254,7 +257,7 @@ def compile_kernel(
 
 
 def compile_the_rest() -> None:
-    """Raises what the compiler does, for the kernels that look at no integers."""
+    """Raises what the compiler does, for the kernels that look at no tiles."""
     pointers = ("q", "k", "v", "x", "weight", "bias", "norm", "residual", "out", "qkv", "q_norm", "k_norm")
     types = {name: "*bf16" for name in (*pointers, "chunk_k", "chunk_v")}
     types |= {name: "*fp32" for name in ("partial", "statistics", "lse", "cos", "sin")}

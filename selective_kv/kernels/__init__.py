@@ -1,6 +1,18 @@
 """What the caches call: one contract (`contract.py`), in Triton for a GPU and in PyTorch for everything else.
 
 `attention_kernels` chooses by device. Either implementation can stand in for the other, and tests compare them.
+
+Words, each with one meaning here:
+    slot         the place of one token's key and value in full precision: sinks, then a ring
+    tile         128 tokens that left the window together, as integers; part: its tokens in one field of its bytes
+    plane, row   the packed integers of some bits of a tile; a row of it is head_dim bytes
+    scale, base  of a channel of keys over a tile or of one value: value = base + scale * integer; factor: a key's norm
+    rotate       multiply by a Hadamard matrix; turn: rotate by position, as RoPE does
+    block        the tokens that a program adds to its softmax at once; slice: a warp's part of them
+    split        one of the programs that share the tokens of a sequence and KV head; combine: merge their results
+    column       one KV head of one sequence, and at most `heads` of its query heads
+    batch_heads  sequences times KV heads
+    overlap      a launch that starts before the one ahead has ended (programmatic dependent launch); `then`: read after
 """
 
 from __future__ import annotations

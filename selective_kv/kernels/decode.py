@@ -1,16 +1,16 @@
-"""Decode attention in Triton: one query token per sequence over sink, window and int8 middle.
+"""Decode attention in Triton: one query token per sequence over sink, window and tiles.
 
 Mechanism. Flash-decoding (Dao et al. 2023): `n_split` programs share the tokens of one sequence and KV head, each of
 their warps writes a partial softmax, and a second small launch merges them. Lengths are read on the device and the
 grid does not depend on them, so one CUDA graph serves every length; programs without tokens only ask for what is read
 after attention, and the second launch reads only what was written.
 
-Full-precision slots and then quantised rows are one range of work, measured in bytes and cut evenly: the program at
-the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing
-has left the window, the result is the full cache's, bit for bit.
+Full-precision slots and then tiles are one range of work, measured in bytes and cut evenly: the program at the border
+takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing has left the
+window, the result is the full cache's, bit for bit.
 
-Layout rule: slots [0, min(n, sink + window)) and rows [0, n - sink - window) hold tokens; both are contiguous,
-and a softmax does not mind a ring's order. `online_softmax.py` tells what happens to a block of them.
+Of n tokens the first n_left after the sinks are in whole tiles. The others are slots: sinks first, then the ring from
+its oldest token on, which `at_slot` finds. `online_softmax.py` and `tile_softmax.py` tell what happens to a block.
 """
 
 from __future__ import annotations
@@ -26,22 +26,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from selective_kv.kernels.basics import INTERPRET, in_order
 from selective_kv.kernels.decode_config import Plan, cuts, fitting, merging, plan, processor, sharing
-from selective_kv.kernels.hadamard import butterfly_halves
+from selective_kv.kernels.hadamard import butterfly
 from selective_kv.kernels.launch import launch
-from selective_kv.kernels.online_softmax import (
-    NEGATIVE,
-    float_tile,
-    int_tile,
-    new_state,
-    turned,
-    two_terms,
-    weighted_values,
-)
-from selective_kv.kernels.split_kv import fetch, first_blocks, partition, written
+from selective_kv.kernels.online_softmax import NEGATIVE, at_slot, float_block, turned
+from selective_kv.kernels.operands import rotations, stored_bits, tile_operands
+from selective_kv.kernels.split_kv import count_left, fetch, first_blocks, partition, written
+from selective_kv.kernels.tile_softmax import TILE, add_block, new_state, weighted_values
 from selective_kv.regions import Regions
 
 # any value: one binary
-COUNTS = ("group", "sink_size", "n_slot", "n_row", "n_split", "then_bytes", "then_each")
+COUNTS = ("group", "sink_size", "window_size", "n_slot", "n_tile", "n_split", "then_bytes", "then_each")
 
 # Bytes of what is read after attention that are asked for meanwhile: more crowds out what is read first; and by one
 # program, whose own result is waited for.
@@ -57,12 +51,12 @@ def load_q(q, stride_h, head, n_head, d, there):
 
 @triton.jit
 def float_share(
-    x, partner, k, v, cos, sin, lo, hi, sink_size, n_dropped, step,
+    x, partner, k, v, cos, sin, lo, hi, sink_size, oldest, n_slot, n_dropped, step,
     HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
-    TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr,
+    TURN_SINKS: tl.constexpr, RING: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Slots lo to hi - 1. x: queries, float32 [D, HEADS]; partner: the same with the halves of D swapped; cos, sin:
-    pointers to this sequence's [HEAD_DIM], see `decode_attention`.
+    """Tokens lo to hi - 1 of those in slots. x: queries, float32 [D, HEADS]; partner: the same with the halves of D
+    swapped; cos, sin: pointers to this sequence's [HEAD_DIM], see `decode_attention`; oldest: see `at_slot`.
 
     Returns of each warp weighted sums of values [WARPS, D, HEADS], largest scores in log2 units and sums of weights,
     [WARPS, HEADS].
@@ -85,76 +79,79 @@ def float_share(
         queries = tl.reshape(tl.join(x, back), (DIM, 2 * HEADS))
     queries = tl.broadcast_to(queries.to(dtype)[None], (WARPS, DIM, queries.shape[1]))
     for start in tl.range(lo, hi, BLOCK, num_stages=STAGES):
-        state = float_tile(state, queries, step, k, v, tok + start, hi, sink_size, HEAD_DIM, TURN_SINKS, INTERPRET)
+        state = float_block(
+            state,
+            queries,
+            step,
+            k,
+            v,
+            tok + start,
+            hi,
+            sink_size,
+            oldest,
+            n_slot,
+            HEAD_DIM,
+            TURN_SINKS,
+            RING,
+            INTERPRET,
+        )
     top, total, out = state
     return out, top * step, tl.sum(total, 1)
 
 
 @triton.jit
-def int_share(
-    x, q, q_stride, head, n_head, k, v_pair, k_scale, v_scale, lo, hi, scale,
+def tile_share(
+    x, k, v, k_scale, v_scale, k_factor, lo, hi, scale,
     HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, ROTATED: tl.constexpr,
+    V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Rows lo to hi - 1. x: queries, float32 [D, HEADS], and q where they come from.
+    """Tokens lo to hi - 1 of those in tiles. x: queries, float32 [D, HEADS].
 
-    Returns of each warp weighted sums of values as [WARPS, dims / 2, HEADS, 2], twice (see `weighted_values`),
-    largest scores in log2 units and sums of weights, [WARPS, HEADS].
+    Returns of each warp weighted sums of values as [WARPS, dims / 2, HEADS, 2], largest scores in log2 units and sums
+    of weights, [WARPS, HEADS].
     """
     DIM: tl.constexpr = x.shape[0]
     HEADS: tl.constexpr = x.shape[1]
-    if K_BITS == 8:
-        unit = tl.maximum(tl.max(tl.abs(x), 0), 1e-20) / 127.0
-        terms, added = two_terms(x, unit, HEADS)
-        both = (tl.broadcast_to(terms[None], (WARPS, DIM, 2 * HEADS)),)
-        sums = (added,)
-    else:
-        half = tl.arange(0, DIM // 2)
-        low = load_q(q, q_stride, head, n_head, half, half < HEAD_DIM // 2)
-        high = load_q(q, q_stride, head, n_head, half + HEAD_DIM // 2, half < HEAD_DIM // 2)
-        if ROTATED:
-            low, high = butterfly_halves(low, high, DIM // 2, HEADS)
-            scale *= HEAD_DIM**-0.5  # the terms stand for the queries' directions, `step` for their lengths
-        unit = tl.maximum(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 0), 1e-20) / 127.0
-        low_terms, low_sum = two_terms(low, unit, HEADS)
-        high_terms, high_sum = two_terms(high, unit, HEADS)
-        both = (
-            tl.broadcast_to(low_terms[None], (WARPS, DIM // 2, 2 * HEADS)),
-            tl.broadcast_to(high_terms[None], (WARPS, DIM // 2, 2 * HEADS)),
-        )
-        sums = (low_sum, high_sum)
-    step = (unit / 254.0 * scale)[None, :]  # [1, HEADS]
-    tok = (tl.arange(0, WARPS) * SLICE)[:, None] + tl.arange(0, SLICE)[None, :]
-    state = new_state(WARPS, SLICE, DIM, HEADS, V_BITS, V_GROUPS)
+    BITS: tl.constexpr = K_BITS if K_BITS < V_BITS else V_BITS
+    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    query = x
+    if K_ROTATION > 1:
+        query = butterfly(query, K_ROTATION, HEADS)
+        scale *= K_ROTATION**-0.5
+    state = new_state(WARPS, SLICE // PARTS, DIM, HEADS)
     for start in tl.range(lo, hi, WARPS * SLICE, num_stages=STAGES):
-        state = int_tile(
-            state, both, sums, step, k, v_pair, k_scale, v_scale, tok + start, hi, HEAD_DIM, HEADS, K_BITS, V_BITS,
-            K_GROUPS, V_GROUPS, INTERPRET,
+        state = add_block(
+            state, query, scale, k, v, k_scale, v_scale, k_factor, lo * 0 + start, HEAD_DIM, HEADS, WARPS,
+            SLICE // PARTS, PARTS, K_BITS, V_BITS, BALANCED, INTERPRET,
         )  # fmt: skip
-    low, high = weighted_values(state, V_BITS, V_GROUPS)
-    return low, high, state[0] * step, tl.sum(state[1], 1)
+    even, odd = weighted_values(state, V_BITS)
+    if V_ROTATION > 1:  # bit 0 of a dim, then the others
+        sums = butterfly((even + odd) * V_ROTATION**-0.5, V_ROTATION // 2, HEADS)
+        odd = butterfly((even - odd) * V_ROTATION**-0.5, V_ROTATION // 2, HEADS)
+        even = sums
+    return tl.join(even, odd), state[0], tl.sum(state[1], 1)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
-    q, k, v, k_int, v_pair, k_scale, v_scale, positions, cos, sin, partial, statistics, then,
-    q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, n_row, group, sink_size, n_slot, n_split, then_bytes,
-    then_each, softmax_scale,
+    q, k, v, k_codes, v_pairs, k_scale, v_scale, k_factor, positions, cos, sin, partial, statistics, then,
+    q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, n_tile, group, sink_size, window_size, n_slot, n_split,
+    then_bytes, then_each, softmax_scale,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
-    ROTATED: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, AHEAD: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr,
+    V_ROTATION: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, AHEAD: tl.constexpr,
     TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (column, sequence, split): a share of the tokens of one sequence, one KV head (column //
-    TILES) and HEADS of its query heads. K_BITS 0: nothing is quantised.
+    TILES) and HEADS of its query heads. K_BITS 0: nothing is quantised. K_ROTATION, V_ROTATION: `rotation_size`, or 1.
 
     partial: float32 [sequence, column, n_split + 1, WARPS, HEADS, HEAD_DIM], weighted sums of values; statistics:
     float32 [sequence, column, n_split + 1, WARPS, HEADS, 2], the largest score in log2 units and the sum of weights.
-    What comes of a program's slots stands at `split` and what comes of its rows at split + 1: one program has both.
+    What comes of a program's slots stands at `split` and what comes of its tiles at split + 1: one program has both.
     Its warps have their own: to merge them here would cost every program barriers, and costs the next launch a load.
-    AHEAD: rows and slots that are on their way to the L2 before the last launch ends. then: a weight
+    AHEAD: tokens that are on their way to the L2 before the last launch ends. then: a weight
     that is read after attention; each program asks for then_each of its bytes when it has nothing else to read.
     """
     column, split = tl.program_id(0), tl.program_id(2)
@@ -162,59 +159,65 @@ def split_kernel(
     HAS_INT: tl.constexpr = K_BITS > 0
     FLOAT_BLOCK: tl.constexpr = WARPS * FLOAT_SLICE
     INT_BLOCK: tl.constexpr = WARPS * INT_SLICE
-    K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8  # bytes
-    V_ROW: tl.constexpr = HEAD_DIM * V_BITS // 8
+    K_BYTES: tl.constexpr = HEAD_DIM * K_BITS // 8  # of a token
+    V_BYTES: tl.constexpr = HEAD_DIM * V_BITS // 8
     if OVERLAP:
         gdc_launch_dependents()  # the merging programs may take their places; they wait for these to end
     # Positions are older than the step's first launch, so that who takes what is known before the wait.
     n_token = tl.load(positions + batch) + 1
-    each, n_full, float_blocks, n_int, int_blocks = partition(
-        n_token, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, FLOAT_COST, INT_COST, HAS_INT
+    n_left = count_left(n_token, sink_size, window_size)
+    each, n_full, float_blocks, int_blocks = partition(
+        n_token, n_left, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, FLOAT_COST, INT_COST, HAS_INT
     )
-    lo, row_lo = first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
-    hi, row_hi = first_blocks(split + 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    lo, tile_lo = first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    hi, tile_hi = first_blocks(split + 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
     lo, hi = lo * FLOAT_BLOCK, tl.minimum(hi * FLOAT_BLOCK, n_full)
-    row_lo, row_hi = row_lo * INT_BLOCK, tl.minimum(row_hi * INT_BLOCK, n_int)
+    tile_lo, tile_hi = tile_lo * INT_BLOCK, tile_hi * INT_BLOCK
+    oldest = n_left
+    if HAS_INT:
+        oldest = (n_left.to(tl.uint32) % (n_slot - sink_size).to(tl.uint32)).to(tl.int32)
     slot_at = batch * slot_stride_b + kv_head * slot_stride_h
-    row_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_row
+    token_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_tile * TILE  # of the first token in tiles
+    k_codes += token_at * K_BYTES
+    v_pairs += token_at * (V_BYTES // 2)
+    k_scale += token_at // TILE * HEAD_DIM
+    v_scale += token_at
+    k_factor += token_at // 2
     if OVERLAP:
         if AHEAD > 0 and lo < hi:
             ITEM: tl.constexpr = k.dtype.element_ty.primitive_bitwidth // 8
             SLOT: tl.constexpr = HEAD_DIM * ITEM
-            fetch(k + slot_at + lo * HEAD_DIM, k + slot_at + hi * HEAD_DIM, AHEAD * SLOT)
-            fetch(v + slot_at + lo * HEAD_DIM, v + slot_at + hi * HEAD_DIM, AHEAD * SLOT)
-        if HAS_INT and AHEAD > 0 and row_lo < row_hi:
-            first, end = row_at + row_lo, row_at + row_hi
-            fetch(k_int + first * K_ROW, k_int + end * K_ROW, AHEAD * K_ROW)
-            fetch(v_pair + first * (V_ROW // 2), v_pair + end * (V_ROW // 2), AHEAD * V_ROW)
-            fetch(k_scale + first * K_GROUPS, k_scale + end * K_GROUPS, AHEAD * K_GROUPS * 4)
-            fetch(v_scale + first * V_GROUPS, v_scale + end * V_GROUPS, AHEAD * V_GROUPS * 4)
+            begin = lo
+            if HAS_INT:
+                begin = at_slot(lo, sink_size, oldest, n_slot)
+            end = tl.minimum(begin + hi - lo, n_slot)
+            fetch(k + slot_at + begin * HEAD_DIM, k + slot_at + end * HEAD_DIM, AHEAD * SLOT)
+            fetch(v + slot_at + begin * HEAD_DIM, v + slot_at + end * HEAD_DIM, AHEAD * SLOT)
+        if HAS_INT and AHEAD > 0 and tile_lo < tile_hi:
+            fetch(k_codes + tile_lo * K_BYTES, k_codes + tile_hi * K_BYTES, AHEAD * K_BYTES)
+            fetch(v_pairs + tile_lo * (V_BYTES // 2), v_pairs + tile_hi * (V_BYTES // 2), AHEAD * V_BYTES)
+            fetch(k_scale + tile_lo // TILE * HEAD_DIM, k_scale + (tile_lo // TILE + 1) * HEAD_DIM, HEAD_DIM * 4)
+            fetch(v_scale + tile_lo, v_scale + tile_hi, AHEAD * 4)
         # Asking for the shares, the compiler has them before the wait and not after it. One program waits whatever its
         # share is: that this launch has ended must mean that all before it have, or memory is used again too early.
-        if (lo < hi) | (row_lo < row_hi) | (split == 0):
+        if (lo < hi) | (tile_lo < tile_hi) | (split == 0):
             gdc_wait()  # for the token's own query, key and value
     DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 32))
     q += batch * q_stride_b + kv_head * group * q_stride_h
     log2_scale = softmax_scale * 1.4426950408889634  # exp2 is an instruction, exp is not
-    # Rows first, and everything a branch needs made in it anew: one loop leaves the other few registers.
-    if HAS_INT and row_lo < row_hi:
+    # Tiles first, and everything a branch needs made in it anew: one loop leaves the other few registers.
+    if HAS_INT and tile_lo < tile_hi:
         d, part = tl.arange(0, DIM), tl.arange(0, HEADS)
         head = column % TILES * HEADS + part  # within the group
         x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
-        sums, high_sums, largest, weights = int_share(
-            x, q, q_stride_h, head, group, k_int + row_at * K_ROW, v_pair + row_at * (V_ROW // 2),
-            k_scale + row_at * K_GROUPS, v_scale + row_at * V_GROUPS, row_lo, row_hi, log2_scale,
-            HEAD_DIM, WARPS, INT_SLICE, INT_STAGES, K_BITS, V_BITS, K_GROUPS, V_GROUPS, ROTATED, INTERPRET,
+        sums, largest, weights = tile_share(
+            x, k_codes, v_pairs, k_scale, v_scale, k_factor, tile_lo, tile_hi, log2_scale, HEAD_DIM, WARPS, INT_SLICE,
+            INT_STAGES, K_BITS, V_BITS, BALANCED, K_ROTATION, V_ROTATION, INTERPRET,
         )  # fmt: skip
-        dim = (2 * tl.arange(0, sums.shape[1])[:, None, None] + tl.arange(0, 2)[None, None, :])[None]
+        dim = (2 * tl.arange(0, DIM // 2)[:, None, None] + tl.arange(0, 2)[None, None, :])[None]
         result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split + 1) * WARPS + tl.arange(0, WARPS)
         at = result[:, None] * HEADS + part[None, :]
-        to = partial + at[:, None, :, None] * HEAD_DIM + dim
-        if V_BITS == 8:
-            tl.store(to, sums, dim < HEAD_DIM)
-        else:
-            tl.store(to, sums)
-            tl.store(to + HEAD_DIM // 2, high_sums)
+        tl.store(partial + at[:, None, :, None] * HEAD_DIM + dim, sums, dim < HEAD_DIM)
         tl.store(statistics + 2 * at, largest)
         tl.store(statistics + 2 * at + 1, weights)
     if lo < hi:
@@ -227,7 +230,8 @@ def split_kernel(
             partner = load_q(q, q_stride_h, head, group, swapped, d < HEAD_DIM)
         out, best, total = float_share(
             x, partner, k + slot_at, v + slot_at, cos + batch * HEAD_DIM, sin + batch * HEAD_DIM, lo, hi, sink_size,
-            n_token - n_slot, log2_scale, HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, INTERPRET,
+            oldest, n_slot, n_token - n_slot, log2_scale, HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS,
+            HAS_INT, INTERPRET,
         )  # fmt: skip
         result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split) * WARPS + tl.arange(0, WARPS)
         at = result[:, None] * HEADS + part[None, :]
@@ -245,7 +249,7 @@ def split_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
-    partial, statistics, positions, out, group, n_slot, n_split,
+    partial, statistics, positions, out, group, sink_size, window_size, n_slot, n_split,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, FLOAT_BLOCK: tl.constexpr,
     INT_BLOCK: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, CHUNK: tl.constexpr,
     DIMS: tl.constexpr, HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
@@ -260,8 +264,9 @@ def combine_kernel(
     kv_head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     member, block = tl.program_id(2) // BLOCKS, tl.program_id(2) % BLOCKS
     n_token = tl.load(positions + batch) + 1
-    each, _, float_blocks, _, int_blocks = partition(
-        n_token, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, FLOAT_COST, INT_COST, HAS_INT
+    n_left = count_left(n_token, sink_size, window_size)
+    each, _, float_blocks, int_blocks = partition(
+        n_token, n_left, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, FLOAT_COST, INT_COST, HAS_INT
     )
     entry = tl.arange(0, CHUNK)
     split = entry // WARPS
@@ -312,17 +317,12 @@ def decode_attention(
     read next, and may be brought nearer in the meantime.
     Returns [batch, n_head, head_dim] in q's dtype. No host synchronisation.
     """
-    n_row, group = q.shape[0] * regions.k.shape[1], q.shape[1] // regions.k.shape[1]
-    bits = regions.k_format.bits + regions.v_format.bits
+    batch_heads, group = q.shape[0] * regions.k.shape[1], q.shape[1] // regions.k.shape[1]
+    k_bits, v_bits = stored_bits(regions)
     here, itemsize = processor(q.device), regions.k.element_size()
-    p = configure(n_row, group, q.shape[2], itemsize, here.multiprocessors, regions.k_int is not None and bits < 16)
-    p = fitting(p, here.shared, q.shape[2], itemsize, bits)
+    p = configure(batch_heads, group, q.shape[2], itemsize, here.multiprocessors, k_bits, v_bits)
+    p = fitting(p, here.shared, q.shape[2], itemsize, k_bits, v_bits)
     return run(q, regions, positions, sink_turn, p, then)
-
-
-def as_words(scales: Tensor) -> Tensor:
-    """Scales of 4 bytes per group: float32 as they are, pairs of float16 as int32."""
-    return scales if scales.dtype == torch.float32 else scales.view(torch.int32)
 
 
 def run(
@@ -345,17 +345,11 @@ def run(
     overlap = here.overlap
     n_split = p.splits or sharing(p, batch * n_column, here.multiprocessors)
 
-    k_int, v_int, k_scale, v_scale = regions.k_int, regions.v_int, regions.k_scale, regions.v_scale
-    k_bits = v_bits = 0
-    if k_int is None or v_int is None or k_scale is None or v_scale is None:
-        k_int = v_int = k_scale = v_scale = regions.k  # never looked at
-    else:
-        k_bits, v_bits = regions.k_format.bits, regions.v_format.bits
-        assert k_int.is_contiguous() and v_int.is_contiguous() and k_scale.is_contiguous() and v_scale.is_contiguous()
-        k_int, v_int = k_int.view(torch.int8), v_int.view(torch.int16)
-        k_scale, v_scale = as_words(k_scale), as_words(v_scale)
+    k_bits, v_bits = stored_bits(regions)
     has_int = k_bits > 0
-    n_row = k_int.shape[2]
+    k_codes, v_codes, k_scale, v_scale, k_factor = tile_operands(regions)
+    if has_int:
+        k_codes, v_codes = k_codes.view(torch.int8), v_codes.view(torch.int16)
     cut = cuts(p, regions.k.element_size(), k_bits + v_bits)
     partials = batch, n_column, n_split + 1, p.warps, p.heads
     partial = torch.empty(*partials, head_dim, dtype=torch.float32, device=q.device)
@@ -364,20 +358,21 @@ def run(
     grid = (n_column, batch, n_split)  # also where there are fewer blocks: the rest can ask for what is read next
     then_bytes = 0 if then is None or not overlap else min(then.nbytes, MOST_THEN)
     launch(split_kernel, grid)(
-        q, regions.k, regions.v, k_int, v_int, k_scale, v_scale, positions,
+        q, regions.k, regions.v, k_codes, v_codes, k_scale, v_scale, k_factor, positions,
         cos, sin, partial, statistics, q if then is None else then,
-        *q.stride()[:2], *regions.k.stride()[:2], n_row, group, regions.sink_size, n_slot, n_split, then_bytes,
+        *q.stride()[:2], *regions.k.stride()[:2], k_codes.shape[2], group, regions.sink_size, regions.window_size,
+        n_slot, n_split, then_bytes,
         min(MOST_THEN_EACH, 128 * triton.cdiv(then_bytes, 128 * math.prod(grid))), head_dim**-0.5,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
-        V_BITS=v_bits, K_GROUPS=regions.k_format.n_group(head_dim), V_GROUPS=regions.v_format.n_group(head_dim),
-        ROTATED=regions.rotation is not None, FLOAT_COST=cut["FLOAT_COST"], INT_COST=cut["INT_COST"],
+        V_BITS=v_bits, BALANCED=regions.k_format is not None and regions.k_format.balanced, **rotations(regions),
+        FLOAT_COST=cut["FLOAT_COST"], INT_COST=cut["INT_COST"],
         AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_turn is not None,
         INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip
     block = merging((n_split + 1) * p.warps, head_dim)
     launch(combine_kernel, (n_kv_head, batch, group * (head_dim // block["DIMS"])))(
-        partial, statistics, positions, out, group, n_slot, n_split,
+        partial, statistics, positions, out, group, regions.sink_size, regions.window_size, n_slot, n_split,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, **cut, **block, HAS_INT=has_int, OVERLAP=overlap,
         launch_pdl=overlap, num_warps=1,
     )  # fmt: skip

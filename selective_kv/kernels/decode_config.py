@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from selective_kv.formats import TILE
+
 
 class Plan(NamedTuple):
     """How a cache's shape maps to programs; nothing here depends on how many tokens there are."""
@@ -21,34 +23,48 @@ class Plan(NamedTuple):
     int_stages: int
     per_processor: int  # programs on a streaming multiprocessor at once
     splits: int = 0  # programs that share a sequence and KV head; 0: see `sharing`
-    ahead: int = 0  # rows, and slots, per program to be on their way before the last launch has ended
+    ahead: int = 0  # tokens per program to be on their way before the last launch has ended
 
 
-def early(n_row: int, n_processor: int, four: bool) -> bool:
+def parts(k_bits: int, v_bits: int) -> int:
+    """Tokens whose integers share a byte, of keys or of values: what `tile_softmax.py` calls PARTS."""
+    least = min(k_bits, v_bits)
+    return 1 if least in (0, 8) else 2 if least == 4 else 4
+
+
+def early(batch_heads: int, n_processor: int, four: bool) -> bool:
     """Whether splits take their places, and have their first tokens brought nearer, while an append still waits for
     its token. The shared memory of such a plan has room for `per_processor` programs and no more: where others
     are at work still, the rest must not crowd together (8 x 32k tokens took 9% longer by a plan without that).
     """
-    return (2 * n_row <= 3 * n_processor) if four else (4 * n_row <= n_processor)
+    return (2 * batch_heads <= 3 * n_processor) if four else (4 * batch_heads <= n_processor)
 
 
-def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int, four: bool = False) -> Plan:
-    """n_row: sequences times KV heads; four: K or V has 4 bits. What measured best on an H100 and an H200 at
-    head_dim 128 (LOG.md, 2026-11-23 to 25).
+def plan(
+    batch_heads: int, group: int, head_dim: int, itemsize: int, n_processor: int, k_bits: int = 0, v_bits: int = 0
+) -> Plan:
+    """batch_heads: sequences times KV heads; k_bits, v_bits: of what is in tiles, 0 where nothing is. What measured
+    best on an H100 and an H200 at head_dim 128 (LOG.md, 2026-11-23 to 26).
 
     At 8 bits it must not depend on what the cache keeps: two caches that hold the same slots must agree to the bit.
+    A block of a tile is a part of one, and at least 16 packed rows a warp.
     """
+    four, n_part = 0 < k_bits + v_bits < 16, parts(k_bits, v_bits)
     heads = min(max(4, triton.next_power_of_2(group)), 16 if head_dim <= 128 else 8)
-    if four and 2 * n_row <= 3 * n_processor:
+    if four and 2 * batch_heads <= 3 * n_processor and max(k_bits, v_bits) == 8:
         p = Plan(heads, 1, 32, 64, 4, 4, 4)  # many programs, none of which waits for a second warp
+    elif four and 2 * batch_heads <= 3 * n_processor:
+        p = Plan(heads, 2, 32, 64, 4, 4, 2)
     elif four:
-        even = 7 * n_processor < 4 * n_row <= 8 * n_processor  # a program per row is two, nearly, on every processor
-        p = Plan(heads, 4, 16, 64, 3, 3, 6, splits=1 if even else 0)
-    elif 2 * n_row <= 3 * n_processor:
+        even = (
+            7 * n_processor < 4 * batch_heads <= 8 * n_processor
+        )  # a program per KV head is two, nearly, on every processor
+        p = Plan(heads, 4, 16, 32, 3, 3, 6, splits=1 if even else 0)
+    elif 2 * batch_heads <= 3 * n_processor:
         p = Plan(heads, 2, 32, 32, 4, 4, 2)  # 96 KiB a program; with 48, full is 1.6% slower at 128k
     else:
-        p = Plan(heads, 1, 16, 64, 4, 3, 4)  # more rows than programs at once: small ones leave the fewest idle at last
-    if early(n_row, n_processor, four):
+        p = Plan(heads, 1, 16, 64, 4, 3, 4)  # more KV heads than programs at once: small ones leave the fewest idle
+    if early(batch_heads, n_processor, four):
         p = p._replace(ahead=64)
     if head_dim <= 64:
         p = p._replace(warps=2 * p.warps)  # half the bytes per token: twice the tokens
@@ -56,19 +72,22 @@ def plan(n_row: int, group: int, head_dim: int, itemsize: int, n_processor: int,
         p = p._replace(float_slice=16)
     if heads > 8 or heads * head_dim * itemsize > 2048 or (four and heads > 4 and head_dim <= 64):
         p = p._replace(float_slice=16, int_slice=32)
-    return p
+    if n_part == 4 and head_dim <= 64:  # so that a warp has 32 rows
+        p = p._replace(warps=1, int_slice=TILE, int_stages=3, per_processor=4, splits=0)
+    int_slice = max(p.int_slice, 16 * n_part)
+    return p._replace(int_slice=int_slice, warps=min(p.warps, TILE // int_slice))
 
 
 def cuts(p: Plan, itemsize: int, bits: int) -> dict[str, int]:
-    """Tokens per block of slots and of rows, and what a block costs: its bytes, in the largest unit that divides both.
+    """Tokens per block of slots and of tiles, and what a block costs: its bytes, in the largest unit that divides both.
 
-    bits: of an element of K and its value in V, together; 0: there are no rows.
+    bits: of an element of K and its value in V, together; 0: there are no tiles.
     """
-    slots, rows = p.warps * p.float_slice, p.warps * p.int_slice
-    float_bits, int_bits = slots * 16 * itemsize, rows * bits or slots * 16 * itemsize
+    slots, tokens = p.warps * p.float_slice, p.warps * p.int_slice
+    float_bits, int_bits = slots * 16 * itemsize, tokens * bits or slots * 16 * itemsize
     unit = gcd(float_bits, int_bits)
     return {
-        "FLOAT_BLOCK": slots, "INT_BLOCK": rows, "FLOAT_COST": float_bits // unit, "INT_COST": int_bits // unit,
+        "FLOAT_BLOCK": slots, "INT_BLOCK": tokens, "FLOAT_COST": float_bits // unit, "INT_COST": int_bits // unit,
     }  # fmt: skip
 
 
@@ -79,7 +98,7 @@ def sharing(p: Plan, n_column: int, n_processor: int) -> int:
     """How many programs share each of n_column columns (sequences times KV heads, times tiles of a large group), so
     that the GPU is full.
 
-    Each of their warps has a partial result, and there is one more program's worth of them, where slots end and rows
+    Each of their warps has a partial result, and there is one more program's worth of them, where slots end and tiles
     begin. Merging takes a power of two: where a few programs less save half of that, they are less. (On an H200 128
     instead of 64 partial results cost 1 us a layer, and 31 programs instead of 33 nothing.)
     """
@@ -121,16 +140,18 @@ def processor(device: torch.device) -> Processor:
 SHARED_SLACK = 8 << 10  # what a program needs beside its blocks: scales, exchanges between warps
 
 
-def fitting(p: Plan, shared: int, head_dim: int, itemsize: int, bits: int) -> Plan:
+def fitting(p: Plan, shared: int, head_dim: int, itemsize: int, k_bits: int, v_bits: int) -> Plan:
     """The plan, with fewer blocks in flight and then smaller ones where a program's shared memory is too little.
 
-    A loop of n stages keeps n - 1 blocks there. Slots are looked at apart from rows: what a cache does with its
-    slots must not depend on what it keeps beside them. bits: of an element of K and its value in V, together.
+    A loop of n stages keeps n - 1 blocks there. Slots are looked at apart from tiles: what a cache does with its
+    slots must not depend on what it keeps beside them.
     """
     room = (shared - SHARED_SLACK) // p.warps
     dim = max(32, triton.next_power_of_2(head_dim))
     float_stages, float_slice = _fit(p.float_stages, p.float_slice, 16, dim * 2 * itemsize, room)
-    int_stages, int_slice = _fit(p.int_stages, p.int_slice, 32, dim * bits // 8 + 16, room)
+    int_stages, int_slice = _fit(
+        p.int_stages, p.int_slice, 16 * parts(k_bits, v_bits), dim * (k_bits + v_bits) // 8 + 16, room
+    )
     return p._replace(
         float_stages=float_stages, float_slice=float_slice, int_stages=int_stages, int_slice=int_slice
     )  # fmt: skip

@@ -1,47 +1,28 @@
-"""The kernels in plain PyTorch: the twins that Triton is compared with, and the fast path of a CPU.
+"""The kernels in plain PyTorch: the twins that Triton's are compared with, and the fast path of a CPU.
 
-Every function has the signature of its twin in Triton. In decoding, the group of query heads that share a
-KV head is packed into one tile, [KV head, group, head_dim], so that each key is read once; integers are
-read a block at a time, and a scale multiplies a score or a probability, never an element. A chunk's queries
-look at a block of integers thousands of times: for them it is made dense (`history_attention`).
-`decode_attention` reads lengths on the host: free on a CPU, a synchronisation on an accelerator, where this
-module is only the fallback.
+Every function has the signature of its twin in Triton. In decoding, the group of query heads that share a KV head is
+one matrix, [KV head, group, head_dim], so that each key is read once. Integers become float32 a block of tiles at a
+time, in memory that a call has to itself; scales never meet an element of a tile: a channel's multiplies the query, a
+token's its score or probability. A chunk's queries look at a block of tiles thousands of times: for them it is made
+dense (`history_attention`). `decode_attention` reads lengths on the host: free on a CPU, a synchronisation on an
+accelerator, where this module is only the fallback.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selective_kv.formats import TILE, Format, Tiles
 from selective_kv.kernels.attention_lse import attend, merge
 from selective_kv.kernels.contract import AttentionKernels
-from selective_kv.regions import Regions, Stored
+from selective_kv.regions import Regions
 
-BLOCK = 2048  # keys at a time: their float32 form must stay in a CPU's cache, and calls be few
-BLOCK_ROWS = 4096  # quantised rows made dense at a time, for the many queries of a chunk
-
-
-class Scratch:
-    """Blocks in float32, in memory used again and again: fresh pages cost more than the reading."""
-
-    def __init__(self) -> None:
-        self.memory: Tensor | None = None
-
-    def float(self, block: Tensor) -> Tensor:
-        """block as float32; valid until the next call."""
-        if block.dtype == torch.float32:
-            return block
-        if self.memory is None or self.memory.numel() < block.numel() or self.memory.device != block.device:
-            with torch.inference_mode(False):  # a later call may come outside it
-                self.memory = torch.empty(block.numel(), device=block.device)
-        return self.memory[: block.numel()].view(block.shape).copy_(block)
-
-
-SCRATCH = Scratch()
+BLOCK_BYTES = 1 << 20  # of a block of integers in float32: it must stay in a CPU's cache, and calls be few
+BLOCK_TILES = 32  # tiles made dense at a time, for the many queries of a chunk
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,31 +31,53 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
-    """Write one token per sequence; the one that it pushes out of the window is quantised, or dropped.
+    """Write one token per sequence; the tile whose last token it pushes out of the window is quantised.
 
     k, v: [batch, n_kv_head, head_dim]; positions: int64 [batch], where the new tokens stand.
     """
     for b, pos in enumerate(positions.tolist()):
-        slot, n_left = regions.slot(pos), regions.n_left(pos + 1)
-        if n_left > 0:
-            _quantize_one(regions, b, slot, n_left - 1)
+        own = regions.sequences(b, 1)
+        _close_tiles(own, own.n_left(pos), own.n_left(pos + 1), own.k, own.v, pos)
+        slot = regions.slot(pos)
         regions.k[b, :, slot] = k[b]
         regions.v[b, :, slot] = v[b]
 
 
-def _quantize_one(regions: Regions, b: int, slot: int, row: int) -> None:
-    """The token of sequence b in `slot`, to a row. Keys and values in one go where they are alike: calls cost."""
-    stored = list(regions.quantised())
-    if not stored:
+def evict(regions: Regions, start: int) -> None:
+    """Before a chunk: quantise the tile that position `start` pushes out of the window, if it does."""
+    _close_tiles(regions, regions.n_left(start), regions.n_left(start + 1), regions.k, regions.v, start)
+
+
+def store_chunk(regions: Regions, k: Tensor, v: Tensor, start: int) -> None:
+    """After attention over a chunk: quantise the tiles that have left the window, keep the tokens that have not.
+
+    k, v: [batch, n_kv_head, token, head_dim], the tokens at positions start, start + 1, ...
+    `evict(regions, start)` came first.
+    """
+    sink, end = regions.sink_size, start + k.shape[2]
+    n_left = regions.n_left(end)
+    _close_tiles(regions, regions.n_left(start + 1), n_left, k, v, start)
+    kept = [*range(start, min(sink, end)), *range(max(start, sink + n_left), end)]
+    slots = torch.tensor([regions.slot(pos) for pos in kept], device=k.device)
+    index = torch.tensor([pos - start for pos in kept], device=k.device)
+    regions.k[:, :, slots] = k[:, :, index].to(regions.k.dtype)
+    regions.v[:, :, slots] = v[:, :, index].to(regions.v.dtype)
+
+
+def _close_tiles(regions: Regions, first: int, end: int, k: Tensor, v: Tensor, start: int) -> None:
+    """Quantise the tokens at positions sink_size + first to sink_size + end - 1, whole tiles. Those from `start` on are
+    in k, v [batch, n_kv_head, token, head_dim], older ones in their slots."""
+    if first >= end:
         return
-    tokens = [part.values[b, :, slot] for part in stored]
-    if stored[0].format == stored[1].format:
-        made = list(zip(*stored[0].format.quantize(torch.stack(tokens)), strict=True))
-    else:
-        made = [part.format.quantize(token) for part, token in zip(stored, tokens, strict=True)]
-    for part, (ints, scales) in zip(stored, made, strict=True):
-        part.ints[b, :, row] = ints
-        part.scales[b, :, row] = scales
+    positions = range(regions.sink_size + first, regions.sink_size + end)
+    slots = [regions.slot(pos) for pos in positions if pos < start]
+    fresh = slice(max(positions.start, start) - start, max(positions.stop, start) - start)
+    for chunk, part in zip((k, v), regions.stored(), strict=False):
+        tokens = torch.cat((part.slots[:, :, slots], chunk[:, :, fresh].to(part.slots.dtype)), 2)
+        made = part.format.quantize(tokens.unflatten(2, (-1, TILE)))
+        for held, new in zip(part.tiles, made, strict=True):
+            if held is not None and new is not None:
+                held[:, :, first // TILE : end // TILE] = new
 
 
 def decode_attention(
@@ -91,128 +94,85 @@ def decode_attention(
     never been (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them. then: a weight that
     is read next, which has nothing to do with the result. Returns [batch, n_head, head_dim] in q's dtype.
     """
-    n_kv_head = regions.k.shape[1]
     out = torch.empty_like(q)
     for b, pos in enumerate(positions.tolist()):
-        held = regions.batch_rows(b, 1) if len(q) > 1 else regions
-        tile = q[b].unflatten(0, (n_kv_head, -1))[None]  # [1, n_kv_head, group, head_dim]
-        n_left = regions.n_left(pos + 1)
-        n_slot = pos + 1 - n_left
-        if n_left > 0 and held.k_int is not None:
-            y = _decode_quantised(tile[0], held, n_slot, n_left)[None]
-        elif n_left > 0 and sink_turn is not None:
-            cos, sin = sink_turn
-            y = _decode_turned(tile[0], held, cos[b], sin[b])[None]
+        held = regions.sequences(b, 1) if len(q) > 1 else regions
+        group = q[b].unflatten(0, (regions.k.shape[1], -1))  # [n_kv_head, group, head_dim]
+        if regions.n_left(pos + 1) == 0:
+            k, v = (x[:, :, : pos + 1] for x in (held.k, held.v))
+            y = F.scaled_dot_product_attention(group[None], k, v)[0]
         else:
-            y = F.scaled_dot_product_attention(tile, held.k[:, :, :n_slot], held.v[:, :, :n_slot])
-        out[b] = y[0].flatten(0, 1)
+            turn = None if sink_turn is None else (sink_turn[0][b], sink_turn[1][b])
+            y = _decode(group, held, pos + 1, turn)
+        out[b] = y.flatten(0, 1)
     return out
 
 
-def _decode_turned(tile: Tensor, held: Regions, cos: Tensor, sin: Tensor) -> Tensor:
-    """Sinks seen by the query turned back, the window by the query as it is. tile: [n_kv_head, group, head_dim]."""
-    sink = held.sink_size
-    k, v = held.k[0], held.v[0]
-    back = turned(tile, cos, sin)
-    score = torch.cat((back @ k[:, :sink].transpose(-1, -2), tile @ k[:, sink:].transpose(-1, -2)), -1)
-    return (score.float() * tile.shape[-1] ** -0.5).softmax(-1) @ v.float()
-
-
-def _decode_quantised(tile: Tensor, held: Regions, n_slot: int, n_left: int) -> Tensor:
+def _decode(q: Tensor, held: Regions, n_token: int, sink_turn: tuple[Tensor, Tensor] | None) -> Tensor:
     """All scores, one softmax, all values: for one query token the scores are few, and calls are what costs.
 
-    tile: [n_kv_head, group, head_dim]. Returns it in float32.
+    q: [n_kv_head, group, head_dim], of one sequence. Returns it in float32.
     """
-    keys, values = held.quantised()
-    query = tile.float() * tile.shape[-1] ** -0.5
-    score = query.new_empty(*query.shape[:-1], n_slot + n_left)
-    score[..., :n_slot] = query @ held.k[0, :, :n_slot].float().transpose(-1, -2)
-    _score_stored(keys.format.turn(query), keys, n_left, score[..., n_slot:])
-    prob = score.softmax(-1)
-    y = prob[..., :n_slot] @ held.v[0, :, :n_slot].float()
-    return _add_stored(prob[..., n_slot:], values, n_left, y)
-
-
-def _score_stored(query: Tensor, keys: Stored, n_left: int, out: Tensor) -> None:
-    """Scores of the first n_left stored keys of a sequence. query, out: float32 [n_kv_head, group, head_dim or key]."""
-    ints, scales = keys.ints[0, :, :n_left], keys.scales[0, :, :n_left]
-    if keys.format.bits == 8:
-        torch.mul(_products(query, ints), scales[:, None], out=out)
-        return
-    # value = base + scale * u, a scale and base per group of elements: q·k = scale * (q·u) + base * sum(q)
-    scale, base = scales.float().permute(3, 0, 2, 1)  # [n_kv_head, group of elements, key]
-    parts = [_products(q, u) for q, u in zip(query.chunk(2, -1), _halves(ints), strict=True)]
-    if scale.shape[1] == 1:
-        torch.mul(parts[0].add_(parts[1]), scale, out=out)
-    else:
-        torch.mul(parts[0], scale[:, :1], out=out).addcmul_(parts[1], scale[:, 1:])
-    out += query.unflatten(-1, (scale.shape[1], -1)).sum(-1) @ base
-
-
-def _add_stored(prob: Tensor, values: Stored, n_left: int, y: Tensor) -> Tensor:
-    """y [n_kv_head, group, head_dim] plus the first n_left stored values, weighed by prob [n_kv_head, group, key]."""
-    ints, scales = values.ints[0, :, :n_left], values.scales[0, :, :n_left]
-    n_key = BLOCK if ints[:, 0].numel() > 512 else 2 * BLOCK  # bytes of a key: few make room for more keys
-    blocks = [slice(lo, lo + n_key) for lo in range(0, n_left, n_key)]
-    if values.format.bits == 8:
-        prob = prob * scales[:, None]
-        for block in blocks:
-            y.baddbmm_(prob[..., block], SCRATCH.float(ints[:, block]))
-        return y
-    scale, base = scales.float().permute(3, 0, 2, 1)
-    parts = [torch.zeros_like(half, memory_format=torch.contiguous_format) for half in y.chunk(2, -1)]
-    weighed = [prob * s[:, None] for s in scale.unbind(1)]  # one for all elements, or one for each half
-    for block in blocks:
-        for part, p, u in zip(parts, (weighed[0], weighed[-1]), _halves(ints[:, block]), strict=True):
-            part.baddbmm_(p[..., block], SCRATCH.float(u))
-    y += torch.cat(parts, -1)
-    y.unflatten(-1, (base.shape[1], -1)).add_((prob @ base.transpose(1, 2))[..., None])
+    query = q.float() * q.shape[-1] ** -0.5  # scaled first: 16 bits end at 65,504
+    sinks = query if sink_turn is None else turned(query, *sink_turn)
+    parts = held.exact_slots(n_token)
+    scores = [
+        (sinks if i == 0 else query) @ held.k[0, :, part].float().transpose(-1, -2) for i, part in enumerate(parts)
+    ]
+    n_left, stored = held.n_left(n_token), [*held.stored()]
+    if stored:
+        keys, values = stored
+        scores.append(_score_tiles(keys.format.turn(query), keys.tiles, keys.format, n_left // TILE))
+    prob = torch.cat(scores, -1).softmax(-1).split([s.shape[-1] for s in scores], -1)
+    y = sum(p @ held.v[0, :, part].float() for p, part in zip(prob, parts, strict=False))
+    if stored:
+        y = y + values.format.turn(_sum_tiles(prob[-1], values.tiles, values.format, n_left // TILE))
     return y
 
 
-def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """4-bit integers as int8: elements 0 to head_dim / 2 - 1, and the rest."""
-    return (packed & 15).view(torch.int8), (packed >> 4).view(torch.int8)
+def _blocks(tiles: Tiles, form: Format, n_tile: int) -> Iterator[tuple[slice, Tensor]]:
+    """Some tiles of one sequence at a time, their integers (of 8 bits less 128) as float32 [n_kv_head, tile, TILE,
+    head_dim]: valid until the next are asked for."""
+    codes = tiles.codes[0]
+    n_element = codes.shape[0] * codes.shape[2] * 8 // form.bits
+    each = max(1, BLOCK_BYTES // (4 * n_element))
+    memory = torch.empty(each * n_element, device=codes.device)
+    for lo in range(0, n_tile, each):
+        part = slice(lo, min(lo + each, n_tile))
+        block = codes[:, part]
+        out = memory[: n_element * block.shape[1]].view(*block.shape[:2], TILE, -1)
+        yield part, form.unpack_into(block, out)
 
 
-@functools.cache
-def int8_products_are_exact() -> bool:
-    """Whether this processor has int8 products worth using: fast, and not saturating in 16 bits on the way."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return False
-    worst = torch.full((16, 128), 127, dtype=torch.int8)
-    return bool((torch._int_mm(worst, -worst.t().contiguous()) == -128 * 127 * 127).all())
+def _score_tiles(query: Tensor, tiles: Tiles, form: Format, n_tile: int) -> Tensor:
+    """Scores of the first n_tile tiles of keys. query: float32 [n_kv_head, group, head_dim], rotated if they are.
 
-
-def _products(query: Tensor, keys: Tensor) -> Tensor:
-    """query @ keys^T. query: float32 [n_kv_head, group, d]; keys: int8 [n_kv_head, key, d]. float32.
-
-    Where int8 products are exact, no key is converted: a query is three int8 terms, each 1/254 of the one before. Off
-    by 1e-7 of the largest element of a query times the keys, as float32 itself is.
+    Returns float32 [n_kv_head, group, n_tile * TILE].
     """
-    n_head, group, _ = query.shape
-    n_key = keys.shape[1]
-    if n_key < BLOCK or query.device.type != "cpu" or not int8_products_are_exact():
-        parts = [query @ SCRATCH.float(part).transpose(-1, -2) for part in keys.split(BLOCK, 1)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    unit = torch.linalg.vector_norm(query, torch.inf, -1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    rest = query / unit
-    terms = [rest.round()]
-    for _ in range(2):
-        rest = (rest - terms[-1]) * 254
-        terms.append(rest.round())
-    tile = torch.cat(terms, 1).to(torch.int8)  # [n_kv_head, 3 * group, d]
-    sums = query.new_empty(n_head, 3 * group, n_key)
-    for out, t, k in zip(sums, tile, keys, strict=True):
-        out.copy_(torch._int_mm(t, k.t()))
-    return (unit * _together(group)) @ sums
+    scale, base = tiles.scales[0, :, :n_tile].float().unbind(-1)  # [n_kv_head, tile, head_dim]
+    if form.bits == 8:
+        base = base + 128 * scale
+    out = query.new_empty(*query.shape[:2], n_tile, TILE)
+    for part, codes in _blocks(tiles, form, n_tile):
+        products = (query[:, None] * scale[:, part, None]) @ codes.transpose(-1, -2)  # [n_kv_head, tile, group, TILE]
+        out[:, :, part] = products.transpose(1, 2)
+    out += (query @ base.transpose(-1, -2))[..., None]
+    if tiles.factors is not None:
+        out *= tiles.factors[0, :, :n_tile].float().transpose(-1, -2).flatten(-2)[:, None]
+    return out.flatten(-2)
 
 
-@functools.cache
-def _together(group: int) -> Tensor:
-    """float32 [group, 3 * group]: what adds the three terms of each query up."""
-    with torch.inference_mode(False):
-        return torch.cat([torch.eye(group) / 254**n for n in range(3)], 1)
+def _sum_tiles(prob: Tensor, tiles: Tiles, form: Format, n_tile: int) -> Tensor:
+    """The first n_tile tiles of values weighed by prob [n_kv_head, group, n_tile * TILE]: float32 [n_kv_head, group,
+    head_dim], still rotated if they are."""
+    scale, base = tiles.scales[0, :, :n_tile].float().flatten(1, 2).unbind(-1)  # [n_kv_head, token]
+    if form.bits == 8:
+        base = base + 128 * scale
+    weight = prob * scale[:, None]
+    y = (prob @ base[..., None]).repeat(1, 1, tiles.codes.shape[-1] * 8 // (form.bits * TILE))
+    for part, codes in _blocks(tiles, form, n_tile):
+        y.baddbmm_(weight[..., part.start * TILE : part.stop * TILE], codes.flatten(1, 2))
+    return y
 
 
 def history_attention(
@@ -220,78 +180,31 @@ def history_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of a chunk that begins at position `start` over what the cache held before it.
 
-    q: [batch, n_head, token, head_dim]. The token at start - window_size has left (`evict` came
-    first): its slot, which `start` will take, is not looked at. sink_turn: as for `decode_attention`, of the
-    token at `start`. Returns the output, float32 and shaped like q, and the log-sum-exp of its scores, float32
-    [batch, n_head, token].
+    q: [batch, n_head, token, head_dim]. What `start` pushes out of the window has left (`evict` came first).
+    sink_turn: as for `decode_attention`, of the token at `start`. Returns the output, float32 and shaped like q, and
+    the log-sum-exp of its scores, float32 [batch, n_head, token].
     """
-    out = torch.zeros(q.shape, device=q.device)
-    lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
-    for queries, k, v in _held(q, regions, start, sink_turn):
+    seen = torch.zeros(q.shape, device=q.device), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    n_left = regions.n_left(start + 1)
+    for i, part in enumerate(regions.exact_slots(start, 1)):
+        queries = q
+        if i == 0 and n_left > 0 and sink_turn is not None:
+            cos, sin = sink_turn
+            queries = turned(q, cos[:, None, None], sin[:, None, None])
+        k, v = regions.k[:, :, part], regions.v[:, :, part]
         if k.shape[2]:
-            out, lse = merge(out, lse, *attend(queries, k, v))
-    return out, lse
-
-
-def _held(
-    q: Tensor, regions: Regions, start: int, sink_turn: tuple[Tensor, Tensor] | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What the cache holds, in parts that are dense: queries as these keys want them, keys, values."""
-    sink, n_left = regions.sink_size, regions.n_left(start + 1)
-    gap, end = (regions.slot(start), regions.k.shape[2]) if n_left > 0 else (start, start)
-    first = 0
-    if sink_turn is not None and n_left > 0:
-        cos, sin = sink_turn
-        yield turned(q, cos[:, None, None], sin[:, None, None]), regions.k[:, :, :sink], regions.v[:, :, :sink]
-        first = sink
-    for part in (slice(first, gap), slice(gap + 1, end)):
-        yield q, regions.k[:, :, part], regions.v[:, :, part]
-    queries = regions.k_format.turn(q).to(q.dtype)
-    for lo in range(0, n_left, BLOCK_ROWS):
-        rows = slice(lo, min(lo + BLOCK_ROWS, n_left))
-        dense = [
-            form.stored(ints[:, :, rows], scales[:, :, rows]).to(q.dtype)
-            for _, ints, scales, form in regions.quantised()
-        ]
-        if dense:
-            yield queries, dense[0], dense[1]
-
-
-def evict(regions: Regions, start: int) -> None:
-    """Before a chunk: quantise the token that position `start` pushes out of the window."""
-    _quantize_slots(regions, start - regions.window_size, start - regions.window_size + 1)
-
-
-def store_chunk(regions: Regions, k: Tensor, v: Tensor, start: int) -> None:
-    """After attention over a chunk: keep its last tokens, quantise (or drop) what leaves the window.
-
-    k, v: [batch, n_kv_head, token, head_dim], the tokens at positions start, start + 1, ...
-    `evict(regions, start)` came first.
-    """
-    sink, window = regions.sink_size, regions.window_size
-    end = start + k.shape[2]
-    _quantize_slots(regions, start - window + 1, min(start, end - window))
-    first = max(start, sink)  # chunk tokens that pass through the window without staying in it
-    if first < end - window:
-        rows, passing = slice(first - sink, end - window - sink), slice(first - start, end - window - start)
-        for chunk, (_, ints, scales, form) in zip((k, v), regions.quantised(), strict=False):
-            ints[:, :, rows], scales[:, :, rows] = form.quantize(chunk[:, :, passing])
-    kept = [*range(start, min(sink, end)), *range(max(start, sink, end - window), end)]
-    slots = torch.tensor([regions.slot(pos) for pos in kept], device=k.device)
-    index = torch.tensor([pos - start for pos in kept], device=k.device)
-    regions.k[:, :, slots] = k[:, :, index].to(regions.k.dtype)
-    regions.v[:, :, slots] = v[:, :, index].to(regions.v.dtype)
-
-
-def _quantize_slots(regions: Regions, first: int, end: int) -> None:
-    """Quantise the tokens at positions first to end - 1, which still stand in their slots."""
-    first = max(first, regions.sink_size)
-    if first >= end:
-        return
-    slots = torch.tensor([regions.slot(pos) for pos in range(first, end)], device=regions.k.device)
-    rows = slice(first - regions.sink_size, end - regions.sink_size)
-    for values, ints, scales, form in regions.quantised():
-        ints[:, :, rows], scales[:, :, rows] = form.quantize(values[:, :, slots])
+            seen = merge(*seen, *attend(queries, k, v))
+    if regions.k_tiles is None or n_left == 0:
+        return seen
+    keys, values = regions.stored()
+    rotated = keys.format.turn(q).to(q.dtype)
+    stored = torch.zeros_like(seen[0]), torch.full_like(seen[1], float("-inf"))
+    for lo in range(0, n_left // TILE, BLOCK_TILES):
+        part = slice(lo, min(lo + BLOCK_TILES, n_left // TILE))
+        # [batch, n_kv_head, token, head_dim]
+        k, v = (x.format.stored(x.tiles.part(part)).flatten(2, 3).to(q.dtype) for x in (keys, values))
+        stored = merge(*stored, *attend(rotated, k, v))
+    return merge(*seen, values.format.turn(stored[0]), stored[1])
 
 
 PYTORCH = AttentionKernels(

@@ -1,6 +1,6 @@
 """Who takes what of a sequence's tokens in decoding, and how a program has its share brought nearer ahead of time.
 
-Full-precision slots and then quantised rows lie on one line, as long as their bytes are many. n_split programs
+Full-precision slots and then tiles lie on one line, as long as their bytes are many. n_split programs
 cut it evenly, at the beginnings of blocks: none has more than its part and a block, and the one at the border has some
 of both. All of it follows from the number of tokens, so that every program knows it by itself, and the programs that
 merge know as well which partial results exist.
@@ -13,50 +13,60 @@ import triton.language as tl
 
 from selective_kv.kernels.basics import prefetch
 
+TILE = tl.constexpr(128)
+
+
+@triton.jit
+def count_left(n_token, sink_size, window_size):
+    """How many of a sequence's n_token tokens are in tiles: as `Regions.n_left` has it."""
+    return tl.maximum(n_token.to(tl.int32) - sink_size - window_size, 0) // TILE * TILE
+
 
 @triton.jit
 def partition(
-    n_token, n_slot, n_split,
+    n_token, n_left, n_slot, n_split,
     FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr,
     HAS_INT: tl.constexpr,
 ):  # fmt: skip
-    """What n_split programs share of a sequence of n_token tokens: one range of work, slots before rows.
+    """What n_split programs share of a sequence of n_token tokens: one range of work, slots before tiles.
 
-    A block of slots is FLOAT_COST long there and one of rows INT_COST; program s takes the blocks that begin in
-    [s * each, (s + 1) * each), see `first_blocks`. Returns each, the number of slots and of their blocks, the number
-    of rows and of their blocks. Exact while the whole range is below 2**29. As long as there are no rows, `each` is
-    a number of blocks and depends on neither n_slot nor the costs: the shares are the full cache's.
+    n_left: tokens in tiles, a multiple of INT_BLOCK; without tiles (HAS_INT) what does not fit n_slot slots is gone.
+    A block of slots is FLOAT_COST long there and one of a tile INT_COST; program s takes the blocks that begin in
+    [s * each, (s + 1) * each), see `first_blocks`. Returns each, the number of tokens in slots, of their blocks and of
+    the tiles' blocks. Exact while the whole range is below 2**29. As long as there are no tiles, `each` is a number of
+    blocks and depends on neither n_slot nor the costs: the shares are the full cache's.
     """
     n_full = tl.minimum(n_token, n_slot).to(tl.int32)
+    int_blocks = n_full * 0
+    if HAS_INT:
+        n_full = n_token.to(tl.int32) - n_left
+        int_blocks = n_left // INT_BLOCK
     float_blocks = tl.cdiv(n_full, FLOAT_BLOCK)
-    n_int, int_blocks = n_full * 0, n_full * 0
     work, unit = float_blocks, FLOAT_COST
     if HAS_INT:
-        n_int = tl.maximum(n_token - n_slot, 0).to(tl.int32)
-        int_blocks = tl.cdiv(n_int, INT_BLOCK)
-        work = tl.where(n_int > 0, float_blocks * FLOAT_COST + int_blocks * INT_COST, work)
-        unit = tl.where(n_int > 0, 1, FLOAT_COST)
+        work = tl.where(n_left > 0, float_blocks * FLOAT_COST + int_blocks * INT_COST, work)
+        unit = tl.where(n_left > 0, 1, FLOAT_COST)
     each = ((work + n_split - 1).to(tl.uint32) // n_split.to(tl.uint32)).to(tl.int32)  # unsigned: half as long
-    return each * unit, n_full, float_blocks, n_int, int_blocks
+    return each * unit, n_full, float_blocks, int_blocks
 
 
 @triton.jit
 def first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr):
-    """Where the shares of `split` and of all programs after it begin: a block of slots and a block of rows."""
+    """Where the shares of `split` and of all programs after it begin: a block of slots and a block of tiles."""
     at = split * each
-    row_at = tl.maximum(at - float_blocks * FLOAT_COST, 0)
-    return tl.minimum(tl.cdiv(at, FLOAT_COST), float_blocks), tl.minimum(tl.cdiv(row_at, INT_COST), int_blocks)
+    tile_at = tl.maximum(at - float_blocks * FLOAT_COST, 0)
+    return tl.minimum(tl.cdiv(at, FLOAT_COST), float_blocks), tl.minimum(tl.cdiv(tile_at, INT_COST), int_blocks)
 
 
 @triton.jit
 def written(entry, each, float_blocks, int_blocks, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr):
-    """Whether a partial result stands at `entry`: that of the slots of program `entry` or of the rows of the one
-    before. There are never both: rows come after all slots.
+    """Whether a partial result stands at `entry`: that of the slots of program `entry` or of the tiles of the one
+    before. There are never both: tiles come after all slots.
     """
-    first, row_first = first_blocks(entry, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
-    after, _row_after = first_blocks(entry + 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
-    _before, row_before = first_blocks(entry - 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
-    return (first < after) | (row_before < row_first)
+    first, tile_first = first_blocks(entry, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    after, _tile_after = first_blocks(entry + 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    _before, tile_before = first_blocks(entry - 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    return (first < after) | (tile_before < tile_first)
 
 
 @triton.jit

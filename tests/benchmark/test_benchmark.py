@@ -233,7 +233,7 @@ def test_peak_memory_is_one_contestants_own(monkeypatch: pytest.MonkeyPatch) -> 
         ["--largest_batch", "--memory_budget", "1kB"],
         ["--context", "0"],
         ["--caches", "full", "quantize_kv", "quantize_kv:sink_size=16"],
-        ["--caches", "quantize_kv:k_bits=4"],  # of head_dim 8
+        ["--caches", "quantize_kv:k_bits=5"],
         ["--memory_budget", "1GiB"],
         ["--kernels", "--steps", "3"],
         ["--kernels", "--dtype", "float32"],

@@ -476,7 +476,7 @@ def test_bits_for_both_and_bits_by_budget(capsys: pytest.CaptureFixture[str]) ->
     assert sizes["100GiB"] > sizes["22.5GiB"] > sizes["20.5GiB"]
     with pytest.raises(SystemExit) as exit_:
         planned(capsys, "--bits", "auto", "--memory_budget", "16GiB")
-    assert exit_.value.code == 2 and "4-bit keys and 4-bit values need" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "3-bit keys and 2-bit values need" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -484,8 +484,7 @@ def test_bits_for_both_and_bits_by_budget(capsys: pytest.CaptureFixture[str]) ->
     [
         (["--bits", "4"], "--bits is a flag of quantize_kv, and the cache is full"),
         (["quantize_kv", "--bits", "4", "--k_bits", "8"], "--bits says both"),
-        (["quantize_kv", "--bits", "4", "--group_size", "16"], "--group_size must be the head_dim"),
-        (["quantize_kv", "--k_bits", "5"], "--k_bits must be one of 8, 4, not 5"),
+        (["quantize_kv", "--k_bits", "5"], "--k_bits must be one of 8, 4, 3, 2, not 5"),
         (["--memory_budget", "20XB"], "'20XB' is not a size"),
         (["--memory_budget", "1MiB"], "1.00 MiB are free"),
     ],

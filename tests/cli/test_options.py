@@ -172,7 +172,7 @@ def test_each_cache_tells_what_its_flags_do_to_it(capsys: pytest.CaptureFixture[
         words = " ".join(group.split())
         for f in dataclasses.fields(cls):
             assert f"--{f.name}" in words and f"{f.metadata['help']} (default: {f.default})" in words
-    for flag in ("--positions {cache,original}", "--k_bits {8,4}", "--v_bits {8,4}"):
+    for flag in ("--positions {cache,original}", "--k_bits {8,4,3,2}", "--v_bits {8,4,3,2}"):
         assert flag in out
 
 

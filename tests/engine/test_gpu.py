@@ -236,4 +236,4 @@ def test_the_benchmark_in_every_mode(more: list[str], tmp_path: Path) -> None:
     if "--peer" in more:
         assert rows["transformers dynamic"]["cache_bytes"] >= rows["full"]["cache_bytes"]
     if "--largest_batch" in more:
-        assert rows["quantize_kv:sink_size=16,window_size=32"]["batch"] > 1.7 * rows["full"]["batch"]
+        assert rows["quantize_kv:sink_size=16,window_size=32"]["batch"] > 1.6 * rows["full"]["batch"]

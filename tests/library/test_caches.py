@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import oracle
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kv_cache import ModelCache, plan
 from model import Config, Rope, Transformer
 from selective_kv import Chunk, FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
-from selective_kv.formats import INT8, Format
+from selective_kv.formats import BITS, TILE, Format
 from selective_kv.kernels import pytorch as eager
 
 CPU = torch.device("cpu")
@@ -65,8 +66,14 @@ cases = st.builds(
     group=st.integers(1, 3),
     head_dim=st.sampled_from([2, 8, 16]),
     sink=st.integers(0, 6),
-    window=st.integers(1, 9),
-    chunks=st.lists(st.lists(st.integers(1, 14), min_size=0, max_size=4), min_size=1, max_size=3),
+    window=st.integers(1, 9) | st.sampled_from([TILE - 1, TILE, TILE + 1]),
+    chunks=st.lists(
+        st.lists(
+            st.integers(1, 14) | st.integers(TILE - 14, TILE + 4) | st.integers(1, 3 * TILE), min_size=0, max_size=4
+        ),
+        min_size=1,
+        max_size=3,
+    ),
     n_decode=st.integers(0, 6),
     seed=st.integers(0, 1000),
 )
@@ -100,9 +107,7 @@ def run(policy: KVCache, case: Case, reference: bool = False, slack: int = 0) ->
     return [torch.cat(o, 1) if o else torch.zeros(qs[0].shape[0], 0, case.head_dim) for o in outs]
 
 
-def expected(
-    case: Case, middle: str, turn: bool = False, formats: tuple[Format, Format] = (INT8, INT8)
-) -> list[Tensor]:
+def expected(case: Case, middle: str, turn: bool = False, formats: tuple[Format, Format] | None = None) -> list[Tensor]:
     outs = []
     for q, k, v, chunks in zip(*case.build(), case.chunks, strict=True):
         start, parts = 0, [torch.zeros(q.shape[0], 0, case.head_dim, dtype=torch.float64)]
@@ -121,7 +126,7 @@ def expected(
 def policies(case: Case) -> list[tuple[KVCache, str, bool]]:
     return [
         (FullCache(), "exact", False),
-        (SelectiveCache(case.sink, case.window), "quantised", False),
+        (SelectiveCache(case.sink, case.window, rotate=False), "quantised", False),
         (SinkWindowCache(case.sink, case.window, "original"), "gone", False),
         (SinkWindowCache(case.sink, case.window, "cache"), "gone", True),
     ]
@@ -132,35 +137,63 @@ def policies(case: Case) -> list[tuple[KVCache, str, bool]]:
 def test_every_cache_is_its_definition_and_its_reference(case: Case) -> None:
     """Random shapes, chunks and lengths around every boundary, ragged batches included."""
     for policy, middle, turn in policies(case):
-        want = expected(case, middle, turn)
+        want = expected(case, middle, turn, policy.formats() if isinstance(policy, SelectiveCache) else None)
         for reference in (False, True):
             got = run(policy, case, reference)
             for g, w in zip(got, want, strict=True):
                 assert torch.allclose(g.double(), w, rtol=1e-4, atol=1e-4), (policy, reference)
 
 
-four_bit_caches = st.builds(
+selective_caches = st.builds(
     SelectiveCache,
     sink_size=st.integers(0, 6),
-    window_size=st.integers(1, 9),
-    k_bits=st.sampled_from([8, 4]),
-    v_bits=st.sampled_from([8, 4]),
-    group_size=st.sampled_from([0, 32, 64]),
+    window_size=st.integers(1, 9) | st.integers(TILE - 2, TILE + 2),
+    k_bits=st.sampled_from(BITS),
+    v_bits=st.sampled_from(BITS),
     rotate=st.booleans(),
 )
 
 
 @settings(max_examples=40, deadline=None)
-@given(cases, four_bit_caches)
-def test_four_bits_are_their_definition_and_their_reference(case: Case, policy: SelectiveCache) -> None:
-    """The policy stays: only what the middle is rounded to differs."""
-    case = dataclasses.replace(case, head_dim=64, sink=policy.sink_size, window=policy.window_size)
+@given(cases, selective_caches, st.sampled_from([2, 24, 64]))
+def test_every_format_is_its_definition_and_its_reference(case: Case, policy: SelectiveCache, head_dim: int) -> None:
+    """The policy stays: only what a tile is rounded to differs."""
+    case = dataclasses.replace(case, head_dim=head_dim, sink=policy.sink_size, window=policy.window_size)
     want = expected(case, "quantised", formats=policy.formats())
     for reference in (False, True):
         for g, w in zip(run(policy, case, reference), want, strict=True):
-            # a rotation's last bit may tip a rounding: then one element of one key is a step away
-            most = 2e-2 if policy.k_bits == 4 and policy.rotate else 1e-4
-            assert (g.double() - w).norm() <= most * (1 + w.norm()), reference
+            assert (g.double() - w).norm() <= 1e-4 * (1 + w.norm()), reference
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["fast", "reference"])
+@pytest.mark.parametrize("n_decode", [0, 2 * TILE + 5])
+def test_a_tile_is_quantised_once_and_when_its_last_token_has_left(n_decode: int, reference: bool) -> None:
+    """Between window_size and window_size + 127 recent tokens are exact; what is stored never changes again."""
+    sink, window, prompt = 3, 20, 200
+    case = Case(2, 1, 8, sink, window, [[prompt]], max(1, n_decode), 0)
+    layer = SelectiveCache(sink, window)
+    shape = Shape(1, 2, 8, case.capacity, torch.float32, CPU)
+    cache = ModelCache(layer, 1, shape)
+    layer = cache.layers[0]  # type: ignore[assignment]
+    if reference:
+        layer.use_reference()
+    (q,), (k,), (v,) = case.build()
+    seen: list[Tensor] = []
+    for lo, hi in [(0, prompt), *((i, i + 1) for i in range(prompt, prompt + n_decode))]:
+        chunk = cache.begin(hi - lo)
+        layer.attend(
+            q[None, :, lo:hi], k[None, :, lo:hi], v[None, :, lo:hi], chunk, Rope(frequencies(8), chunk.positions)
+        )
+        cache.advance(chunk)
+        n_tile = max(0, hi - sink - window) // TILE
+        assert layer.regions.n_left(hi) == n_tile * TILE and window <= hi - sink - n_tile * TILE < window + TILE
+        assert layer.regions.k_tiles is not None
+        codes = layer.regions.k_tiles.codes[0]
+        assert not codes[:, n_tile:].any() and codes[:, :n_tile].any(-1).all()
+        if n_tile > len(seen):
+            seen.append(codes[:, n_tile - 1].clone())
+        assert all(torch.equal(codes[:, t], tile) for t, tile in enumerate(seen))
+    assert len(seen) == 1 + n_decode // TILE
 
 
 @settings(max_examples=30, deadline=None)
@@ -173,20 +206,12 @@ def test_a_window_of_the_whole_sequence_is_the_full_cache_bit_for_bit(case: Case
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["int8 products", "float32 products"])
-@pytest.mark.parametrize(
-    "formats", [{}, {"k_bits": 4}, {"v_bits": 4}, {"k_bits": 4, "v_bits": 4, "group_size": 32}], ids=str
-)
-def test_a_long_middle_is_read_as_precisely_as_a_short_one(
-    exact: bool, formats: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Past a block of rows a CPU with int8 products uses them on K: the same scores to float32's rounding."""
-    if exact and not eager.int8_products_are_exact():
-        pytest.skip("this processor has no int8 products")
-    monkeypatch.setattr(eager, "int8_products_are_exact", lambda: exact)
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (3, 2), (8, 4)])
+def test_a_long_middle_is_read_as_precisely_as_a_short_one(bits: tuple[int, int]) -> None:
+    """Several blocks of tiles, with an outlier channel: the definition's scores to float32's rounding."""
     torch.manual_seed(0)
-    n, heads, group, dim = 2 * eager.BLOCK + 77, 2, 3, 64
-    layer = SelectiveCache(4, 8, **formats)
+    n, heads, group, dim = 40 * TILE + 77, 2, 3, 64
+    layer = SelectiveCache(4, 8, *bits)
     layer.allocate(Shape(1, heads, dim, n, torch.float32, CPU))
     k, v = torch.randn(2, 1, heads, n, dim)
     k[..., 5] *= 10
@@ -195,8 +220,29 @@ def test_a_long_middle_is_read_as_precisely_as_a_short_one(
     q[..., 9] *= 10
     got = eager.decode_attention(q, layer.regions, torch.tensor([n - 1]))
     want = oracle.attention(q[0, :, None], k[0], v[0], n - 1, 4, 8, "quantised", formats=layer.formats())[:, 0]
-    # 4 bits: a group's base and its integers, which an outlier channel makes large, cancel in the sum.
-    assert (got[0].double() - want).norm() / want.norm() < (1e-4 if formats else 2e-6)
+    # below 8 bits a base and its integers cancel in the sum
+    assert (got[0].double() - want).norm() / want.norm() < (1e-4 if min(bits) < 8 else 2e-5)
+
+
+def test_two_threads_with_a_cache_each_get_what_each_alone_would() -> None:
+    """Scratch memory was shared by the whole process once: 202 of 480 steps were wrong."""
+    torch.manual_seed(0)
+    layers, tokens, n = [], [], 30 * TILE
+    for _ in range(2):
+        layer = SelectiveCache(4, 8, 4, 4)
+        layer.allocate(Shape(1, 2, 64, n, torch.float32, CPU))
+        k, v = torch.randn(2, 1, 2, n, 64)
+        eager.store_chunk(layer.regions, k, v, 0)
+        layers.append(layer)
+        tokens.append(torch.randn(1, 4, 64))
+    at = torch.tensor([n - 1])
+    want = [eager.decode_attention(q, layer.regions, at) for q, layer in zip(tokens, layers, strict=True)]
+
+    def work(i: int) -> bool:
+        return all(torch.equal(eager.decode_attention(tokens[i], layers[i].regions, at), want[i]) for _ in range(20))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(work, range(2)))
 
 
 @pytest.mark.parametrize("policy", [FullCache(), SelectiveCache(4, 8), SinkWindowCache(4, 8)])
@@ -257,17 +303,19 @@ def test_bytes_are_what_was_planned_and_what_the_arithmetic_says() -> None:
         assert ModelCache(policy, 2, shape).nbytes() == plan(policy, 2, shape)
     token = 2 * 3 * 8 * 128  # elements of K and V of one position, in one layer
     assert plan(FullCache(), 1, shape) == {"window": 1000 * token * 2}
+    # of 1,000 - 16 - 32 tokens 7 tiles can leave the window; their tokens wait for each other in 128 slots more
     assert plan(SelectiveCache(16, 32), 1, shape) == {
         "sink": 16 * token * 2,
-        "window": 32 * token * 2,
-        "quantised": 952 * token,
-        "scales": 952 * token // 128 * 4,
+        "window": (32 + TILE) * token * 2,
+        "quantised": 7 * TILE * token,
+        "scales": 7 * TILE * token // 128 * 4,
     }
     four = plan(SelectiveCache(16, 32, k_bits=4, v_bits=4), 1, shape)
-    assert four["quantised"] == 952 * token // 2 and four["scales"] == 952 * token // 128 * 4
+    assert four["quantised"] == 7 * TILE * token // 2 and four["scales"] == 7 * TILE * token // 128 * 5
+    assert plan(SelectiveCache(16, 900), 1, shape) == {"sink": 16 * token * 2, "window": 984 * token * 2}
     long = dataclasses.replace(shape, capacity=8192)
     share = sum(plan(SelectiveCache(16, 128, 4, 4), 1, long).values()) / sum(plan(FullCache(), 1, long).values())
-    assert share <= 0.28
+    assert share <= 0.30
     assert sum(plan(SinkWindowCache(16, 32), 1, dataclasses.replace(shape, capacity=10**6)).values()) == (
         48 * token * 2
     )
@@ -289,11 +337,13 @@ def test_knobs_refuse_what_makes_no_sense() -> None:
         SinkWindowCache(4, 4, "nearest")
 
 
-def test_the_reference_refuses_to_quantise_what_is_not_finite() -> None:
-    layer = SelectiveCache(0, 1)
-    layer.allocate(Shape(1, 1, 8, 4, torch.float32, CPU))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_reference_refuses_to_quantise_what_is_not_finite(bad: float) -> None:
+    layer, n = SelectiveCache(0, 1), TILE + 1
+    layer.allocate(Shape(1, 1, 8, n, torch.float32, CPU))
     layer.use_reference()
-    bad = torch.full((1, 1, 2, 8), float("nan"))
-    chunk = Chunk(torch.arange(2)[None], 0, 0)
-    with pytest.raises(ValueError, match="position 0 holds a value that is not finite"):
-        layer.attend(torch.zeros(1, 1, 2, 8), bad, bad, chunk, Rope(frequencies(8), chunk.positions))
+    k = torch.randn(1, 1, n, 8)
+    k[0, 0, 77, 3] = bad
+    chunk = Chunk(torch.arange(n)[None], 0, 0)
+    with pytest.raises(ValueError, match="positions 0 to 127 holds a value that is not finite"):
+        layer.attend(torch.zeros(1, 1, n, 8), k, k, chunk, Rope(frequencies(8), chunk.positions))

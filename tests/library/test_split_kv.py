@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_reference import DEVICES, tl, triton
 
+from selective_kv.formats import TILE
 from selective_kv.kernels.decode_config import Plan, cuts
-from selective_kv.kernels.split_kv import first_blocks, partition, written
+from selective_kv.kernels.split_kv import count_left, first_blocks, partition, written
 
 N = 512  # entries looked at: more than there are programs
-COSTS = [(1, 1), (2, 1), (1, 2), (8, 3), (3, 8), (16, 1)]  # of a block of slots and a block of rows
-SLOTS, ROWS = 32, 64  # per block
+COSTS = [(1, 1), (2, 1), (1, 2), (8, 3), (3, 8), (16, 1)]  # of a block of slots and a block of tiles
+SLOTS, TOKENS = 32, 64  # per block
 
 
 @pytest.fixture(params=DEVICES)
@@ -23,55 +24,60 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@triton.jit(do_not_specialize=["n_token", "n_slot", "n_split"])
+@triton.jit(do_not_specialize=["n_token", "sink_size", "window_size", "n_slot", "n_split"])
 def share_kernel(
-    out, n_token, n_slot, n_split, SLOTS: tl.constexpr, ROWS: tl.constexpr, FLOAT_COST: tl.constexpr,
-    INT_COST: tl.constexpr, HAS_INT: tl.constexpr, N: tl.constexpr,
+    out, n_token, sink_size, window_size, n_slot, n_split, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
+    FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, HAS_INT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One program: out int32 [3, N], the two results of `first_blocks` and that of `written`."""
-    each, _full, float_blocks, _int, int_blocks = partition(
-        n_token.to(tl.int64), n_slot, n_split, SLOTS, ROWS, FLOAT_COST, INT_COST, HAS_INT
+    n = n_token.to(tl.int64)
+    n_left = count_left(n, sink_size, window_size)
+    each, _full, float_blocks, int_blocks = partition(
+        n, n_left, n_slot, n_split, SLOTS, TOKENS, FLOAT_COST, INT_COST, HAS_INT
     )
     split = tl.arange(0, N)
-    first, row_first = first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    first, tile_first = first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
     wrote = written(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
     tl.store(out + split, first)
-    tl.store(out + N + split, row_first)
+    tl.store(out + N + split, tile_first)
     tl.store(out + 2 * N + split, wrote.to(tl.int32))
 
 
 def shares(
-    n_token: int, n_slot: int, n_split: int, cost: tuple[int, int], has_int: bool, device: str
+    n_token: int, sink: int, window: int, n_split: int, cost: tuple[int, int], has_int: bool, device: str
 ) -> tuple[list[range], list[range], list[bool]]:
-    """Blocks of slots and of rows of every program, and whether there is something at every entry."""
+    """Blocks of slots and of tiles of every program, and whether there is something at every entry."""
     out = torch.empty(3, N, dtype=torch.int32, device=device)
-    share_kernel[(1,)](out, n_token, n_slot, n_split, SLOTS, ROWS, *cost, has_int, N, num_warps=1)
-    slots, rows, wrote = out.tolist()
+    n_slot = sink + window + (TILE if has_int else 0)
+    share_kernel[(1,)](out, n_token, sink, window, n_slot, n_split, SLOTS, TOKENS, *cost, has_int, N, num_warps=1)
+    slots, tiles, wrote = out.tolist()
     programs = range(n_split)
     return (
         [range(slots[s], slots[s + 1]) for s in programs],
-        [range(rows[s], rows[s + 1]) for s in programs],
+        [range(tiles[s], tiles[s + 1]) for s in programs],
         [bool(w) for w in wrote[: n_split + 2]],
     )
 
 
 @given(
-    n_slot=st.integers(1, 5000) | st.integers(1, 1 << 26),
-    n_int=st.integers(0, 5000) | st.integers(0, 1 << 26),
+    sink=st.integers(0, 200),
+    window=st.integers(1, 5000) | st.integers(1, 1 << 26),
+    n_more=st.integers(0, 5000) | st.integers(0, 1 << 26),
     n_split=st.integers(1, 8) | st.integers(1, 255),
     cost=st.sampled_from(COSTS),
 )
 @settings(max_examples=100, deadline=None)
-def check(device: str, n_slot: int, n_int: int, n_split: int, cost: tuple[int, int]) -> None:
-    slots, rows, wrote = shares(n_slot + n_int, n_slot, n_split, cost, True, device)
-    n_blocks = -(-n_slot // SLOTS), -(-n_int // ROWS)
-    for parts, n in zip((slots, rows), n_blocks, strict=True):  # every block once, in order
+def check(device: str, sink: int, window: int, n_more: int, n_split: int, cost: tuple[int, int]) -> None:
+    slots, tiles, wrote = shares(sink + window + n_more, sink, window, n_split, cost, True, device)
+    n_left = n_more // TILE * TILE
+    n_blocks = -(-(sink + window + n_more - n_left) // SLOTS), n_left // TOKENS
+    for parts, n in zip((slots, tiles), n_blocks, strict=True):  # every block once, in order
         assert parts[0].start == 0 and parts[-1].stop == n
         assert all(a.stop == b.start and a.start <= a.stop for a, b in pairwise(parts))
     last_with_slots = max(s for s in range(n_split) if slots[s])
-    assert not any(rows[s] for s in range(last_with_slots))  # slots come first
-    work = [len(a) * cost[0] + len(b) * cost[1] for a, b in zip(slots, rows, strict=True)]
-    if n_int:
+    assert not any(tiles[s] for s in range(last_with_slots))  # slots come first
+    work = [len(a) * cost[0] + len(b) * cost[1] for a, b in zip(slots, tiles, strict=True)]
+    if n_left:
         assert max(work) < -(-sum(work) // n_split) + max(cost)
     else:
         assert max(work) == -(-n_blocks[0] // n_split) * cost[0]
@@ -79,7 +85,7 @@ def check(device: str, n_slot: int, n_int: int, n_split: int, cost: tuple[int, i
     for s in range(n_split):
         assert not (slots[s] and expected[s]), "two results at one entry"
         expected[s] |= bool(slots[s])
-        expected[s + 1] |= bool(rows[s])
+        expected[s + 1] |= bool(tiles[s])
     assert wrote == expected
 
 
@@ -88,12 +94,12 @@ def test_every_block_once_in_order_and_evenly(device: str) -> None:
 
 
 @pytest.mark.parametrize("cost", COSTS)
-def test_without_rows_the_shares_are_the_full_caches(cost: tuple[int, int], device: str) -> None:
+def test_without_tiles_the_shares_are_the_full_caches(cost: tuple[int, int], device: str) -> None:
     for n_split in (1, 2, 7, 255):
         for n_token in (0, 33, 4000, (1 << 20) * SLOTS - 1):
-            full = shares(n_token, 1 << 30, n_split, (1, 1), False, device)
-            for n_slot in (max(n_token, 1), 1 << 30):
-                assert shares(n_token, n_slot, n_split, cost, True, device) == full
+            full = shares(n_token, 0, 1 << 30, n_split, (1, 1), False, device)
+            for sink, window in ((0, max(n_token - TILE + 1, 1)), (9, 1 << 29)):
+                assert shares(n_token, sink, window, n_split, cost, True, device) == full
 
 
 def test_costs_are_bytes() -> None:

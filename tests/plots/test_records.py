@@ -107,14 +107,14 @@ def test_a_file_that_is_not_json_is_one_line(
 
 def test_a_report_and_a_score_of_one_cache_share_a_line_of_the_table() -> None:
     """A report of generate.py lists every knob, an evaluation only those that are not usually left alone."""
-    for policy in (FullCache(), SelectiveCache(4, 8), SelectiveCache(4, 8, v_bits=4, group_size=32)):
+    for policy in (FullCache(), SelectiveCache(4, 8), SelectiveCache(4, 8, v_bits=4, rotate=False)):
         report = {"name": policy.name, **dataclasses.asdict(policy)}
         assert records.setting_of(json.loads(json.dumps(report))) == format_policy(policy)
     assert records.setting_of({"name": "of_a_plugin", "stride": 3}) == "of_a_plugin:stride=3"
 
 
 def test_two_settings_never_share_a_name() -> None:
-    """group_size and rotate were dropped: five rows of the table were called "quantize_kv K4V4 16/128"."""
+    """Knobs (one of them is no more) were dropped: five rows of the table were called "quantize_kv K4V4 16/128"."""
     sizes = "sink_size=16,window_size=128"
     names = {
         "full": "full",

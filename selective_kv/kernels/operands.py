@@ -1,0 +1,37 @@
+"""What the Triton kernels are given of a cache's tiles, and what they are told of them when they are compiled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selective_kv.formats import rotation_size
+from selective_kv.regions import Regions
+
+
+def stored_bits(regions: Regions) -> tuple[int, int]:
+    """K's and V's; 0 where there are no tiles."""
+    if regions.k_format is None or regions.v_format is None:
+        return 0, 0
+    return regions.k_format.bits, regions.v_format.bits
+
+
+def rotations(regions: Regions) -> dict[str, int]:
+    """What the kernels are told of the formats' rotations."""
+    return {
+        f"{name}_ROTATION": rotation_size(regions.k.shape[3]) if form is not None and form.rotated else 1
+        for name, form in (("K", regions.k_format), ("V", regions.v_format))
+    }
+
+
+def tile_operands(regions: Regions) -> list[Tensor]:
+    """What kernels take of the tiles: K's and V's bytes, K's and V's scales, K's factors; pairs of bfloat16 as int32.
+
+    Where there is nothing of the kind, something that is never looked at.
+    """
+    if regions.k_tiles is None or regions.v_tiles is None:
+        return [regions.k] * 5
+    (k, k_scale, factor), (v, v_scale, _) = regions.k_tiles, regions.v_tiles
+    assert all(t.is_contiguous() for t in (k, v, k_scale, v_scale))
+    words = [t.view(torch.int32).flatten(-2) for t in (k_scale, v_scale, k_scale if factor is None else factor)]
+    return [k, v, *words]
