@@ -21,6 +21,7 @@ from engine.link import linked
 from engine.parallel import Parallel, connect
 from kv_cache import ModelCache
 from model import Config
+from quantize import parse_weights
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
 
 FP32 = torch.float32
@@ -124,3 +125,25 @@ def test_greedy_takes_the_first_of_equals_and_tells_what_is_not_finite(tmp_path:
 
     want = [7, 0, -1, -1, int(logits[4].argmax())]
     assert [found["job"] for found in on_ranks(2, {"job": job}, tmp_path)] == [[want, True]] * 2
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4:group_size=32"])
+def test_weights_in_fewer_bits_are_as_near_as_on_one_device(weights: str, tmp_path: Path) -> None:
+    """A rank quantises its own columns, so the two differ in the last bits: by less than either from 16 bits."""
+    made = Checkpoint(None, "tied", Config(101, 64, 2, 4, 2, 96, 64, tied_embeddings=True))
+    ids = torch.randint(101, (1, 20), generator=torch.Generator().manual_seed(1))
+
+    def logits(checkpoint: Checkpoint, setting: str, ranks: Parallel | None = None) -> torch.Tensor:
+        model = load_model(checkpoint, CPU, FP32, True, weights=parse_weights(setting), ranks=ranks)
+        shape = Shape(1, model.config.n_kv_head, model.config.head_dim, 20, FP32, CPU)
+        with torch.inference_mode():
+            return model(ids, ModelCache(FullCache(), 2, shape))[0]
+
+    def job(ranks: Parallel) -> object:
+        return ranks.gather(logits(made.share_of(ranks.rank, 2), weights, ranks), 101).tolist()
+
+    exact, one = logits(made, "16"), logits(made, weights)
+    both = torch.tensor(on_ranks(2, {"job": job}, tmp_path)[0]["job"])
+    error = (one - exact).norm()
+    assert 0 < error < 0.2 * exact.norm()
+    assert (both - exact).norm() < 1.3 * error and (both - one).norm() < 1.3 * error
