@@ -57,11 +57,11 @@ class FusedStep:
             )
             q, k, v = qkv[:, :, None].split([n_head, n_kv_head, n_kv_head], 1)
             wo = attention.wo.weight
-            then = replace(step, then=wo.ints if isinstance(wo, QuantizedWeight) else wo)
-            y = layer_cache.attend(q, k, v, then, rope).reshape(len(x), -1)
+            chunk = replace(step, then=wo.ints if isinstance(wo, QuantizedWeight) else wo)
+            y = layer_cache.attend(q, k, v, chunk, rope).reshape(len(x), -1)
             x = self._add(x, y, wo, attention.wo.bias)
             norm = block.ffn_norm
-            if model.config.ffn_bias:  # as few: not fused
+            if model.config.ffn_bias:  # few models have one: the module's own forward, unfused
                 x = block.add(x, feed_forward(norm(x)))
                 continue
             h = linear(x, feed_forward.w13.weight, norm=norm.weight, eps=model.config.norm_eps, swiglu=True)

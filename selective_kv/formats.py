@@ -99,7 +99,8 @@ class Format:
         )
 
     def turn(self, x: Tensor) -> Tensor:
-        """x [..., head_dim] as the stored vectors are: rotated if they are. float32, or wider as it is. Twice is x."""
+        """x [..., head_dim] by the Hadamard rotation (not RoPE), where the format has one: float32, or wider as x is.
+        Its own inverse."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return rotate(x) if self.rotated else x
 

@@ -1,7 +1,7 @@
-"""What stands around a matrix product in its launch: a bias, SwiGLU, a residual or RoPE after it, a norm before it.
+"""Prologue and epilogue fused into a matrix product's launch: an RMSNorm before; bias, SwiGLU, RoPE or residual after.
 
-A product's outputs come in units: with SwiGLU the gate's row and its up projection's, with RoPE the two rows of
-a head that turn together, otherwise one row. A program that has all rows of its units can finish them alone.
+Outputs are computed in units: with SwiGLU a row of the gate and its row of the up projection, with RoPE the two rows of
+a head that are one rotated pair, otherwise one row. A program has all rows of its units: its epilogue is its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Turn(NamedTuple):
 
 
 class Around(NamedTuple):
-    """What a product takes with it; the twins of `linear` and `qkv` say exactly what."""
+    """The prologue and epilogue of one product, as `Linear` and `QKV` in contract.py define them."""
 
     bias: Tensor | None = None  # [n_row]
     norm: Tensor | None = None  # [k]
@@ -44,7 +44,7 @@ class Around(NamedTuple):
         return weight.shape[0] // 2 if self.paired else weight.shape[0]
 
     def pointers(self, x: Tensor) -> tuple[Tensor, ...]:
-        """bias, norm, residual, cos and sin; x, which nobody will look at there, in place of what is not given."""
+        """bias, norm, residual, cos and sin; for one that is not given x, a valid pointer that is not read."""
         cos, sin = (x, x) if self.turn is None else self.turn[:2]
         bias, norm, residual = (x if t is None else t for t in (self.bias, self.norm, self.residual))
         return bias, norm, residual, cos, sin
@@ -87,7 +87,7 @@ def what_follows(
     bias, residual, cos, sin, row, apart, at, token, n_turned, there,
     HEAD_DIM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """What `finish` needs, loaded before the weights: it is a while on its way. at: of the outputs, in `residual`."""
+    """Load the epilogue's operands ahead of the main loop, which hides their latency. at: offsets in `residual`."""
     first, second, added = 0.0, 0.0, 0.0
     turn = (1.0, 0.0, 1.0, 0.0)
     if BIAS:
@@ -111,7 +111,7 @@ def finish(
     y, other, scale, follows, out, at, apart, there,
     HEAD_DIM: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Store what becomes of the products of units' rows, y and other, float32."""
+    """The epilogue: scale, bias, SwiGLU or RoPE, residual, store. y, other: float32 sums of units' two rows."""
     first, second, added, turn = follows
     y *= scale
     other *= scale

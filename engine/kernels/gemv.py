@@ -1,14 +1,13 @@
 """A decode step's matrix products in Triton, with the small operations around them in the same launch.
 
-A step of a few tokens reads every weight once and computes next to nothing, so it should take as long as
-the reading. What gets in the way is everything else: an RMSNorm, a residual, SwiGLU or RoPE is a launch of
-its own, three microseconds of an idle memory. Here the norm is part of the product that follows it (every
-program sums the squares itself: W (g * x) / rms(x)), the residual, SwiGLU and RoPE are part of the product
-before them, and programs load their first weights while the previous launch is still at work
-(programmatic dependent launch): weights depend on nobody.
+A step of a few tokens reads every weight once and computes next to nothing: it is memory-bound, and should run at the
+memory's bandwidth. An RMSNorm, residual, SwiGLU or RoPE in a launch of its own would be three microseconds in which
+memory idles. Here the norm is the prologue of the product after it (every program sums the squares itself:
+W (g * x) / rms(x)); the residual, SwiGLU and RoPE are the epilogue of the product before them; and programs load their
+first weights before the wait of programmatic dependent launch (PDL), since weights depend on no earlier launch.
 
-That is for one token: a program multiplies and adds a few rows in registers. Up to 16 tokens are in
-`small_gemm.py`; for more, a library has the products, and only the small operations between them are ours.
+That is for one token, a GEMV: a program multiplies and adds a few rows in registers. Up to 16 tokens are in
+`small_gemm.py`; more go through cuBLAS, and only the small operations between the products are ours.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def vector_kernel(
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
         inside = (start + BLOCK + k < K)[None, :]
-        after = tl.load(at + start + BLOCK, inside, 0.0)  # the next weights, while these are at work
+        after = tl.load(at + start + BLOCK, inside, 0.0)  # the next block's loads are in flight while this one is used
         other_after = after
         if PAIRED:
             other_after = tl.load(other_at + start + BLOCK, inside, 0.0)

@@ -12,8 +12,8 @@ eight of 4 bits, the masks and the shift included. The sums are exact in int32; 
 and its base the sum of the activations (`quantize.py` has the formula).
 
 Making x into terms takes about 10 instructions an activation, so a program does it once, for `steps` times UNITS units
-of the output one after the other; the next units' weights are on their way while these are at work.
-The norm, RoPE, SwiGLU and residual are in the launch as they are in `gemv.py`.
+of the output one after the other; the next units' weights are in flight while these are multiplied. Prologue (norm) and
+epilogue (RoPE, SwiGLU, residual) are in the launch as they are in `gemv.py`.
 """
 
 from __future__ import annotations
@@ -298,8 +298,8 @@ def chunks_of(weight: QuantizedWeight) -> int:
 
 
 def plan(n_unit: int, chunks: int, paired: bool, n_processor: int) -> Plan:
-    """What measured best on an H100 for Llama 8B's shapes (LOG.md, 2026-11-26): a chunk or two a thread, and as many
-    steps as leave every processor 16 warps' worth of programs, within limits.
+    """What measured best on an H100 for Llama 8B's shapes (LOG.md, 2026-11-26): a chunk or two a thread, and, up to a
+    limit, as many steps as still give every SM 16 warps.
     """
     if chunks >= 1024:
         p = Plan(2, 8, 16)

@@ -12,7 +12,7 @@ and nothing to do with other programs. It
 
 There are two halves of that memory, used in turns, and no wait at the end: whoever writes sum e + 2 has the others'
 flags of sum e + 1, which they set after sum e was read. A program counts its own sums in device memory, so that a
-captured graph can be replayed; a flag is that count. Programs must all be there at once (`MOST_ELEMENTS`).
+captured graph can be replayed; a flag is that count. Programs spin on flags, so all must be resident (`MOST_ELEMENTS`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from selective_kv.kernels.decode_config import processor
 from selective_kv.kernels.launch import launch
 
 BLOCK = 1024
-MOST_ELEMENTS = 256 * BLOCK  # 64 tokens of 4,096: two programs a processor
+MOST_ELEMENTS = 256 * BLOCK  # 64 tokens of 4,096: 256 programs, about two an SM
 ITEM_BYTES = 4  # of the widest dtype
 
 

@@ -79,9 +79,9 @@ def product_of_many(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> 
 
 
 def in_one_launch(x: Tensor, weight: QuantizedWeight, around: Around) -> Tensor | None:
-    """The product with all that stands around it, of few tokens; None of what no kernel is for.
+    """The product of a few tokens with its prologue and epilogue, fused; None where no kernel takes these operands.
 
-    Of more than one token there must be no norm around it.
+    For more than one token the norm must have been computed already.
     """
     here = processor(x.device)
     if integers_fit(x, weight):

@@ -1,14 +1,14 @@
-"""A decode step's matrix products for a few tokens (a batch), on the matrix units, in one launch each.
+"""A decode step's matrix products for a few tokens (a batch), on tensor cores, in one launch each.
 
-The weights are read once and nothing else takes long, if enough of them is on its way at any time: a loop over
-K of `stages` blocks copies them to shared memory asynchronously. Weights' rows lie along the matrix units' long
-side and tokens along the short one. A block of K is cut into one slice per warp (`dot` over a batch of WARPS
-slices): no warp loads what another one has loaded, and warps meet once, after their last block.
+They are memory-bound: weights are read once, and bandwidth takes enough bytes in flight. So the loop over K is a
+software pipeline of `stages` stages, which copies blocks to shared memory asynchronously. Weight rows are the M
+dimension of the product and tokens its N. A block of K is cut into one slice per warp (`dot` over a batch of WARPS
+slices): no warp loads what another one has loaded, and warps are reduced once, after the last block.
 
-What stands around the product is in the same launch. A norm: g * x is the operand, and 1 / rms(x) a factor
-afterwards; every program sums the squares itself, as the diagonal of x x^T: then only matrix units look at x,
-and it lies in shared memory as they like it. SwiGLU and RoPE: a program has both rows of its units.
-Weights depend on nobody, so a program asks for its first blocks (into the L2) before it waits for its input.
+Prologue and epilogue are in the same launch (`epilogue.py`). A norm: g * x is the operand, and 1 / rms(x) a factor
+afterwards; every program sums the squares itself, as the diagonal of x x^T: then x is an operand of tensor cores alone,
+and one layout in shared memory serves. SwiGLU and RoPE: a program has both rows of its units.
+Weights depend on no earlier launch, so a program prefetches its first blocks into L2 before the PDL wait.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def tokens_kernel(
 ):  # fmt: skip
     """Program: the units of ROWS rows, for all tokens. x: [n_token, K], n_token <= N; out: [n_token, n_out].
 
-    EARLY: elements of a row asked for before the wait. end: K again; a compiler that knows how often the loop runs
-    unrolls all of it, thousands of instructions that each have to be read once.
+    EARLY: elements of a weight row prefetched into L2 before the PDL wait. end: K as a runtime value; with a constant
+    trip count the compiler unrolls the whole loop into thousands of instructions, each fetched for one use.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -125,15 +125,15 @@ def tokens_fit(x: Tensor) -> bool:
 
 
 def padded(n_token: int) -> int:
-    """The matrix units' short side is 8."""
+    """The N dimension of the product: a tensor core's is at least 8."""
     return max(8, triton.next_power_of_2(n_token))
 
 
 def plan_tokens(n_row: int, n_token: int, n_processor: int, shared: int) -> Plan:
     """For a weight of n_row rows: what measured best on an H200 for Llama 8B and 8 and 16 tokens (LOG.md, 2026-11-25).
 
-    About one program a processor with 120 KB in flight; or, of a larger weight, small programs with 38 KB or more each:
-    several share a processor, so that there always are some which read while others begin or end.
+    About one program an SM with 120 KB in flight; or, for a larger weight, small programs with 38 KB or more each:
+    several are resident on an SM, so that some load while others are in their prologue or epilogue.
     """
     if n_row <= 16 * n_processor:
         p = Plan(16, 8, 64, 4)

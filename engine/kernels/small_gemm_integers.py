@@ -154,7 +154,8 @@ def tokens_integers_kernel(
 
     GROUP 0: ints is int8 [n_row, K] and SLICE elements of K are a warp's. Otherwise ints is int16 [n_row, n_group *
     GROUP / 4], pairs int32 [n_row, n_group], and SLICE is GROUP / 4. end: elements or words of a row, to loop over: a
-    compiler that knows how often unrolls all of it. EARLY: bytes of a row asked for before the wait. NORM, eps: none.
+    compiler that knows how often unrolls all of it. EARLY: bytes of a row prefetched into L2 before the PDL wait. NORM,
+    eps: none.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -255,7 +256,7 @@ class Plan(NamedTuple):
     warps: int
     slice: int  # elements of 8 bits a warp has of a block of K; of 4 bits it is a group's words
     stages: int  # of the software pipeline: stages - 1 blocks are being loaded while one is multiplied
-    early: int = 512  # bytes of a row asked for before the wait; 0: none
+    early: int = 512  # bytes of a row prefetched into L2 before the PDL wait; 0: none
 
     def shared(self, n: int, four: bool) -> int:
         """Bytes of shared memory for n tokens."""

@@ -10,9 +10,9 @@ INTERPRET = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: programs
 
 @triton.jit
 def prefetch(at):
-    """Ask for the 128-byte line at each address (a pointer, or int64) to be brought to the L2. Nobody waits for it.
+    """L2 prefetch of the 128-byte line at each address (a pointer, or int64): asynchronous, no register waits for it.
 
-    Not in the interpreter, which knows no assembly. An assembly has a result, whether or not anyone asks for it.
+    Not in the interpreter, which knows no assembly. The `mov` is there as Triton's inline assembly needs an output.
     """
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
@@ -21,5 +21,5 @@ def prefetch(at):
 
 @triton.jit
 def in_order(bits):
-    """Bits of float32 as int32 that compare as the numbers do; and those of the numbers again."""
+    """Bits of float32 to int32 that compare in the floats' order. Its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

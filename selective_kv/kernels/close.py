@@ -1,8 +1,8 @@
 """A part of a tile quantised by a program of one warp, in Triton (formats.py has the definition).
 
 The part needs no other: 16 channels of keys over all 128 tokens, 16 tokens of values over all dims. It is rotated by a
-product with some columns of the Hadamard matrix. So a program needs little room, as must be where it is a rare part of
-a launch that every step makes.
+product with some columns of the Hadamard matrix. So it needs few registers and little shared memory, which count for
+the occupancy of `append_kernel` in every step, though a sequence closes a tile once in 128.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def rotated_part(
                 squares += tl.sum(wide * wide, 1)
             if ROTATION > 1:
                 at = rotation + d[:, None] * HEAD_DIM + column[None, :]
-                turn = tl.load(at, (d < HEAD_DIM)[:, None] & (column < HEAD_DIM)[None, :], 0.0)
-                x = tl.dot(part.to(dtype), turn.to(dtype), x, input_precision="ieee")
+                hadamard = tl.load(at, (d < HEAD_DIM)[:, None] & (column < HEAD_DIM)[None, :], 0.0)
+                x = tl.dot(part.to(dtype), hadamard.to(dtype), x, input_precision="ieee")
     if ROTATION > 1:
         x *= ROTATION**-0.5
     else:

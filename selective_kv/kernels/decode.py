@@ -1,9 +1,10 @@
 """Decode attention in Triton: one query token per sequence over sink, window and tiles.
 
-Mechanism. Flash-decoding (Dao et al. 2023): `n_split` programs share the tokens of one sequence and KV head, each of
-their warps writes a partial softmax, and a second small launch merges them. Lengths are read on the device and the
-grid does not depend on them, so one CUDA graph serves every length; programs without tokens only ask for what is read
-after attention, and the second launch reads only what was written.
+Mechanism. Split-KV attention (Flash-Decoding, Dao et al. 2023): `split_kernel` divides the tokens of one sequence and
+KV head among `n_split` programs, each of whose warps keeps an online softmax and writes a partial result; the small
+`combine_kernel` rescales them to a common maximum, adds and normalises. Lengths are read on the device and the grid
+does not depend on them, so one CUDA graph serves every length; a program without tokens only prefetches into L2 the
+weight that is read after attention (`then`), and `combine_kernel` reads only the partial results that were written.
 
 Full-precision slots and then tiles are one range of work, measured in bytes and cut evenly: the program at the border
 takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing has left the
@@ -34,11 +35,11 @@ from selective_kv.kernels.split_kv import count_left, fetch, first_blocks, parti
 from selective_kv.kernels.tile_softmax import TILE, add_block, new_state, weighted_values
 from selective_kv.regions import Regions
 
-# any value: one binary
+# Runtime integers that Triton must not specialise on (1, multiples of 16): one binary serves all values.
 COUNTS = ("group", "sink_size", "window_size", "n_slot", "n_tile", "n_split", "then_bytes", "then_each")
 
-# Bytes of what is read after attention that are asked for meanwhile: more crowds out what is read first; and by one
-# program, whose own result is waited for.
+# The most bytes of `then` that are prefetched into L2, since more slows the reads of keys and values; and the most that
+# one program prefetches, since `combine_kernel` waits until it has exited.
 MOST_THEN, MOST_THEN_EACH = 4 << 20, 16 << 10
 
 
@@ -144,15 +145,16 @@ def split_kernel(
     V_ROTATION: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, AHEAD: tl.constexpr,
     TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (column, sequence, split): a share of the tokens of one sequence, one KV head (column //
-    TILES) and HEADS of its query heads. K_BITS 0: nothing is quantised. K_ROTATION, V_ROTATION: `rotation_size`, or 1.
+    """Program (column, sequence, split): one split of the tokens of one sequence, one KV head (column // TILES) and
+    HEADS of its query heads. TILES: columns of a KV head, not tiles of tokens. K_BITS 0: nothing is quantised.
+    K_ROTATION, V_ROTATION: `rotation_size`, or 1.
 
     partial: float32 [sequence, column, n_split + 1, WARPS, HEADS, HEAD_DIM], weighted sums of values; statistics:
     float32 [sequence, column, n_split + 1, WARPS, HEADS, 2], the largest score in log2 units and the sum of weights.
-    What comes of a program's slots stands at `split` and what comes of its tiles at split + 1: one program has both.
-    Its warps have their own: to merge them here would cost every program barriers, and costs the next launch a load.
-    AHEAD: tokens that are on their way to the L2 before the last launch ends. then: a weight
-    that is read after attention; each program asks for then_each of its bytes when it has nothing else to read.
+    The partial result of a program's slots is stored at index `split`, that of its tiles at split + 1: the program at
+    the border writes both. Each warp stores its own: a reduction over warps here would cost every program barriers, and
+    in `combine_kernel` it costs a load. AHEAD: tokens prefetched into L2 before the PDL wait. then: a weight that is
+    read after attention; each program prefetches then_each of its bytes into L2 when it has done its own reads.
     """
     column, split = tl.program_id(0), tl.program_id(2)
     batch, kv_head = tl.program_id(1).to(tl.int64), (column // TILES).to(tl.int64)
@@ -162,8 +164,8 @@ def split_kernel(
     K_BYTES: tl.constexpr = HEAD_DIM * K_BITS // 8  # of a token
     V_BYTES: tl.constexpr = HEAD_DIM * V_BITS // 8
     if OVERLAP:
-        gdc_launch_dependents()  # the merging programs may take their places; they wait for these to end
-    # Positions are older than the step's first launch, so that who takes what is known before the wait.
+        gdc_launch_dependents()  # PDL trigger: `combine_kernel` may become resident, and waits for this grid to end
+    # `positions` was written before the step's first launch: it may be read, and work divided, before the PDL wait.
     n_token = tl.load(positions + batch) + 1
     n_left = count_left(n_token, sink_size, window_size)
     each, n_full, float_blocks, int_blocks = partition(
@@ -198,17 +200,18 @@ def split_kernel(
             fetch(v_pairs + tile_lo * (V_BYTES // 2), v_pairs + tile_hi * (V_BYTES // 2), AHEAD * V_BYTES)
             fetch(k_scale + tile_lo // TILE * HEAD_DIM, k_scale + (tile_lo // TILE + 1) * HEAD_DIM, HEAD_DIM * 4)
             fetch(v_scale + tile_lo, v_scale + tile_hi, AHEAD * 4)
-        # Asking for the shares, the compiler has them before the wait and not after it. One program waits whatever its
-        # share is: that this launch has ended must mean that all before it have, or memory is used again too early.
+        # The condition makes the compiler compute the split's bounds before the PDL wait, not after it. Split 0 waits
+        # even if it is empty: were this grid to complete before the ones ahead of it, the launch after it could
+        # overwrite memory that they still use.
         if (lo < hi) | (tile_lo < tile_hi) | (split == 0):
             gdc_wait()  # for the token's own query, key and value
     DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 32))
     q += batch * q_stride_b + kv_head * group * q_stride_h
     log2_scale = softmax_scale * 1.4426950408889634  # exp2 is an instruction, exp is not
-    # Tiles first, and everything a branch needs made in it anew: one loop leaves the other few registers.
+    # Tiles first, and each branch recomputes what it needs: values live across both loops would take registers.
     if HAS_INT and tile_lo < tile_hi:
-        d, part = tl.arange(0, DIM), tl.arange(0, HEADS)
-        head = column % TILES * HEADS + part  # within the group
+        d, member = tl.arange(0, DIM), tl.arange(0, HEADS)
+        head = column % TILES * HEADS + member  # within the group
         x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
         sums, largest, weights = tile_share(
             x, k_codes, v_pairs, k_scale, v_scale, k_factor, tile_lo, tile_hi, log2_scale, HEAD_DIM, WARPS, INT_SLICE,
@@ -216,13 +219,13 @@ def split_kernel(
         )  # fmt: skip
         dim = (2 * tl.arange(0, DIM // 2)[:, None, None] + tl.arange(0, 2)[None, None, :])[None]
         result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split + 1) * WARPS + tl.arange(0, WARPS)
-        at = result[:, None] * HEADS + part[None, :]
+        at = result[:, None] * HEADS + member[None, :]
         tl.store(partial + at[:, None, :, None] * HEAD_DIM + dim, sums, dim < HEAD_DIM)
         tl.store(statistics + 2 * at, largest)
         tl.store(statistics + 2 * at + 1, weights)
     if lo < hi:
-        d, part = tl.arange(0, DIM), tl.arange(0, HEADS)
-        head = column % TILES * HEADS + part
+        d, member = tl.arange(0, DIM), tl.arange(0, HEADS)
+        head = column % TILES * HEADS + member
         x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
         partner = x
         if TURN_SINKS:
@@ -234,7 +237,7 @@ def split_kernel(
             HAS_INT, INTERPRET,
         )  # fmt: skip
         result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split) * WARPS + tl.arange(0, WARPS)
-        at = result[:, None] * HEADS + part[None, :]
+        at = result[:, None] * HEADS + member[None, :]
         tl.store(partial + at[:, None, :] * HEAD_DIM + d[None, :, None], out, (d < HEAD_DIM)[None, :, None])
         tl.store(statistics + 2 * at, best)
         tl.store(statistics + 2 * at + 1, total)
@@ -254,11 +257,11 @@ def combine_kernel(
     INT_BLOCK: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, CHUNK: tl.constexpr,
     DIMS: tl.constexpr, HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (KV head, sequence, query head of the group and block of DIMS dims): merge the partial softmaxes.
+    """Program (KV head, sequence, query head of the group and block of DIMS dims): reduce the partial results.
 
     out: [sequence, query head, HEAD_DIM]. CHUNK: at least (n_split + 1) * WARPS. One warp: a barrier would cost more
-    than it brings. Every layer waits for what comes after the wait, and for nothing that comes before: masks and
-    addresses are made there, and loads need no mask: where nothing was written, they have entry 0 again, for no weight.
+    than further warps save. Only what follows the PDL wait is on the critical path, so masks and addresses are computed
+    before it, and loads have no mask: in place of an entry that was not written they read entry 0, with weight 0.
     """
     BLOCKS: tl.constexpr = HEAD_DIM // DIMS
     kv_head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -287,9 +290,10 @@ def combine_kernel(
         tl.store(to, tl.zeros(to.shape, out.dtype.element_ty), row == 0)
         return
     if OVERLAP:
-        if each >= 0:  # always: as above, `each` is known when the splits end
+        if each >= 0:  # always true: it makes the compiler compute `each` before the PDL wait
             gdc_wait()
-        gdc_launch_dependents()  # not before: the next launch would take room and reads from the splits
+        # PDL trigger only now: the next launch would take SM residency and memory bandwidth from the splits.
+        gdc_launch_dependents()
     best, weights = tl.split(tl.load(statistics))
     values = tl.load(partial)
     # Of integers a warp finds the largest in one instruction, of floats in five exchanges.
@@ -310,11 +314,11 @@ def decode_attention(
     """Attention of one new token per sequence, already appended, over all that its cache holds.
 
     q: [batch, n_head, head_dim]; positions: int64 [batch], written before the launch that comes before this
-    one: they are read while that is still at work. sink_turn: cos and sin, float32 [batch,
+    one: they are read before the PDL wait. sink_turn: cos and sin, float32 [batch,
     head_dim], as `model.Rope` has them: when given, sinks are seen at their distance within the cache, as if
     what was dropped had never been (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them.
-    It is read after whatever comes before this launch, and only where something was dropped. then: a weight that is
-    read next, and may be brought nearer in the meantime.
+    It is read after the PDL wait, and only where something was dropped. then: a weight that is read next, and may be
+    prefetched into L2 meanwhile.
     Returns [batch, n_head, head_dim] in q's dtype. No host synchronisation.
     """
     batch_heads, group = q.shape[0] * regions.k.shape[1], q.shape[1] // regions.k.shape[1]
@@ -355,7 +359,7 @@ def run(
     partial = torch.empty(*partials, head_dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(*partials, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, n_head, head_dim, dtype=q.dtype, device=q.device)
-    grid = (n_column, batch, n_split)  # also where there are fewer blocks: the rest can ask for what is read next
+    grid = (n_column, batch, n_split)  # also where there are fewer blocks: empty splits prefetch `then`
     then_bytes = 0 if then is None or not overlap else min(then.nbytes, MOST_THEN)
     launch(split_kernel, grid)(
         q, regions.k, regions.v, k_codes, v_codes, k_scale, v_scale, k_factor, positions,

@@ -1,4 +1,5 @@
-"""How the decode kernel's work is cut for a GPU: what measured best on one, made to fit another."""
+"""Launch configurations of split-KV decode attention: tuned on H100 and H200, fitted to another GPU's SMs and shared
+memory."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ class Plan(NamedTuple):
     warps: int
     float_slice: int  # tokens per warp and block
     int_slice: int
-    float_stages: int  # blocks in flight, and one
+    float_stages: int  # of the software pipeline: stages - 1 blocks are being loaded while one is used
     int_stages: int
-    per_processor: int  # programs on a streaming multiprocessor at once
+    per_processor: int  # programs resident on an SM (occupancy) that `sharing` counts on
     splits: int = 0  # programs that share a sequence and KV head; 0: see `sharing`
-    ahead: int = 0  # tokens per program to be on their way before the last launch has ended
+    ahead: int = 0  # tokens per program prefetched into L2 before the PDL wait
 
 
 def parts(k_bits: int, v_bits: int) -> int:
@@ -33,9 +34,9 @@ def parts(k_bits: int, v_bits: int) -> int:
 
 
 def early(batch_heads: int, n_processor: int, four: bool) -> bool:
-    """Whether splits take their places, and have their first tokens brought nearer, while an append still waits for
-    its token. The shared memory of such a plan has room for `per_processor` programs and no more: where others
-    are at work still, the rest must not crowd together (8 x 32k tokens took 9% longer by a plan without that).
+    """Whether `append` gives its PDL trigger at once, so that splits become resident and prefetch their first tokens
+    into L2 while it still waits for its token. Shared memory must cap such a plan at `per_processor` programs an SM:
+    while some SMs are still busy, splits would otherwise crowd onto the others (8 x 32k tokens took 9% longer so).
     """
     return (2 * batch_heads <= 3 * n_processor) if four else (4 * batch_heads <= n_processor)
 
@@ -52,18 +53,17 @@ def plan(
     four, n_part = 0 < k_bits + v_bits < 16, parts(k_bits, v_bits)
     heads = min(max(4, triton.next_power_of_2(group)), 16 if head_dim <= 128 else 8)
     if four and 2 * batch_heads <= 3 * n_processor and max(k_bits, v_bits) == 8:
-        p = Plan(heads, 1, 32, 64, 4, 4, 4)  # many programs, none of which waits for a second warp
+        p = Plan(heads, 1, 32, 64, 4, 4, 4)  # one warp a program: no barriers between warps
     elif four and 2 * batch_heads <= 3 * n_processor:
         p = Plan(heads, 2, 32, 64, 4, 4, 2)
     elif four:
-        even = (
-            7 * n_processor < 4 * batch_heads <= 8 * n_processor
-        )  # a program per KV head is two, nearly, on every processor
+        # With one program a KV head, 1.75 to 2 an SM: an even load without split-KV.
+        even = 7 * n_processor < 4 * batch_heads <= 8 * n_processor
         p = Plan(heads, 4, 16, 32, 3, 3, 6, splits=1 if even else 0)
     elif 2 * batch_heads <= 3 * n_processor:
         p = Plan(heads, 2, 32, 32, 4, 4, 2)  # 96 KiB a program; with 48, full is 1.6% slower at 128k
     else:
-        p = Plan(heads, 1, 16, 64, 4, 3, 4)  # more KV heads than programs at once: small ones leave the fewest idle
+        p = Plan(heads, 1, 16, 64, 4, 3, 4)  # KV heads alone fill the SMs: small programs have the shortest tail
     if early(batch_heads, n_processor, four):
         p = p._replace(ahead=64)
     if head_dim <= 64:
@@ -95,12 +95,12 @@ MOST_PARTIAL = 256  # partial results that a warp merges
 
 
 def sharing(p: Plan, n_column: int, n_processor: int) -> int:
-    """How many programs share each of n_column columns (sequences times KV heads, times tiles of a large group), so
-    that the GPU is full.
+    """Split-KV: how many programs share each of n_column columns (sequences times KV heads, times ceil(group / heads)),
+    so that as many are resident as the SMs have room for.
 
-    Each of their warps has a partial result, and there is one more program's worth of them, where slots end and tiles
-    begin. Merging takes a power of two: where a few programs less save half of that, they are less. (On an H200 128
-    instead of 64 partial results cost 1 us a layer, and 31 programs instead of 33 nothing.)
+    Each of their warps has a partial result, and the program at the border of slots and tiles has two. `combine_kernel`
+    pads their number to a power of two: where up to a sixteenth fewer programs halve that, there are fewer. (On an H200
+    128 instead of 64 partial results cost 1 us a layer, and 31 programs instead of 33 nothing.)
     """
     n = max(2, n_processor * p.per_processor // n_column)
     half = triton.next_power_of_2((n + 1) * p.warps) // (2 * p.warps) - 1
@@ -108,9 +108,9 @@ def sharing(p: Plan, n_column: int, n_processor: int) -> int:
 
 
 def merging(n_partial: int, head_dim: int) -> dict[str, int]:
-    """What a warp of `combine_kernel` merges: all partial results, and a block of dims that tiles a head.
+    """What a program of `combine_kernel`, one warp, reduces: all partial results, for DIMS dims, a divisor of head_dim.
 
-    32 numbers a thread, where there are as many: with twice that it takes longer, and 92 registers and not 57.
+    At most 32 elements a thread, as far as that goes: twice that takes longer, and 92 registers a thread instead of 57.
     """
     chunk = triton.next_power_of_2(n_partial)
     return {"CHUNK": chunk, "DIMS": min(head_dim & -head_dim, max(1, 1024 // chunk))}
@@ -120,7 +120,7 @@ class Processor(NamedTuple):
     """What a GPU offers to a launch."""
 
     multiprocessors: int  # streaming multiprocessors
-    overlap: bool  # whether a launch can start before the last one ends (Hopper)
+    overlap: bool  # programmatic dependent launch (PDL): compute capability 9.0 and later
     shared: int  # bytes of shared memory that a program may have
 
 
@@ -141,10 +141,10 @@ SHARED_SLACK = 8 << 10  # what a program needs beside its blocks: scales, exchan
 
 
 def fitting(p: Plan, shared: int, head_dim: int, itemsize: int, k_bits: int, v_bits: int) -> Plan:
-    """The plan, with fewer blocks in flight and then smaller ones where a program's shared memory is too little.
+    """The plan, with fewer pipeline stages and then smaller blocks where a program's shared memory is too little.
 
-    A loop of n stages keeps n - 1 blocks there. Slots are looked at apart from tiles: what a cache does with its
-    slots must not depend on what it keeps beside them.
+    A software pipeline of n stages keeps n - 1 blocks there. Slots are fitted apart from tiles: what a cache does with
+    its slots must not depend on what it keeps beside them.
     """
     room = (shared - SHARED_SLACK) // p.warps
     dim = max(32, triton.next_power_of_2(head_dim))

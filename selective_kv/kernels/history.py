@@ -3,11 +3,11 @@
 Flash attention (Dao 2023, arXiv:2307.08691) without causality: every query of the chunk sees every key
 here. The chunk's attention over itself is someone else's, and the two are merged by their log-sum-exps.
 
-Full-precision slots: one program takes QUERIES tokens of one head. Matrix units want both operands long here
-(a chunk has many queries), so this is the usual [queries, keys], unlike decoding's. Tiles: BLOCK_TILES of them are made
-dense, still rotated, met by a library's flash kernel and merged, and the next take their place; what comes of all is
-rotated back once. A chunk of thousands of queries looks at each key thousands of times: reading it costs nothing, and
-the library's kernel is three times as fast as ours was with integers in it (LOG.md).
+Full-precision slots: one program takes QUERIES tokens of one head. A chunk has many queries, so scores are the usual
+[queries, keys], the transpose of decoding's. Tiles: BLOCK_TILES of them at a time are dequantised, still rotated, into
+a dense scratch block; a library's flash kernel attends over it, the result is merged, and the whole is rotated back
+once. With thousands of queries this is compute-bound: the extra traffic is hidden, and the library's kernel is three
+times as fast as ours was on integers (LOG.md).
 """
 
 from __future__ import annotations

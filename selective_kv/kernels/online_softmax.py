@@ -1,11 +1,11 @@
-"""A block of full-precision keys and values added to a running softmax, in Triton.
+"""Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867): one block of full-precision keys and values, in Triton.
 
-Keys lie along the matrix units' long side and queries (the heads of a group) along the short one, so a small group
-wastes little. A block is cut into one slice per warp (`dot` over a batch of WARPS slices): every warp keeps a softmax
-of its own, which the merging launch takes. With one shared softmax they would wait for each other twice per block.
+Keys are the M dimension of the tensor-core product and queries (the heads of a group) the N dimension, which may be as
+small as 8: a small group wastes little. A block is cut into one slice per warp (`dot` over a batch of WARPS slices):
+every warp keeps a softmax of its own, which `combine_kernel` reduces. One for all would take two barriers a block.
 
-A running softmax is (top, total, out): top [WARPS, Q] the largest score so far, in whatever unit `step` turns into
-log2; total [WARPS, SLICE, Q] sums of weights, added up only at the end; out [WARPS, D, Q] weighted sums of values.
+The state is (top, total, out): top [WARPS, Q] the running maximum of scores, in whatever unit `step` turns into log2;
+total [WARPS, SLICE, Q] sums of exponentials, reduced over SLICE at the end; out [WARPS, D, Q] the unnormalised output.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The kernels in plain PyTorch: the twins that Triton's are compared with, and the fast path of a CPU.
 
 Every function has the signature of its twin in Triton. In decoding, the group of query heads that share a KV head is
-one matrix, [KV head, group, head_dim], so that each key is read once. Integers become float32 a block of tiles at a
-time, in memory that a call has to itself; scales never meet an element of a tile: a channel's multiplies the query, a
-token's its score or probability. A chunk's queries look at a block of tiles thousands of times: for them it is made
-dense (`history_attention`). `decode_attention` reads lengths on the host: free on a CPU, a synchronisation on an
-accelerator, where this module is only the fallback.
+one matrix, [KV head, group, head_dim], so that each key is read once. Integers are converted to float32 a block of
+tiles at a time, in a scratch buffer of the call; scales are factored out: a channel's multiplies the query, a token's
+its score or probability. For the thousands of queries of a chunk a block of tiles is dequantised instead
+(`history_attention`). `decode_attention` reads lengths on the host: free on a CPU, a synchronisation on an accelerator,
+where this module is only the fallback.
 """
 
 from __future__ import annotations

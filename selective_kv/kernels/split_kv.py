@@ -1,9 +1,9 @@
-"""Who takes what of a sequence's tokens in decoding, and how a program has its share brought nearer ahead of time.
+"""Split-KV: which tokens of a sequence each program of a decode step reads; and prefetching them into L2.
 
-Full-precision slots and then tiles lie on one line, as long as their bytes are many. n_split programs
-cut it evenly, at the beginnings of blocks: none has more than its part and a block, and the one at the border has some
-of both. All of it follows from the number of tokens, so that every program knows it by itself, and the programs that
-merge know as well which partial results exist.
+Full-precision slots and then tiles are one range, measured in bytes. n_split programs divide it evenly, at the
+beginnings of blocks: none has more than a block above the mean, and the one at the border has slots and tiles. All is
+computed from the number of tokens, in every program of `split_kernel` for itself; those of `combine_kernel` compute the
+same to know which partial results were written.
 """
 
 from __future__ import annotations
@@ -71,6 +71,6 @@ def written(entry, each, float_blocks, int_blocks, FLOAT_COST: tl.constexpr, INT
 
 @triton.jit
 def fetch(start, end, N_BYTES: tl.constexpr):
-    """Have some N_BYTES from `start` on brought to the L2, but nothing from `end` on. start, end: pointers."""
+    """Prefetch about N_BYTES from `start` on into L2, nothing from `end` on. start, end: pointers."""
     LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(N_BYTES, 128))
     prefetch(tl.minimum(start.to(tl.int64) + tl.arange(0, LINES) * 128, end.to(tl.int64) - 1))

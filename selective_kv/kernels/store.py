@@ -35,9 +35,9 @@ def append_kernel(
     """Program (KV head, sequence, i): K for even i and V for odd ones; the first of each writes the new token, and
     n_program of each share the blocks of a tile that closes. K_BITS 0: what leaves is dropped.
 
-    A tile that closes depends on earlier steps alone: it is quantised while the launch before this one, which makes the
-    new token, is still at work. A load and a store are left for afterwards. EARLY: the next launch's programs may
-    take their places before that.
+    A tile that closes depends on earlier steps alone: it is quantised before the PDL wait, while the launch that
+    computes the new key and value still runs. Only a load and a store follow the wait. EARLY: the PDL trigger comes at
+    the top, so that the splits become resident meanwhile; otherwise after the wait.
     """
     if OVERLAP and EARLY:
         gdc_launch_dependents()
@@ -46,8 +46,8 @@ def append_kernel(
     pos = tl.load(positions + batch).to(tl.int32)
     ring_size = n_slot - sink_size
     # unsigned and of 32 bits: a division of 64 bits is ten times as long
-    turn = (pos - sink_size).to(tl.uint32) % ring_size.to(tl.uint32)
-    slot = tl.where(pos < n_slot, pos, sink_size + turn.to(tl.int32)).to(tl.int64)
+    in_ring = (pos - sink_size).to(tl.uint32) % ring_size.to(tl.uint32)
+    slot = tl.where(pos < n_slot, pos, sink_size + in_ring.to(tl.int32)).to(tl.int64)
     slot_at = batch * slot_stride_b + head * slot_stride_h
     if K_BITS > 0:
         left = pos + 1 - sink_size - window_size
@@ -79,14 +79,16 @@ def append_kernel(
         settle(slots)
         gdc_wait()
     if OVERLAP and not EARLY:
-        gdc_launch_dependents()  # not before: the splits must find every processor as empty as the next
+        gdc_launch_dependents()  # not before: splits must find all SMs equally free, or they crowd onto some
     there = d < tl.where(member == 0, HEAD_DIM, 0)
     tl.store(slots + d, tl.load(new + d, there).to(slots.dtype.element_ty), there)
 
 
 @triton.jit
 def settle(at):
-    """Have the address, a scalar, computed and translated by now; the compiler would put it off until it is used."""
+    """Have a scalar address computed, and its page translated (TLB), before the PDL wait: the compiler would otherwise
+    sink the arithmetic below the wait, to where the address is used.
+    """
     prefetch(at)
 
 
@@ -108,8 +110,8 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
 
     k, v: [batch, n_kv_head, head_dim]; positions: int64 [batch], below 2**31, where the new tokens stand.
 
-    On Hopper `positions` and the slots are read, and tiles are written, before the launch ahead of this one has ended;
-    k and v are read after it. So an ordinary launch, one that waits for all before it, must stand between whatever
+    With PDL `positions` and the slots are read, and tiles are written, before the wait for the launch ahead; k and v
+    are read after it. So a launch without PDL, which starts when all before it have ended, must stand between whatever
     writes a slot or `positions` and this: a step's lengths and its sampling are such. Of two calls for one cache with
     nothing of that kind between, the second may miss what the first writes, where that is in its tile: window_size 1,
     or positions that repeat.
@@ -119,7 +121,7 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
     here, flags = processor(k.device), flags_of(regions)
     flags["EARLY"] = early(batch * n_kv_head, here.multiprocessors, 0 < flags["K_BITS"] + flags["V_BITS"] < 16)
     n_program = 1
-    if flags["K_BITS"]:  # as many as find a processor at once
+    if flags["K_BITS"]:  # up to four programs an SM in all
         n_program = max(1, min(MOST_PROGRAMS, 4 * here.multiprocessors // (2 * batch * n_kv_head)))
     stored = tile_operands(regions)
     rotation = regions.k if regions.rotation is None else regions.rotation

@@ -1,8 +1,6 @@
-"""A block of a tile's keys and values added to a running softmax, in Triton.
+"""Online softmax: one block of a tile's keys and values, in Triton.
 
-Orientation. Keys lie along the matrix units' long side and queries (the heads of a group) along the short one, so a
-small group wastes little. A block is cut into one slice per warp (`dot` over a batch of WARPS slices): every warp keeps
-a softmax of its own, which the merging launch takes. With one shared softmax they would wait for each other twice.
+Orientation, and a softmax of each warp's own: as in `online_softmax.py`.
 
 A block holds the tokens of ROWS packed rows a warp, PARTS tokens a row: a byte of a plane of b bits holds 8 / b tokens,
 and token j of row r is r + j * TILE / PARTS, where PARTS is the larger number of tokens a byte, of keys and of values.
@@ -262,8 +260,8 @@ def add_block(
 
 @triton.jit
 def weighted_values(state, V_BITS: tl.constexpr):
-    """What a running softmax has summed up: weighted sums of values, even dims and odd ones, float32
-    [WARPS, DIM / 2, N] each, rotated as the values are."""
+    """The unnormalised output of the online softmax: even dims and odd ones, float32 [WARPS, DIM / 2, N] each,
+    rotated as the values are."""
     _top, _total, unit, even, odd, bases = state
     scaled = (unit * (1.0 / HALF_RANGE))[:, None, :]
     if V_BITS < 8:
