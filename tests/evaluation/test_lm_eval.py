@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=1,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     network = LlamaForCausalLM(config).float().eval()
     generator = torch.Generator().manual_seed(3)
@@ -98,6 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"text": " ".join(words[n : n + 3 * n + 2]), "choices": [f" {w}" for w in words[n : n + 4]], "label": n % 4}
         for n in range(1, 9)
     ]
+    rows.append(rows[-1] | {"text": " ".join((words * 3)[:150])})  # longer than a tile of 128 tokens
     (folder / "rows.json").write_text("\n".join(map(json.dumps, rows)))
     for name, text in zip(TASKS, (CHOICE, ROLLING, WRITING), strict=True):
         (folder / f"{name}.yaml").write_text(text.format(path=folder / "rows.json"))
@@ -150,9 +151,9 @@ def test_the_full_cache_equals_hf(folder: Path, chat: bool) -> None:
 
 def test_scores_go_through_the_cache(folder: Path) -> None:
     """A cache that keeps all is the full one; a coarse one is not, and token by token gives the same."""
-    full, exact = results(ours(folder), folder), results(ours(folder, cache="quantize_kv:window_size=128"), folder)
+    full, exact = results(ours(folder), folder), results(ours(folder, cache="quantize_kv:window_size=512"), folder)
     assert_same(full, exact)
-    coarse = {"cache": "quantize_kv:sink_size=0", "window_size": 1}
+    coarse = {"cache": "quantize_kv:sink_size=0", "window_size": 1, "k_bits": 2, "v_bits": 2}
     model = ours(folder, **coarse)
     assert isinstance(model.policy, SelectiveCache) and (model.policy.sink_size, model.policy.window_size) == (0, 1)
     parallel = results(model, folder)
@@ -173,7 +174,7 @@ def test_mistakes(folder: Path) -> None:
         (dict(cache="quantise"), "no cache is called"),
         (dict(cache="quantize_kv", windows=3), "--windows is a flag of no cache"),
         (dict(batch_size="auto"), "--batch_size auto: give a number"),
-        (dict(max_length=4096), "is not between 2 and the model's context of 128"),
+        (dict(max_length=4096), "is not between 2 and the model's context of 512"),
     ):
         with pytest.raises(UserError, match=message):
             ours(folder, **settings)
