@@ -52,7 +52,14 @@ def _config(config: Config) -> Any:
             rope |= {"attention_factor": s.magnitude, "truncate": s.whole_pairs}
         if s.kind != "linear":
             rope["original_max_position_embeddings"] = s.original_context
-    family: Any = Qwen3Config if config.qk_norm else Qwen2Config if config.qkv_bias else LlamaConfig
+    biases: dict[str, bool] = {}
+    family: Any = Qwen3Config if config.qk_norm else LlamaConfig
+    if config.qkv_bias and not config.wo_bias and not config.qk_norm:
+        family = Qwen2Config  # which has these and no others, without being asked
+    elif config.qkv_bias:
+        biases["attention_bias"] = True
+    if config.ffn_bias:
+        biases["mlp_bias"] = True
     return family(
         vocab_size=config.vocab_size,
         hidden_size=config.dim,
@@ -65,6 +72,7 @@ def _config(config: Config) -> Any:
         rms_norm_eps=config.norm_eps,
         rope_parameters=rope,
         tie_word_embeddings=config.tied_embeddings,
+        **biases,
     )
 
 
