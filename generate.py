@@ -39,8 +39,10 @@ from checkpoint import (
     parse_dtype,
 )
 from cli.chat_template import chat_template_of, template_variables
-from cli.console import Printer, converse, encode_prompt, read_prompts
+from cli.console import Printer, encode_prompt, read_prompts
 from cli.conversation import Conversation
+from cli.device import process_age
+from cli.interactive import converse
 from cli.options import (
     Parser,
     add_cache_flags,
@@ -51,18 +53,11 @@ from cli.options import (
     positive,
     require_weights,
 )
+from cli.plan import choose_bits, make_plan, require_fit
 from cli.provenance import FORMAT, made_from
 from cli.ranks import make_profiler, memory_budget, rank_part, world_size
 from cli.reading import ReadingBar
-from cli.report import (
-    choose_bits,
-    make_plan,
-    make_report,
-    process_age,
-    report_lines,
-    require_fit,
-    startup,
-)
+from cli.report import make_report, report_lines, startup
 from cli.room import conversation_room, new_tokens
 from cli.saving import Hook, Saving, add_saving_flags, start_saving, told_all
 from common.errors import UserError

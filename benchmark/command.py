@@ -44,13 +44,14 @@ from benchmark.contestant import Contestant, Timed, gate
 from benchmark.rows import no_slower_from, print_table, slope
 from benchmark.saved import load_saved
 from checkpoint import Checkpoint, chosen_weights, find_demo, load_model, open_checkpoint, parse_dtype
+from cli.device import device_memory
 from cli.options import Parser, add_plugin_flag, load_plugin, parse_size, positive, require_weights
+from cli.plan import Plan, make_plan, parameter_bytes, require_suits
 from cli.provenance import FORMAT, device_name, made_from
 from cli.ranks import free_memory
-from cli.report import Plan, device_memory, make_plan, parameter_bytes, require_suits, size
 from common.errors import UserError, printable
 from common.files import append_line, require_writable, to_json
-from common.messages import note, say
+from common.messages import note, say, size
 from common.program import program, ran_out
 from engine import PREFILL_CHUNK
 from engine.link import Link, linked

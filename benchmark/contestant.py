@@ -18,7 +18,7 @@ from torch import Tensor
 
 import kv_cache
 from benchmark.clock import timed
-from cli.report import bytes_read, parameter_bytes
+from cli.plan import bytes_read, parameter_bytes
 from common.errors import UserError
 from engine import PREFILL_CHUNK, Engine, FusedStep, Sampling
 from engine.kernels import PYTORCH, StepKernels, step_kernels

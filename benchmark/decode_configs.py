@@ -24,7 +24,7 @@ from benchmark.command import release
 from benchmark.contestant import Contestant, gate
 from checkpoint import find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from cli.options import Parser, positive
-from cli.report import require_suits
+from cli.plan import require_suits
 from common.errors import UserError, printable
 from common.program import program
 from kv_cache import format_policy, parse_policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from cli.report import size
+from common.messages import size
 from common.tables import table
 
 

@@ -19,8 +19,8 @@ import torch
 from checkpoint import Checkpoint, load_model, open_checkpoint, parse_device
 from checkpoint.quantised import write_quantised
 from cli.options import Parser
-from cli.report import size
 from common.errors import UserError
+from common.messages import size
 from common.program import program
 from model import Transformer
 from quantize import WeightSetting, parse_weights, weights_help

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from cli.device import device_memory, peak_memory
 from cli.profile import Profiler, require_name
-from cli.report import device_memory, peak_memory
 from common.errors import UserError
 from engine import Engine
 from engine.link import Link

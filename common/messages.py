@@ -25,3 +25,12 @@ def progress(items: Any, total: int | None, what: str) -> Any:
     from tqdm import tqdm  # not above: entry points, which say what is not installed, stand on this module
 
     return tqdm(items, total=total, desc=what, disable=not sys.stderr.isatty(), leave=False)
+
+
+def size(n: float) -> str:
+    """Bytes for people: '1.50 GiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from checkpoint import end_ids, find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from cli.options import Parser, positive
-from cli.report import size
 from common.errors import UserError, printable
+from common.messages import size
 from common.program import program
 from engine import Engine, Sampling
 from evaluation import passkey

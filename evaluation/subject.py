@@ -26,7 +26,7 @@ from checkpoint import (
     parse_dtype,
     require_finite,
 )
-from cli.report import require_suits
+from cli.plan import require_suits
 from common.errors import UserError
 from common.messages import note, progress
 from engine import PREFILL_CHUNK, Engine, Sampling

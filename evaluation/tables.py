@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cli.report import size
 from common.errors import printable
+from common.messages import size
 from common.tables import table
 
 Row = dict[str, Any]

@@ -22,7 +22,7 @@ from matplotlib.ticker import NullFormatter
 import kv_cache
 import selective_kv
 from checkpoint import DTYPES, find_demo, open_checkpoint
-from cli.report import make_plan, weight_bytes
+from cli.plan import make_plan, weight_bytes
 from common.errors import UserError, printable
 from common.messages import say
 from kv_cache import parse_policy

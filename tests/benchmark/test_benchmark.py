@@ -20,7 +20,7 @@ from benchmark import command as benchmark
 from benchmark import contestant as contest
 from benchmark import peers
 from checkpoint import load_model, open_checkpoint
-from cli.report import make_plan
+from cli.plan import make_plan
 from common.errors import UserError
 from engine.kernels import PYTORCH as STEP
 from model import Config, Transformer

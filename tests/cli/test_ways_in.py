@@ -18,7 +18,7 @@ import generate
 from benchmark import command as benchmark
 from cli import limits
 from cli.options import positive
-from cli.report import make_plan
+from cli.plan import make_plan
 from engine import Engine, Sampling
 from evaluation import command as evaluate
 from model import CONFIGS

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import Checkpoint, find_demo, load_model, open_checkpoint
 from cli import quantize as command
-from cli.report import make_plan, parameter_bytes
+from cli.plan import make_plan, parameter_bytes
 from common.errors import UserError
 from model import CONFIGS, Config, Transformer
 from quantize import parse_weights
