@@ -98,7 +98,7 @@ class Format:
             torch.zeros(*shape, TILE // 2, 2, dtype=torch.bfloat16, device=device) if self.balanced else None,
         )
 
-    def turn(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
         """x [..., head_dim] by the Hadamard rotation (not RoPE), where the format has one: float32, or wider as x is.
         Its own inverse."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -116,7 +116,7 @@ class Format:
         if self.balanced:
             norms = torch.linalg.vector_norm(x, dim=-1) * x.shape[-1] ** -0.5
             factors = rounded_up(norms).masked_fill(~((norms > 0) & norms.isfinite()), 1.0)
-        x = self.turn(x)
+        x = self.rotate(x)
         if factors is not None:
             x = x / factors[..., None]
         axis = -2 if self.per_channel else -1
@@ -139,7 +139,7 @@ class Format:
 
     def dequantize(self, tiles: Tiles) -> Tensor:
         """What `quantize` was given, but for the rounding: float32 [..., n_tile, TILE, head_dim]."""
-        return self.turn(self.stored(tiles))
+        return self.rotate(self.stored(tiles))
 
     def pack(self, u: Tensor) -> Tensor:
         """u: uint8 [..., TILE, head_dim]. Returns the planes, uint8 [..., n_byte]."""

@@ -96,18 +96,18 @@ class RegionCache(KVCache):
         if self._reference:
             return super().attend(q, k, v, chunk, rope)
         regions = self.regions.sequences(chunk.row, q.shape[0])
-        sink_turn = self.sink_turn(rope)
+        sink_rope = self.sink_rope(rope)
         if k.shape[2] == 1:
             pos = chunk.positions[:, 0]
             self.kernels.append(regions, k[:, :, 0], v[:, :, 0], pos)
-            return self.kernels.decode_attention(q[:, :, 0], regions, pos, sink_turn, chunk.then)[:, :, None]
+            return self.kernels.decode_attention(q[:, :, 0], regions, pos, sink_rope, chunk.then)[:, :, None]
         assert chunk.start is not None, "a chunk of several tokens starts at one known position"
         self.kernels.evict(regions, chunk.start)
-        y = chunk_attention(self.kernels, q, k, v, regions, chunk.start, sink_turn)
+        y = chunk_attention(self.kernels, q, k, v, regions, chunk.start, sink_rope)
         self.kernels.store_chunk(regions, k, v, chunk.start)
         return y
 
-    def sink_turn(self, rope: RopeLike) -> tuple[Tensor, Tensor] | None:
+    def sink_rope(self, rope: RopeLike) -> tuple[Tensor, Tensor] | None:
         """cos and sin of what queries are turned by for the sinks, if those are to be seen at their distance within
         the cache: float32 [batch, head_dim], as RoPE has them.
         """

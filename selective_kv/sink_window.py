@@ -58,7 +58,7 @@ class SinkWindowCache(SlidingCache):
     def endless_with(self, reach: int | None) -> bool:
         return self.endless or (reach is not None and self.sink_size == 0)
 
-    def sink_turn(self, rope: RopeLike) -> tuple[Tensor, Tensor] | None:
+    def sink_rope(self, rope: RopeLike) -> tuple[Tensor, Tensor] | None:
         if self.positions == "original" or not self.sink_size:
             return None
         return rope.back_to(self.regions.k.shape[2] - 1)  # the last position within the cache

@@ -113,7 +113,7 @@ def copied(regions: Regions) -> Regions:
     )
 
 
-def turned(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
+def apply_rope(x: Tensor, offset: int, frequencies: Tensor) -> Tensor:
     """x float64 [..., D] rotated by `offset` positions of RoPE."""
     a, b = x.chunk(2, -1)
     cos, sin = (frequencies.double() * offset).cos(), (frequencies.double() * offset).sin()
@@ -145,7 +145,7 @@ def reference(
     group = q.shape[0] // k.shape[0]
     if frequencies is not None:
         dropped = max(0, n - sink - window)
-        keys = torch.where((pos < sink)[:, None], turned(keys, dropped, frequencies), keys)
+        keys = torch.where((pos < sink)[:, None], apply_rope(keys, dropped, frequencies), keys)
     keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
     score = torch.einsum("hd,hkd->hk", q.double(), keys) * q.shape[-1] ** -0.5
     return torch.einsum("hk,hkd->hd", score.softmax(-1), values)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.contract import StepKernels
-from selective_kv.kernels.pytorch import turned
+from selective_kv.kernels.pytorch import apply_rope
 from weights.modules import QuantizedWeight, Weight, product
 
 
@@ -60,7 +60,7 @@ def rotate_qk(
         q_norm, k_norm, eps = norms
         q, k = qk.split([n_head, n_qk - n_head], 1)
         qk = torch.cat((F.rms_norm(q, q_norm.shape, q_norm, eps), F.rms_norm(k, k_norm.shape, k_norm, eps)), 1)
-    qkv[:, :n_qk] = turned(qk, cos[:, None], sin[:, None])
+    qkv[:, :n_qk] = apply_rope(qk, cos[:, None], sin[:, None])
 
 
 def greedy(logits: Tensor) -> Tensor:

@@ -84,12 +84,12 @@ def chunk_attention(
     v: Tensor,
     regions: Regions,
     start: int,
-    sink_turn: tuple[Tensor, Tensor] | None = None,
+    sink_rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of a chunk over itself, causally, and over what the cache held when it began.
 
     q: [batch, n_head, token, head_dim], or of the last token alone; k, v: [batch, n_kv_head, token, head_dim]; start:
-    the chunk's first position; sink_turn: as for `decode_attention`. Writes nothing: `store_chunk` follows.
+    the chunk's first position; sink_rope: as for `decode_attention`. Writes nothing: `store_chunk` follows.
     Returns like q.
     """
     causal = q.shape[2] > 1  # the last token sees all of them
@@ -100,6 +100,6 @@ def chunk_attention(
         if q.device.type == "cpu" and group > 1:  # there, enable_gqa leaves the fast kernel
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    held, held_lse = kernels.history_attention(q, regions, start, sink_turn)
+    held, held_lse = kernels.history_attention(q, regions, start, sink_rope)
     own, own_lse = attend(q, k, v, causal)
     return kernels.merge(held, held_lse, own, own_lse, q.dtype)[0]

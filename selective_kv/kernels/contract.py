@@ -33,12 +33,12 @@ class DecodeAttention(Protocol):
         q: Tensor,
         regions: Regions,
         positions: Tensor,
-        sink_turn: SinkRotation | None = None,
+        sink_rope: SinkRotation | None = None,
         then: Tensor | None = None,
     ) -> Tensor:
         """Attention of one new token per sequence, already appended, over all that its cache holds.
 
-        q: [batch, n_head, head_dim]; positions: int64 [batch]; sink_turn: what q is rotated by for the sinks, so that
+        q: [batch, n_head, head_dim]; positions: int64 [batch]; sink_rope: what q is rotated by for the sinks, so that
         they are seen at their distance within the cache (StreamingLLM, arXiv:2309.17453); then: a weight that is read
         next, which may be prefetched into L2 meanwhile. Returns [batch, n_head, head_dim] in q's dtype.
         """
@@ -47,7 +47,7 @@ class DecodeAttention(Protocol):
 
 class HistoryAttention(Protocol):
     def __call__(
-        self, q: Tensor, regions: Regions, start: int, sink_turn: SinkRotation | None = None
+        self, q: Tensor, regions: Regions, start: int, sink_rope: SinkRotation | None = None
     ) -> tuple[Tensor, Tensor]:
         """Attention of a chunk that begins at position `start` over what the cache held before it (`evict` came first).
 

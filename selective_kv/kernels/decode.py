@@ -29,7 +29,7 @@ from selective_kv.kernels.basics import INTERPRET, in_order
 from selective_kv.kernels.decode_config import Plan, cuts, fitting, merging, plan, processor, sharing
 from selective_kv.kernels.hadamard import butterfly
 from selective_kv.kernels.launch import launch
-from selective_kv.kernels.online_softmax import NEGATIVE, at_slot, float_block, turned
+from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, at_slot, float_block
 from selective_kv.kernels.operands import rotations, stored_bits, tile_operands
 from selective_kv.kernels.split_kv import count_left, fetch, first_blocks, partition, written
 from selective_kv.kernels.tile_softmax import TILE, add_block, new_state, weighted_values
@@ -76,7 +76,7 @@ def float_share(
     if TURN_SINKS:  # a query for sinks beside the one for all others: matrix units have columns to spare
         back = x
         if n_dropped > 0:
-            back = turned(x, partner, cos, sin, tl.arange(0, DIM), HEAD_DIM)
+            back = apply_rope(x, partner, cos, sin, tl.arange(0, DIM), HEAD_DIM)
         queries = tl.reshape(tl.join(x, back), (DIM, 2 * HEADS))
     queries = tl.broadcast_to(queries.to(dtype)[None], (WARPS, DIM, queries.shape[1]))
     for start in tl.range(lo, hi, BLOCK, num_stages=STAGES):
@@ -307,14 +307,14 @@ def decode_attention(
     q: Tensor,
     regions: Regions,
     positions: Tensor,
-    sink_turn: tuple[Tensor, Tensor] | None = None,
+    sink_rope: tuple[Tensor, Tensor] | None = None,
     then: Tensor | None = None,
     configure: Callable[..., Plan] = plan,
 ) -> Tensor:
     """Attention of one new token per sequence, already appended, over all that its cache holds.
 
     q: [batch, n_head, head_dim]; positions: int64 [batch], written before the launch that comes before this
-    one: they are read before the PDL wait. sink_turn: cos and sin, float32 [batch,
+    one: they are read before the PDL wait. sink_rope: cos and sin, float32 [batch,
     head_dim], as `model.Rope` has them: when given, sinks are seen at their distance within the cache, as if
     what was dropped had never been (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them.
     It is read after the PDL wait, and only where something was dropped. then: a weight that is read next, and may be
@@ -326,20 +326,20 @@ def decode_attention(
     here, itemsize = processor(q.device), regions.k.element_size()
     p = configure(batch_heads, group, q.shape[2], itemsize, here.multiprocessors, k_bits, v_bits)
     p = fitting(p, here.shared, q.shape[2], itemsize, k_bits, v_bits)
-    return run(q, regions, positions, sink_turn, p, then)
+    return run(q, regions, positions, sink_rope, p, then)
 
 
 def run(
     q: Tensor,
     regions: Regions,
     positions: Tensor,
-    sink_turn: tuple[Tensor, Tensor] | None,
+    sink_rope: tuple[Tensor, Tensor] | None,
     p: Plan,
     then: Tensor | None = None,
 ) -> Tensor:
     """`decode_attention` by a given plan."""
     batch, n_head, head_dim = q.shape
-    cos, sin = sink_turn or (positions, positions)  # the latter are never looked at
+    cos, sin = sink_rope or (positions, positions)  # the latter are never looked at
     assert q.stride(2) == 1 and positions.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     n_kv_head, n_slot = regions.k.shape[1:3]
     group = n_head // n_kv_head
@@ -371,7 +371,7 @@ def run(
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
         V_BITS=v_bits, BALANCED=regions.k_format is not None and regions.k_format.balanced, **rotations(regions),
         FLOAT_COST=cut["FLOAT_COST"], INT_COST=cut["INT_COST"],
-        AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_turn is not None,
+        AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_rope is not None,
         INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip
     block = merging((n_split + 1) * p.warps, head_dim)

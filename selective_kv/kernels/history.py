@@ -23,7 +23,7 @@ from selective_kv.kernels.attention_lse import LARGEST_BLOCK, attend, key_blocks
 from selective_kv.kernels.basics import INTERPRET
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.merge import merge
-from selective_kv.kernels.online_softmax import NEGATIVE, UNSEEN, at_slot, turned
+from selective_kv.kernels.online_softmax import NEGATIVE, UNSEEN, apply_rope, at_slot
 from selective_kv.kernels.operands import stored_bits, tile_operands
 from selective_kv.kernels.tile_softmax import TILE
 from selective_kv.kernels.unpack import scale_and_base
@@ -86,7 +86,7 @@ def history_kernel(
     if TURN_SINKS:
         swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
         y = tl.load(q + token[:, None].to(tl.int64) * q_stride_t + swapped[None, :], there, 0.0).to(tl.float32)
-        y = turned(tl.trans(x), tl.trans(y), cos + batch * HEAD_DIM, sin + batch * HEAD_DIM, d, HEAD_DIM)
+        y = apply_rope(tl.trans(x), tl.trans(y), cos + batch * HEAD_DIM, sin + batch * HEAD_DIM, d, HEAD_DIM)
         back = tl.trans(y).to(dtype)
         for start in range(0, sink_size, KEYS):
             seen = key + start < sink_size
@@ -204,15 +204,15 @@ def over_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def slot_attention(
-    q: Tensor, regions: Regions, start: int, sink_turn: tuple[Tensor, Tensor] | None
+    q: Tensor, regions: Regions, start: int, sink_rope: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """`history_attention` over the full-precision slots alone."""
     batch, n_head, n_token, head_dim = q.shape
     n_left = regions.n_left(start + 1)
     out = torch.empty(batch, n_head, n_token, head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, n_head, n_token, dtype=torch.float32, device=q.device)
-    turn = sink_turn is not None and n_left > 0
-    cos, sin = sink_turn if sink_turn is not None and turn else (lse, lse)  # the latter is never looked at
+    turn = sink_rope is not None and n_left > 0
+    cos, sin = sink_rope if sink_rope is not None and turn else (lse, lse)  # the latter is never looked at
     assert cos.is_contiguous() and sin.is_contiguous()
     wide = head_dim > 128 or q.element_size() > 2
     queries = 64 if wide else 128
@@ -227,12 +227,12 @@ def slot_attention(
 
 
 def history_attention(
-    q: Tensor, regions: Regions, start: int, sink_turn: tuple[Tensor, Tensor] | None = None
+    q: Tensor, regions: Regions, start: int, sink_rope: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of a chunk that begins at position `start` over what the cache held before it.
 
     q: [batch, n_head, token, head_dim]. What `start` pushes out of the window has left (`evict` came first).
-    sink_turn: as for `decode_attention`, of the token at `start`. Returns the output, shaped like q, in its dtype or
+    sink_rope: as for `decode_attention`, of the token at `start`. Returns the output, shaped like q, in its dtype or
     float32, and the log-sum-exp of its scores, float32 [batch, n_head, token].
     """
     if q.stride(3) != 1:
@@ -240,7 +240,7 @@ def history_attention(
     n_left = regions.n_left(start + 1)
     if n_left == 0 and start > 0:  # nothing has left: the slots are dense keys
         return over_dense(q, regions.k[:, :, :start], regions.v[:, :, :start])
-    seen = slot_attention(q, regions, start, sink_turn)
+    seen = slot_attention(q, regions, start, sink_rope)
     n_tile = n_left // TILE_TOKENS
     if regions.k_tiles is None or n_tile == 0:
         return seen

@@ -39,10 +39,10 @@ def _compile(kernel: Any, grid: tuple[int, ...], loaded: Callable[[Any], None], 
 
 
 def _launch(run: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    divide_as_needed(run(*args, **kwargs))
+    reset_carveout(run(*args, **kwargs))
 
 
-def divide_as_needed(kernel: Any) -> None:
+def reset_carveout(kernel: Any) -> None:
     """Reset a kernel's shared-memory carve-out preference to "none", so that consecutive launches can overlap on an SM.
 
     For a program with more than 48 KiB of shared memory Triton (3.6) sets the preference to the maximum. An SM can

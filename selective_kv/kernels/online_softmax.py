@@ -64,7 +64,7 @@ def float_block(
 
 
 @triton.jit
-def turned(x, partner, cos, sin, d, HEAD_DIM: tl.constexpr):
+def apply_rope(x, partner, cos, sin, d, HEAD_DIM: tl.constexpr):
     """x float32 [D, N] turned by RoPE, whose pairs are (i, i + D / 2). partner: x with the halves of D swapped.
 
     cos, sin: pointers to float32 [HEAD_DIM], as `model.Rope` has them. Angles are not made here: a million positions

@@ -25,7 +25,7 @@ BLOCK_BYTES = 1 << 20  # of a block of integers in float32: it must stay in a CP
 BLOCK_TILES = 32  # tiles made dense at a time, for the many queries of a chunk
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., head_dim] turned by RoPE; cos, sin: float32, as `model.Rope` has them."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
@@ -84,12 +84,12 @@ def decode_attention(
     q: Tensor,
     regions: Regions,
     positions: Tensor,
-    sink_turn: tuple[Tensor, Tensor] | None = None,
+    sink_rope: tuple[Tensor, Tensor] | None = None,
     then: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token per sequence, already appended, over all that its cache holds.
 
-    q: [batch, n_head, head_dim]; positions: int64 [batch]. sink_turn: cos and sin, float32 [batch, head_dim],
+    q: [batch, n_head, head_dim]; positions: int64 [batch]. sink_rope: cos and sin, float32 [batch, head_dim],
     as `model.Rope` has them: when given, sinks are seen at their distance within the cache, as if what was dropped had
     never been (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them. then: a weight that
     is read next, which has nothing to do with the result. Returns [batch, n_head, head_dim] in q's dtype.
@@ -102,19 +102,19 @@ def decode_attention(
             k, v = (x[:, :, : pos + 1] for x in (held.k, held.v))
             y = F.scaled_dot_product_attention(group[None], k, v)[0]
         else:
-            turn = None if sink_turn is None else (sink_turn[0][b], sink_turn[1][b])
+            turn = None if sink_rope is None else (sink_rope[0][b], sink_rope[1][b])
             y = _decode(group, held, pos + 1, turn)
         out[b] = y.flatten(0, 1)
     return out
 
 
-def _decode(q: Tensor, held: Regions, n_token: int, sink_turn: tuple[Tensor, Tensor] | None) -> Tensor:
+def _decode(q: Tensor, held: Regions, n_token: int, sink_rope: tuple[Tensor, Tensor] | None) -> Tensor:
     """All scores, one softmax, all values: for one query token the scores are few, and calls are what costs.
 
     q: [n_kv_head, group, head_dim], of one sequence. Returns it in float32.
     """
     query = q.float() * q.shape[-1] ** -0.5  # scaled first: 16 bits end at 65,504
-    sinks = query if sink_turn is None else turned(query, *sink_turn)
+    sinks = query if sink_rope is None else apply_rope(query, *sink_rope)
     parts = held.exact_slots(n_token)
     scores = [
         (sinks if i == 0 else query) @ held.k[0, :, part].float().transpose(-1, -2) for i, part in enumerate(parts)
@@ -122,11 +122,11 @@ def _decode(q: Tensor, held: Regions, n_token: int, sink_turn: tuple[Tensor, Ten
     n_left, stored = held.n_left(n_token), [*held.stored()]
     if stored:
         keys, values = stored
-        scores.append(_score_tiles(keys.format.turn(query), keys.tiles, keys.format, n_left // TILE))
+        scores.append(_score_tiles(keys.format.rotate(query), keys.tiles, keys.format, n_left // TILE))
     prob = torch.cat(scores, -1).softmax(-1).split([s.shape[-1] for s in scores], -1)
     y = sum(p @ held.v[0, :, part].float() for p, part in zip(prob, parts, strict=False))
     if stored:
-        y = y + values.format.turn(_sum_tiles(prob[-1], values.tiles, values.format, n_left // TILE))
+        y = y + values.format.rotate(_sum_tiles(prob[-1], values.tiles, values.format, n_left // TILE))
     return y
 
 
@@ -176,35 +176,35 @@ def _sum_tiles(prob: Tensor, tiles: Tiles, form: Format, n_tile: int) -> Tensor:
 
 
 def history_attention(
-    q: Tensor, regions: Regions, start: int, sink_turn: tuple[Tensor, Tensor] | None = None
+    q: Tensor, regions: Regions, start: int, sink_rope: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of a chunk that begins at position `start` over what the cache held before it.
 
     q: [batch, n_head, token, head_dim]. What `start` pushes out of the window has left (`evict` came first).
-    sink_turn: as for `decode_attention`, of the token at `start`. Returns the output, float32 and shaped like q, and
+    sink_rope: as for `decode_attention`, of the token at `start`. Returns the output, float32 and shaped like q, and
     the log-sum-exp of its scores, float32 [batch, n_head, token].
     """
     seen = torch.zeros(q.shape, device=q.device), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     n_left = regions.n_left(start + 1)
     for i, part in enumerate(regions.exact_slots(start, 1)):
         queries = q
-        if i == 0 and n_left > 0 and sink_turn is not None:
-            cos, sin = sink_turn
-            queries = turned(q, cos[:, None, None], sin[:, None, None])
+        if i == 0 and n_left > 0 and sink_rope is not None:
+            cos, sin = sink_rope
+            queries = apply_rope(q, cos[:, None, None], sin[:, None, None])
         k, v = regions.k[:, :, part], regions.v[:, :, part]
         if k.shape[2]:
             seen = merge(*seen, *attend(queries, k, v))
     if regions.k_tiles is None or n_left == 0:
         return seen
     keys, values = regions.stored()
-    rotated = keys.format.turn(q).to(q.dtype)
+    rotated = keys.format.rotate(q).to(q.dtype)
     stored = torch.zeros_like(seen[0]), torch.full_like(seen[1], float("-inf"))
     for lo in range(0, n_left // TILE, BLOCK_TILES):
         part = slice(lo, min(lo + BLOCK_TILES, n_left // TILE))
         # [batch, n_kv_head, token, head_dim]
         k, v = (x.format.stored(x.tiles.part(part)).flatten(2, 3).to(q.dtype) for x in (keys, values))
         stored = merge(*stored, *attend(rotated, k, v))
-    return merge(*seen, values.format.turn(stored[0]), stored[1])
+    return merge(*seen, values.format.rotate(stored[0]), stored[1])
 
 
 PYTORCH = AttentionKernels(

@@ -18,6 +18,7 @@ from kernel_reference import (
     RARE,
     TOLERANCE,
     Formats,
+    apply_rope,
     compiled,
     counts,
     error,
@@ -26,7 +27,6 @@ from kernel_reference import (
     poison,
     reference,
     tokens,
-    turned,
 )
 from torch import Tensor
 
@@ -137,7 +137,7 @@ def test_sinks_at_their_distance_within_the_cache(head_dim: int, twin: ModuleTyp
             slots[1, b, :, pos if pos < sink else sink + (pos - sink) % window] = v[b, :, i]
         is_sink = torch.tensor(kept)[:, None] < sink
         keys = k[b, 0, at].double()
-        keys = torch.where(is_sink, turned(keys, max(0, n - sink - window), frequencies), keys)
+        keys = torch.where(is_sink, apply_rope(keys, max(0, n - sink - window), frequencies), keys)
         expected.append((q[b].double() @ keys.T * head_dim**-0.5).softmax(-1) @ v[b, 0, at].double())
     regions = Regions(*slots.to(device), sink, window)
     positions = torch.tensor(lengths, device=device) - 1

@@ -57,7 +57,7 @@ def test_no_element_is_more_than_half_a_step_off(seed: int, form: Format, head_d
     """At every size that a float32 has: scales are bfloat16, which has float32's range."""
     x = keys(seed, head_dim, size)
     tiles = form.quantize(x)
-    turned = form.turn(x)
+    turned = form.rotate(x)
     error = (form.stored(tiles) - turned).abs()
     slack = 1e-6 * turned.abs().amax((-1, -2), keepdim=True)
     assert (error <= 0.5001 * steps(form, tiles, error) + slack).all()

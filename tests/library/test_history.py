@@ -17,13 +17,13 @@ from kernel_reference import (
     RARE,
     TOLERANCE,
     Formats,
+    apply_rope,
     error,
     few,
     held,
     n_left,
     poison,
     tokens,
-    turned,
     visible,
 )
 
@@ -100,7 +100,7 @@ def test_history(
             keys, values, pos = keys[:, pos < start], values[:, pos < start], pos[pos < start]
             if turn is not None:
                 dropped = n_left(start + 1, sink, window, has_tiles=False)
-                keys = torch.where((pos < sink)[:, None], turned(keys, dropped, turn), keys)
+                keys = torch.where((pos < sink)[:, None], apply_rope(keys, dropped, turn), keys)
             keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
             if keys.shape[1] == 0:  # nothing is left to see
                 assert (out[b] == 0).all() and (lse[b] == float("-inf")).all()
