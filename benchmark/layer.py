@@ -45,6 +45,9 @@ def filled(policy: KVCache, shape: Shape) -> Regions:
 
 def gate(q: Tensor, regions: Regions, position: Tensor) -> None:
     """Raises UserError unless attention over the quantised cache is that over its dequantised values."""
+    stored = list(regions.stored())
+    if not stored:  # too short for a tile: all of it is in full precision, and PyTorch's own attention reads it
+        return
     got = eager.decode_attention(q, regions, position)
     n_token = int(position[0]) + 1
     n_tile = regions.n_left(n_token) // TILE
@@ -54,7 +57,7 @@ def gate(q: Tensor, regions: Regions, position: Tensor) -> None:
             + [part.format.dequantize(part.tiles.part(slice(0, n_tile))).flatten(2, 3)],
             2,
         )
-        for part in regions.stored()
+        for part in stored
     )  # a softmax does not mind the order
     tile = q.float().unflatten(1, (regions.k.shape[1], -1))
     want = F.scaled_dot_product_attention(tile, keys, values).flatten(1, 2)

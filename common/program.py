@@ -11,6 +11,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -50,7 +51,8 @@ def program(name: str, interrupted: str = "interrupted") -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):  # what a model writes, and a table, fit no smaller alphabet
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        yield
+        with _interrupts_recognised():
+            yield
         sys.stdout.flush()  # not at the interpreter's end, where an error could only be ignored
     except UserError as error:
         fail(name, str(error))
@@ -69,6 +71,36 @@ def program(name: str, interrupted: str = "interrupted") -> Iterator[None]:
         if not ran_out(error):
             raise
         fail(name, "the device's memory ran out: does another program run?")
+
+
+@contextmanager
+def _interrupts_recognised() -> Iterator[None]:
+    """A Ctrl-C of which compiled code made an error of its own (safetensors a ValueError) is KeyboardInterrupt again.
+
+    Nothing changes where somebody else handles Ctrl-C already, or in a thread, to which no signal comes.
+    """
+    handled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    if handled or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except (UserError, OSError):  # they say what went wrong themselves
+        raise
+    except Exception as error:
+        if seen:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def fail(name: str, message: str) -> NoReturn:

@@ -151,7 +151,8 @@ def test_the_gate_goes_past_any_window(tmp_path: Path, monkeypatch: pytest.Monke
     """A prompt of 200 tokens never left a window of 256, and what reads integers could be as wrong as it liked."""
     model, shape = tiny(tmp_path)
     assert contest.gate(model, SelectiveCache(4, 256), shape) < 1e-5
-    monkeypatch.setattr(eager, "_decode_quantised", lambda tile, *_: 1e3 * torch.ones_like(tile))
+    right = eager._sum_tiles
+    monkeypatch.setattr(eager, "_sum_tiles", lambda prob, tiles, form, n: 1e3 * right(prob, tiles, form, n))
     with pytest.raises(UserError, match="from its reference"):
         contest.gate(model, SelectiveCache(4, 256), shape)
 

@@ -134,7 +134,7 @@ def test_benchmark_and_evaluate_start_from_one(
     from evaluation import command as evaluate
 
     full, int8 = tmp_path / "full.safetensors", tmp_path / "int8.safetensors"
-    run = ["--checkpoint_path", tiny, "--max_new_tokens", 1, "--prompt", "The red fox jumped over the river. " * 2]
+    run = ["--checkpoint_path", tiny, "--max_new_tokens", 1, "--prompt", "The red fox jumped over the river. " * 8]
     call(capsys, *run, "--save_cache", full)
     _, report, _ = call(capsys, *run, "--save_cache", int8, *QUANTIZE)
     record = tmp_path / "speed.json"

@@ -161,7 +161,7 @@ def test_mistakes(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--lengths", "300"], "past the model's context"),
         (["--lengths", "200"], "--lengths 200: too short for"),
         (["--tasks", "qa"], "--tasks qa: RULER's tasks here are niah_single"),
-        (["--chat", "--lengths", "200"], "has no chat template"),
+        (["--chat", "--lengths", "250"], "has no chat template"),
     ):
         with pytest.raises(SystemExit) as stop:
             evaluate.main(["ruler", "--checkpoint_path", str(tiny), "--caches", "quantize_kv", *argv])

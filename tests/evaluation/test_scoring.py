@@ -122,7 +122,7 @@ def test_on_a_real_checkpoint(policy: KVCache) -> None:
 @pytest.mark.parametrize("knobs", [{"k_bits": 4, "rotate": False}, {"v_bits": 3}], ids=str)
 def test_few_bits_in_parallel_are_few_bits_in_turn(knobs: dict[str, int]) -> None:
     torch.manual_seed(0)
-    model = Transformer(Config(50, 128, 2, 2, 1, 48, 64)).eval()
+    model = Transformer(Config(50, 128, 2, 2, 1, 48, 64)).eval().double()  # in float32 a rounding may tip (LOG.md)
     for p in model.parameters():
         p.data.mul_(2)
     tokens, policy = torch.randint(50, (300,)), SelectiveCache(2, 5, **knobs)
