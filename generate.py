@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from checkpoint import (
@@ -43,6 +43,7 @@ from cli.console import Printer, encode_prompt, read_prompts
 from cli.conversation import Conversation
 from cli.device import process_age
 from cli.interactive import converse
+from cli.job import Job, Output
 from cli.options import (
     Parser,
     add_cache_flags,
@@ -67,11 +68,11 @@ from common.packages import missing_packages_told
 from common.program import program, uninterrupted
 from engine import PREFILL_CHUNK, Engine, Sampling, Timing
 from engine.link import Link, linked
-from engine.parallel import Parallel, connect, rank_device
+from engine.parallel import connect, rank_device
 from engine.precompile import compiled_ahead
 from engine.saved import SavedCache
 from kv_cache import ModelCache
-from quantize import WeightSetting, weights_help
+from quantize import weights_help
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, caches
 from selective_kv.formats import BITS
 from tokenizer import Tokenizer
@@ -170,26 +171,6 @@ def chosen_policy(args: argparse.Namespace) -> KVCache:
 MOST_SEQUENCES = 65535  # a kernel's grid is no wider
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that is decided before any memory is taken."""
-
-    checkpoint: Checkpoint
-    weights: WeightSetting | None  # in how many bits
-    tokenizer: Tokenizer | None
-    policy: KVCache
-    shape: Shape
-    sampling: Sampling
-    end_ids: frozenset[int]
-    prompts: list[list[int]]  # one per sequence; empty for a conversation
-    n_new: int
-    chunk: int  # prompt tokens read at once
-    echo: bool
-    chat: Conversation | None
-    ranks: Parallel | None  # where several hold the model together
-    saved: SavedCache | None
-
-
 def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None) -> Job:
     """Read prompts, configs and headers; find every mistake that can be found without the weights."""
     n_rank = world_size(args, link)
@@ -263,6 +244,22 @@ def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None)
         chat,
         ranks,
         saved,
+        args.interactive,
+        args.prompt,
+        args.system,
+        args.random_weights,
+        args.seed,
+        args.reference,
+        args.bits == "auto",
+        memory_budget(args, device, ranks),
+        args.dry_run,
+        Output(
+            args.json,
+            args.profile,
+            args.save_cache,
+            ["generate.py", *getattr(args, "argv", [])],
+            [args.prompt_file, args.plugin, args.load_cache],
+        ),
     )
 
 
@@ -278,9 +275,7 @@ def start_chat(args: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Toke
     return Conversation(chat_template_of(checkpoint, template_variables(args.template_vars)), tokenizer, args.system)
 
 
-def build(
-    args: argparse.Namespace, job: Job, hooks: Sequence[Hook] = (), saving: Saving | None = None
-) -> tuple[Engine, float]:
+def build(job: Job, hooks: Sequence[Hook] = (), saving: Saving | None = None) -> tuple[Engine, float]:
     """Take the memory: weights, cache, and the captured step where there is one. Also: seconds of loading weights."""
     device, dtype = job.shape.device, job.shape.dtype
     began = time.perf_counter()
@@ -289,28 +284,27 @@ def build(
     kernels = compiled_ahead(
         config, job.policy, job.shape, job.sampling, lengths, job.chunk, job.weights, kept, job.ranks
     )
-    with nullcontext() if args.reference else kernels:
+    with nullcontext() if job.reference else kernels:
         model = load_model(
-            job.checkpoint, device, dtype, args.random_weights, args.seed, weights=job.weights, ranks=job.ranks
+            job.checkpoint, device, dtype, job.random_weights, job.seed, weights=job.weights, ranks=job.ranks
         )
         loading = time.perf_counter() - began
     cache = ModelCache(job.policy, config.n_layer, job.shape)
-    if args.reference:
+    if job.reference:
         for layer in cache.layers:
             layer.use_reference()
-    lag = 0 if args.interactive else -1  # a conversation's cache must not run ahead of its end token
+    lag = 0 if job.interactive else -1  # a conversation's cache must not run ahead of its end token
     engine = Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, ranks=job.ranks, hook=told_all(hooks))
     if saving is not None:
         saving.load(engine)
     return engine, loading
 
 
-def run(args: argparse.Namespace, policy: KVCache, link: Link | None) -> None:
-    job = prepare(args, policy, link)
-    budget = memory_budget(args, job.shape.device, job.ranks)
+def run(job: Job, link: Link | None) -> None:
+    output, budget = job.output, job.budget
     share = job.checkpoint.share
     config = job.checkpoint.config if share is None else replace(share, rank=0).config  # the first has the most
-    if args.bits == "auto":
+    if job.any_bits:
         policy = choose_bits(config, job.policy, job.shape, job.chunk, budget, job.weights, job.sampling)
         job = replace(job, policy=policy)
     plan = (config, job.policy, job.shape, job.chunk)
@@ -319,31 +313,31 @@ def run(args: argparse.Namespace, policy: KVCache, link: Link | None) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     first = link is None or link.rank == 0
-    if args.json not in (None, "-") and first:
-        require_writable(Path(args.json), "--json")
-    if args.dry_run:
+    if output.json not in (None, "-") and first:
+        require_writable(Path(output.json), "--json")
+    if job.dry_run:
         n_rank = 1 if share is None else share.n_rank
         print("\n".join(planned.lines(n_rank)))
-        if args.json and first:
+        if output.json and first:
             every = {} if n_rank == 1 else {"world_size": n_rank, "sum": n_rank * planned.total}
-            write_json(args.json, {"plan": asdict(planned) | {"total": planned.total} | every})
+            write_json(output.json, {"plan": asdict(planned) | {"total": planned.total} | every})
     require_fit(*plan, budget, job.weights, job.sampling)
-    saving, transcript = start_saving(args, job)
-    if args.dry_run:
+    saving, transcript = start_saving(job)
+    if job.dry_run:
         return
-    profiler = make_profiler(args.profile, job.shape.device, link)
+    profiler = make_profiler(output.profile, job.shape.device, link)
     bar = ReadingBar()
     hooks = [saving.hook, bar.hook] if profiler is None else [profiler.hook, saving.hook, bar.hook]
-    engine, loading = build(args, job, hooks, saving)
+    engine, loading = build(job, hooks, saving)
     bar.watch(engine)
     if link is not None:
         link.answer = lambda: rank_part(engine)
     printer = Printer(job.tokenizer, job.prompts, job.echo)
     timing, turns, interrupted, age = Timing(), [], False, process_age()
     try:
-        if args.interactive:
+        if job.interactive:
             assert job.tokenizer is not None
-            for turn, text in converse(engine, job.tokenizer, transcript, args.prompt, job.n_new):
+            for turn, text in converse(engine, job.tokenizer, transcript, job.given, job.n_new):
                 timing += turn
                 turns.append(text)
         else:
@@ -354,23 +348,23 @@ def run(args: argparse.Namespace, policy: KVCache, link: Link | None) -> None:
         interrupted = True
         print()
     with uninterrupted():
-        if args.interactive:
+        if job.interactive:
             saving.finish(transcript)
-        timing = timing if args.interactive else engine.timing
+        timing = timing if job.interactive else engine.timing
         report = make_report(engine, job.checkpoint.name, timing, str(job.weights or 16))
         report |= startup(age, loading, timing)
         report |= saving.report
-        report |= {"finished": not interrupted, "texts": turns or printer.texts, "command": ["generate.py", *args.argv]}
+        report |= {"finished": not interrupted, "texts": turns or printer.texts, "command": output.command}
         if link is not None and first:
             report["ranks"] = link.reports()
         say("", *report_lines(report))
-        if args.json and first:  # after the run: hashing all weights takes seconds
-            files, where = [args.prompt_file, args.plugin, args.load_cache], job.checkpoint.path
-            report |= {"format": FORMAT, "made_from": made_from(where, files, job.shape.dtype, job.shape.device)}
+        if output.json and first:  # after the run: hashing all weights takes seconds
+            sources = made_from(job.checkpoint.path, output.files, job.shape.dtype, job.shape.device)
+            report |= {"format": FORMAT, "made_from": sources}
         if profiler is not None:
             say(*profiler.write(report))
-        if args.json and first:
-            write_json(args.json, report)
+        if output.json and first:
+            write_json(output.json, report)
     if interrupted:
         sys.exit(130)
     if link is not None:
@@ -386,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 argv[i] = "--json=-"
         args = make_parser().parse(argv)
         args.argv = argv
-        run(args, chosen_policy(args), link)
+        run(prepare(args, chosen_policy(args), link), link)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from checkpoint import Checkpoint
 from cli.conversation import Conversation
+from cli.job import Job
 from common.errors import UserError
 from common.files import is_special, require_writable
 from common.messages import say
 from engine import BAD, Engine
-from engine.parallel import Parallel
 from engine.saved import SavedCache, Talk, require_saveable, save_cache
-from selective_kv import KVCache, Shape
 
 Hook = Callable[[str], None]  # told of an engine's events
 
@@ -43,25 +41,6 @@ def add_saving_flags(parser: argparse.ArgumentParser) -> None:
         "--load_cache", type=Path, metavar="FILE",
         help="start from it, and read only what the prompt adds; without --prompt, go on with the saved text",
     )  # fmt: skip
-
-
-class Job(Protocol):
-    """Of what generate.py decides, what matters here."""
-
-    @property
-    def checkpoint(self) -> Checkpoint: ...
-    @property
-    def policy(self) -> KVCache: ...
-    @property
-    def shape(self) -> Shape: ...
-    @property
-    def prompts(self) -> list[list[int]]: ...
-    @property
-    def chat(self) -> Conversation | None: ...
-    @property
-    def ranks(self) -> Parallel | None: ...
-    @property
-    def saved(self) -> SavedCache | None: ...
 
 
 @dataclass
@@ -108,25 +87,25 @@ def transcript_of(saved: SavedCache, chat: Conversation | None, system: str | No
     return Transcript(array("i", ids), list(talk.pending), chat, talk.reply)
 
 
-def start_saving(args: argparse.Namespace, job: Job) -> tuple[Saving, Transcript]:
+def start_saving(job: Job) -> tuple[Saving, Transcript]:
     """What comes from --load_cache and goes to --save_cache, and the conversation so far. Raises UserError where a file
     is of something else.
     """
-    if job.ranks is not None and (args.save_cache or args.load_cache):
+    path, saved = job.output.save_cache, job.saved
+    if job.ranks is not None and (path or saved):
         raise UserError("--save_cache and --load_cache go with one rank: each of several has heads of its own")
-    if args.save_cache is not None:
-        require_writable(args.save_cache, "--save_cache")
-        if is_special(args.save_cache):  # the file that takes its place would end a device or a pipe
-            raise UserError(f"--save_cache {args.save_cache}: not a plain file")
+    if path is not None:
+        require_writable(path, "--save_cache")
+        if is_special(path):  # the file that takes its place would end a device or a pipe
+            raise UserError(f"--save_cache {path}: not a plain file")
         require_saveable(job.policy)
-    saved = job.saved
     if saved is None:
-        return Saving(args.save_cache, None, [0] * len(job.prompts)), Transcript(chat=job.chat)
+        return Saving(path, None, [0] * len(job.prompts)), Transcript(chat=job.chat)
     saved.require(job.checkpoint.config, job.policy, job.shape)
-    if args.interactive:
-        transcript = transcript_of(saved, job.chat, args.system, job.shape.capacity)
-        return Saving(args.save_cache, saved, [len(transcript.ids)]), transcript
-    return Saving(args.save_cache, saved, saved.kept(job.prompts, job.policy, job.shape)), Transcript()
+    if job.interactive:
+        transcript = transcript_of(saved, job.chat, job.system, job.shape.capacity)
+        return Saving(path, saved, [len(transcript.ids)]), transcript
+    return Saving(path, saved, saved.kept(job.prompts, job.policy, job.shape)), Transcript()
 
 
 class Saving:

@@ -125,7 +125,7 @@ def test_generate_goes_on_past_the_window(tmp_path: Path, capsys: pytest.Capture
     for cache in (["full"], ["compress_kv", "--sink_size", "0", "--window_size", "32", "--positions", "original"]):
         args = generate.make_parser().parse([*argv, "--max_new_tokens", "40", "--prefill_chunk", "33", *cache])
         job = generate.prepare(args, generate.chosen_policy(args))
-        engine, _ = generate.build(args, job)
+        engine, _ = generate.build(job)
         assert [row[0] for row in engine.generate(job.prompts, 40)] == want.tolist()
     capsys.readouterr()
     generate.main([*argv, "--max_new_tokens", "300"])
