@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,8 +57,10 @@ def test_a_batch_as_on_one_device_and_one_report(
 
 def test_a_conversation_reads_lines_on_rank_0(tiny: Path, tmp_path: Path) -> None:
     """Lines, /reset and the end of the input reach every rank; sampling goes on with the same seed."""
-    (tiny / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
-    base = ["--checkpoint_path", tiny, "--interactive", "--chat", "--max_new_tokens", 6, "--ignore_eos"]
+    folder = tmp_path / "instruct"
+    shutil.copytree(tiny, folder)  # `tiny` is every test's
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    base = ["--checkpoint_path", folder, "--interactive", "--chat", "--max_new_tokens", 6, "--ignore_eos"]
     lines = ["The fox", "went on", "/reset", "The fox"]
     ranks = run(2, tmp_path, *base, stdin="\n".join(lines) + "\n")
     single = start(1, lambda rank: _alone(base), tmp_path / "alone", "\n".join(lines) + "\n")
