@@ -28,9 +28,7 @@ from kv_cache import ModelCache, format_policy
 from model import Transformer
 from selective_kv import KVCache, Shape
 from selective_kv.cache import wide
-from selective_kv.formats import TILE
 from selective_kv.kernels import AttentionKernels, attention_kernels
-from selective_kv.regions import Regions
 from weights.modules import Weight
 
 GATE_TOKENS = 200  # beyond sink and window
@@ -46,8 +44,7 @@ def fill(engine: Engine, context: int) -> None:
     """As if every sequence had read `context` tokens: random values in all that is held. Raises UserError."""
     shape = engine.cache.shape
     for layer in engine.cache.layers:
-        if hasattr(layer, "regions"):
-            randomize(layer)
+        if layer.fill_randomly():
             continue
         try:  # a user's own cache: only its `update` knows what it keeps
             for row in range(shape.batch):
@@ -56,19 +53,8 @@ def fill(engine: Engine, context: int) -> None:
                     k, v = (torch.randn(size, dtype=shape.dtype, device=shape.device) for _ in "kv")
                     layer.update(row, k, v, start)
         except NotImplementedError:
-            raise UserError(f"{layer.name}: neither regions nor an update to fill it through: give --prefill") from None
+            raise UserError(f"{layer.name}: it has no update to fill it through: give --prefill") from None
     engine.cache.lengths.fill_(context)
-
-
-def randomize(layer: KVCache) -> None:
-    regions: Regions = layer.regions  # type: ignore[attr-defined]
-    regions.k.normal_()
-    regions.v.normal_()
-    for part in regions.stored():  # random integers, with the scales of a tile of normal numbers
-        like = part.format.quantize(torch.randn(1, TILE, regions.k.shape[3]).to(regions.k.device))
-        for held, made in zip(part.tiles, like, strict=True):
-            if held is not None and made is not None:
-                held.random_(0, 256) if held.dtype == torch.uint8 else held.copy_(made.expand_as(held))
 
 
 def copy_values(source: KVCache, target: KVCache) -> None:
@@ -192,10 +178,9 @@ def gate_batch(
     """GATE_STEPS steps of the whole batch over random values: some sequences within sink and window, most past them."""
     at = dataclasses.replace(shape, capacity=policy.n_exact + GATE_TOKENS)
     cache, layers = checked_cache(model, policy, at, attention)
-    if any(not hasattr(layer.fast, "regions") for layer in layers):  # a plugin's cache: only prompts can be read
+    if any(not layer.fast.fill_randomly() for layer in layers):  # a cache of one's own: only prompts can be read
         return 0.0
     for layer in layers:
-        randomize(layer.fast)
         copy_values(layer.fast, layer.reference)
     last = at.capacity - GATE_STEPS
     cache.lengths.copy_(torch.linspace(last, 1 + policy.n_exact // 2, shape.batch).long())
@@ -358,7 +343,7 @@ class Contestant(Timed):
         self.engine.step()
 
     def rewind(self) -> None:
-        if all(hasattr(layer, "regions") for layer in self.engine.cache.layers):
+        if all(layer.storage() is not None for layer in self.engine.cache.layers):
             self.engine.cache.lengths.fill_(self.context)
         else:  # it has kept what was stepped, and nobody else can take that out again
             self.engine.cache.reset()

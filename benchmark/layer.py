@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmark.contestant import randomize
 from cli.options import Parser, positive
 from common.errors import UserError
 from common.files import to_json
@@ -39,7 +38,7 @@ CPU = torch.device("cpu")
 def filled(policy: KVCache, shape: Shape) -> Regions:
     """A cache's memory with random values of a real cache's sizes."""
     policy.allocate(shape)
-    randomize(policy)
+    policy.fill_randomly()
     return policy.regions  # type: ignore[attr-defined]
 
 

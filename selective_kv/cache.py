@@ -169,6 +169,12 @@ class KVCache:
         """
         return None
 
+    def fill_randomly(self) -> bool:
+        """Put random keys and values everywhere, as if every sequence had been read to the capacity: for measurements,
+        which take from the lengths how much of it counts. False, having done nothing: only `update` can fill it.
+        """
+        return False
+
     def nbytes(self) -> dict[str, int]:
         """Bytes really allocated, by region."""
         return {}

@@ -72,6 +72,17 @@ class RegionCache(KVCache):
     def storage(self) -> list[Tensor] | None:
         return [*self.regions.tensors().values()]
 
+    def fill_randomly(self) -> bool:
+        regions = self.regions
+        regions.k.normal_()
+        regions.v.normal_()
+        for part in regions.stored():  # random integers, with the scales of a tile of normal numbers
+            like = part.format.quantize(torch.randn(1, TILE, regions.k.shape[3]).to(regions.k.device))
+            for held, made in zip(part.tiles, like, strict=True):
+                if held is not None and made is not None:
+                    held.random_(0, 256) if held.dtype == torch.uint8 else held.copy_(made.expand_as(held))
+        return True
+
     def nbytes(self) -> dict[str, int]:
         r = self.regions
         slot_bytes = 2 * r.k[:, :, 0].nbytes
