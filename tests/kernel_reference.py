@@ -169,6 +169,7 @@ def same_tiles(mine: Regions, theirs: Regions, b: int, n_tile: int) -> None:
 
 
 def error(out: Tensor, expected: Tensor) -> float:
+    expected = expected.cpu()
     return ((out.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-6)).item()
 
 
