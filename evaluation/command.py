@@ -41,6 +41,7 @@ from common.messages import note, progress
 from common.program import program
 from evaluation import scoring
 from evaluation.after import After
+from evaluation.kept import FLAG, Kept, without_flag
 from evaluation.passkeys import score_passkeys
 from evaluation.ruler import score_ruler
 from evaluation.ruler_tasks import TASKS
@@ -95,18 +96,36 @@ def score_texts(subject: Subject, save: Save) -> list[dict[str, Any]]:
             return after.read(policy, tokens)
         return scoring.reader(policy, subject.args.sequential)(model, policy, tokens)
 
+    def full_states(name: str, tokens: Tensor) -> Tensor:
+        def make() -> dict[str, Tensor]:
+            return {"states": states_of(subject.reference, FullCache(), tokens)}
+
+        return subject.kept.result(f"states-{name}", tokens.tolist(), make)["states"].to(subject.device)
+
+    def full_score(n: int, name: str, tokens: Tensor, full: Tensor) -> scoring.Scored:
+        """The full cache's score in run n."""
+        model = runs[n][0]
+
+        def make() -> dict[str, Tensor]:
+            states = full if model is subject.reference else states_of(model, FullCache(), tokens)
+            return vars(scoring.score(model, tokens, states, full, subject.reference))
+
+        return scoring.Scored(**subject.kept.result(f"score-{n}-{name}", tokens.tolist(), make))
+
     bar = progress(None, sum(len(t.windows) for t in texts) * len(runs), "scoring")
-    for text in texts:
+    for t, text in enumerate(texts):
         done = list(rows)
         scored: list[list[scoring.Scored]] = [[] for _ in runs]
         n_bytes = 0
-        for window in text.windows:  # the reference's states of one window at a time
+        for w, window in enumerate(text.windows):  # the reference's states of one window at a time
             tokens = window.to(subject.device)
-            full = states_of(subject.reference, FullCache(), tokens)
-            for results, (model, _, policy) in zip(scored, runs, strict=True):
-                same = policy.name == FullCache.name and model is subject.reference
-                states = full if same else states_of(model, policy, tokens)
-                results.append(scoring.score(model, tokens, states, full, subject.reference))
+            full = full_states(f"{t}-{w}", tokens)
+            for n, (results, (model, _, policy)) in enumerate(zip(scored, runs, strict=True)):
+                if policy.name == FullCache.name:
+                    results.append(full_score(n, f"{t}-{w}", tokens, full))
+                else:
+                    states = states_of(model, policy, tokens)
+                    results.append(scoring.score(model, tokens, states, full, subject.reference))
                 bar.update()
             n_bytes += subject.text_bytes(window[1:])
             rows = done + [
@@ -178,7 +197,7 @@ def record(subject: Subject, argv: list[str]) -> dict[str, Any]:
         "weights": str(subject.weights or 16), "device": str(subject.device), "seed": subject.args.seed,
         "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit(),
         "settings": {name: getattr(subject.args, name) for name in SETTINGS[kind]},
-        "command": ["scripts/evaluate.py", *shown(argv)],
+        "command": ["scripts/evaluate.py", *shown(without_flag(argv))],
         "made_from": made_from(subject.path, read_files(subject.args), subject.dtype, subject.device),
     }  # fmt: skip
 
@@ -213,6 +232,10 @@ def make_parser() -> Parser:
     p.add_argument("--max_new_tokens", type=positive, default=128, help="rouge: of a summary (default: 128)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    p.add_argument(
+        FLAG, type=Path, metavar="FOLDER",
+        help="keep there what the full cache gives, for other runs over the same, and take it from there",
+    )  # fmt: skip
     return p
 
 
@@ -237,9 +260,11 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     subject = Subject(args)
     if args.kind not in ("passkey", "ruler") and args.context > subject.config.context:
         raise UserError(f"--context {args.context} is past the model's context of {subject.config.context}")
-    if args.json:
+    about: dict[str, Any] = {}
+    if args.json or args.keep_full:
         note("fingerprints of weights and texts")
-    about = record(subject, argv) if args.json else {}
+        about = record(subject, argv)
+    subject.kept = Kept(args.keep_full, about)
 
     def save(rows: list[dict[str, Any]], path: Path | None = None) -> None:
         if args.json:

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from common.errors import UserError
@@ -83,10 +84,12 @@ def score_passkeys(subject: Subject, save: Callable[[list[dict[str, Any]]], None
     right: list[dict[tuple[str, str], list[bool]]] = [{} for _ in subject.policies]
     bar = progress(None, len(trials) * len(subject.policies), "passkeys")
     rows: list[dict[str, Any]] = []
-    for trial in trials:
-        engines = subject.engines_after(trial.ids[: trial.n_body], len(trial.ids) + ANSWER_TOKENS)
-        for results, (_, engine) in zip(right, engines, strict=True):
-            results.setdefault(trial.cell, []).append(recalls(subject, engine, trial))
+    for n, trial in enumerate(trials):
+        room, ask = len(trial.ids) + ANSWER_TOKENS, partial(answer_of, subject, trial)
+        body, question = trial.ids[: trial.n_body], trial.ids[trial.n_body :]
+        answers = subject.answers(f"passkey-{n}", body, question, room, ask)
+        for results, answer in zip(right, answers, strict=True):
+            results.setdefault(trial.cell, []).append(recalled(answer) == trial.key)
             bar.update()
         rows = [
             {"text": name, "sha256": digest, "cache": format_policy(policy), **shares(results),
@@ -109,7 +112,11 @@ def shares(results: dict[tuple[str, str], list[bool]]) -> dict[str, Any]:
     return {"recalled": recalled, "mean": n_right / n, "low": low, "high": high, "trials": n}
 
 
-def recalls(subject: Subject, engine: Engine, trial: Trial) -> bool:
+def answer_of(subject: Subject, trial: Trial, engine: Engine) -> str:
     rows = engine.generate([trial.ids[trial.n_body :]], ANSWER_TOKENS)
-    answer = subject.tokenizer.decode([token for row in rows for token in row if token is not None])
-    return "".join(itertools.takewhile(str.isdigit, answer.strip())) == trial.key
+    return subject.tokenizer.decode([token for row in rows for token in row if token is not None])
+
+
+def recalled(answer: str) -> str:
+    """The number that an answer begins with."""
+    return "".join(itertools.takewhile(str.isdigit, answer.strip()))

@@ -6,11 +6,13 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cli.chat_template import ChatTemplate, chat_template_of
 from common.errors import UserError
 from common.messages import progress
+from engine import Engine
 from evaluation.passkeys import wilson
 from evaluation.ruler_tasks import TASKS, Sample, fitted
 from evaluation.subject import Subject, sha256_of
@@ -58,7 +60,7 @@ def make_trials(subject: Subject, template: ChatTemplate | None) -> list[Trial]:
     return made
 
 
-def answer_of(subject: Subject, engine: Any, trial: Trial) -> str:
+def answer_of(subject: Subject, trial: Trial, engine: Engine) -> str:
     """Greedy, up to the task's tokens, an end token, or until every answer is there: then the score is known."""
     ids: list[int] = []
     text = ""
@@ -87,9 +89,10 @@ def score_ruler(subject: Subject, save: Callable[[list[dict[str, Any]]], None]) 
     bar = progress(None, len(trials) * len(subject.policies), "RULER")
     rows: list[dict[str, Any]] = []
     for n, trial in enumerate(trials, 1):
-        engines = subject.engines_after(trial.ids[: trial.n_body], len(trial.ids) + trial.n_new)
-        for found, (_, engine) in zip(scores, engines, strict=True):
-            found.append(trial.sample.score(answer_of(subject, engine, trial)))
+        room, ask = len(trial.ids) + trial.n_new, partial(answer_of, subject, trial)
+        body, question = trial.ids[: trial.n_body], trial.ids[trial.n_body :]
+        for found, answer in zip(scores, subject.answers(f"ruler-{n}", body, question, room, ask), strict=True):
+            found.append(trial.sample.score(answer))
             bar.update()
         rows = [
             {"sha256": digest, "cache": format_policy(policy), "trials_per_cell": args.trials, "chat": args.chat}

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from common.errors import UserError
 from common.messages import note, progress
 from engine import PREFILL_CHUNK, Engine, Sampling
 from evaluation import scoring
+from evaluation.kept import Kept
 from kv_cache import ModelCache, parse_policy
 from selective_kv import FullCache, KVCache, Shape
 from tokenizer import Tokenizer
@@ -51,6 +52,7 @@ class Subject:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.kept = Kept()  # of the full cache's results: nothing, until a run says where
         self.device = parse_device(args.device)
         checkpoint = open_checkpoint(args.checkpoint_path or find_demo(), args.model)
         self.path = checkpoint.path
@@ -109,38 +111,51 @@ class Subject:
 
     def own_text(self, n: int, context: int) -> Text:
         """What the model itself writes with the full cache: a rise over its entropy is all the cache's doing."""
-        engine = Engine(
-            self.model, ModelCache(FullCache(), self.config.n_layer, self.shape(context, n)),
-            Sampling(temperature=1.0, seed=self.args.seed),
-        )  # fmt: skip
         start = [self.tokenizer.bos_id if self.tokenizer.bos_id is not None else 0]
-        bar = progress(engine.generate([start] * n, context - 1), context - 1, "writing")
-        columns = torch.tensor([row for row in bar], dtype=torch.int64).T
+
+        def write() -> dict[str, Tensor]:
+            engine = Engine(
+                self.model, ModelCache(FullCache(), self.config.n_layer, self.shape(context, n)),
+                Sampling(temperature=1.0, seed=self.args.seed),
+            )  # fmt: skip
+            bar = progress(engine.generate([start] * n, context - 1), context - 1, "writing")
+            return {"tokens": torch.tensor([row for row in bar], dtype=torch.int64).T.contiguous()}
+
+        columns = self.kept.result(f"own-{n}-{context}", start, write)["tokens"]
         windows = [torch.cat((torch.tensor(start), column)) for column in columns]
         return Text("(the model's own)", hashlib.sha256(columns.numpy().tobytes()).hexdigest(), windows, True)
 
     def text_bytes(self, ids: Tensor) -> int:
         return sum(len(self.tokenizer.token_bytes(i)) for i in ids.tolist())
 
-    def engines_after(self, ids: Sequence[int], capacity: int) -> Iterator[tuple[KVCache, Engine]]:
-        """Every setting's engine after it has read `ids`, one at a time.
+    def answers(
+        self, name: str, ids: Sequence[int], question: Sequence[int], capacity: int, ask: Callable[[Engine], str]
+    ) -> Iterator[str]:
+        """What `ask`, which puts the question, is told by every setting's engine after it has read `ids`.
 
-        A prompt that is one chunk sees only itself, so its keys and values are the same whatever the cache: the
-        full cache reads it, and the others take them from its slots as they would have stored them.
+        One setting at a time; the full cache's answer is kept under `name`. A prompt that is one chunk sees only
+        itself, so its keys and values are the same whatever the cache: the full cache reads it, and the others take
+        them from its slots as they would have stored them.
         """
-        full = self.engine(FullCache(), capacity)
-        full.read([ids])
+        read: list[Engine] = []  # the full cache's, once somebody needs it
+
+        def full() -> Engine:
+            if not read:
+                engine = self.engine(FullCache(), capacity)
+                engine.read([ids])
+                read.append(engine)
+            return read[0]
+
         for policy in self.policies:
             if policy.name == FullCache.name:
-                yield policy, full
-            elif scoring.ParallelCache.can(policy) and len(ids) <= self.chunk(policy):
-                engine = self.engine(policy, capacity)
-                adopt(engine.cache, full.cache, len(ids))
-                yield policy, engine
+                yield self.kept.text(name, [*ids, *question], lambda: ask(full()))
+                continue
+            engine = self.engine(policy, capacity)
+            if scoring.ParallelCache.can(policy) and len(ids) <= self.chunk(policy):
+                adopt(engine.cache, full().cache, len(ids))
             else:
-                engine = self.engine(policy, capacity)
                 engine.read([ids])
-                yield policy, engine
+            yield ask(engine)
 
     def engine(self, policy: KVCache, capacity: int) -> Engine:
         cache = ModelCache(policy, self.config.n_layer, self.shape(capacity))

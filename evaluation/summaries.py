@@ -7,14 +7,16 @@ differ from those of the package `rouge`. Intervals are 95% bootstrap intervals 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.messages import progress
 from common.packages import missing
+from engine import Engine
 from evaluation.subject import Subject, read_lines, read_plain, sha256_of, text_field
 from kv_cache import format_policy
 
@@ -91,9 +93,10 @@ def score_summaries(subject: Subject, save: Callable[[list[dict[str, Any]]], Non
         n_cut += len(ids) > room
         n_token += min(len(ids), room)
         # The document apart: the summary is written from what the cache holds.
-        for texts, (_, engine) in zip(written, subject.engines_after(ids[:room], context), strict=True):
-            found = [row[0] for row in engine.generate([question], args.max_new_tokens)]
-            texts.append(subject.tokenizer.decode([t for t in found if t is not None and t not in subject.end_ids]))
+        ask = partial(summary_of, subject, question)
+        answers = subject.answers(f"summary-{i}", ids[:room], question, context, ask)
+        for texts, text in zip(written, answers, strict=True):
+            texts.append(text)
             bar.update()
         about = {"text": name, "sha256": digest, "documents": i, "cut": n_cut, "tokens": n_token}
         rows = [
@@ -106,6 +109,11 @@ def score_summaries(subject: Subject, save: Callable[[list[dict[str, Any]]], Non
         save(rows)
     bar.close()
     return rows
+
+
+def summary_of(subject: Subject, question: Sequence[int], engine: Engine) -> str:
+    found = [row[0] for row in engine.generate([question], subject.args.max_new_tokens)]
+    return subject.tokenizer.decode([t for t in found if t is not None and t not in subject.end_ids])
 
 
 def documents_of(subject: Subject, context: int) -> tuple[str, str, list[Document]]:

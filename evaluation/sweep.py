@@ -8,6 +8,7 @@ KIND is one of evaluate.py's, or `speed` (generate.py's report). What stands beh
 A task whose result is there is skipped; one that fails or was killed is not done, is tried again by the next
 call, and makes this one exit with 1 after the others have run. Programs write their results in one step,
 so a killed sweep goes on where it was, and tasks may run at the same time (sweep.sbatch: `--count`, `--index`).
+What the full cache gives, with which every setting is compared, is computed once and kept until all tasks are done.
 A result is this sweep's where its command is, and what it was made from: weights, texts, dtype and device.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,6 +32,7 @@ from common.errors import UserError
 from common.files import read_json, require_writable
 from common.messages import progress, say
 from common.program import program
+from evaluation.kept import FLAG, without_flag
 from evaluation.tables import PRINTERS, print_speeds
 from kv_cache import format_policy, make_policy, parse_policy
 from selective_kv import FullCache
@@ -81,7 +84,7 @@ class Task:
     def shown(self) -> list[str]:
         """The command as its record shows it."""
         program = Path(self.command[1])
-        return [*shown([str(program.relative_to(ROOT))]), *shown(self.command[2:])]
+        return [*shown([str(program.relative_to(ROOT))]), *shown(without_flag(self.command[2:]))]
 
     def run(self) -> str | None:
         """Run it, unless it is done. Returns the last thing that it said where it failed."""
@@ -135,6 +138,11 @@ def flag(knob: str, value: str) -> list[str]:
     return [f"--{knob}", value]
 
 
+def full_results(args: argparse.Namespace) -> Path:
+    """Where the tasks share what the full cache gives, until all are done."""
+    return args.outputs / args.name / f"full-of-{args.kind}"
+
+
 def tasks(args: argparse.Namespace) -> list[Task]:
     made, source = [], {} if args.count else what_tasks_are_made_from(args)
     plugin = ["--plugin", str(args.plugin)] if args.plugin else []
@@ -146,16 +154,8 @@ def tasks(args: argparse.Namespace) -> list[Task]:
             flags = [word for knob in knobs.split(",") if knob for word in flag(*knob.split("="))]
             command = ["generate.py", cache, *flags, *plugin, *args.rest, "--json", str(result)]
         else:
-            command = [
-                "scripts/evaluate.py",
-                args.kind,
-                "--caches",
-                setting,
-                *plugin,
-                *args.rest,
-                "--json",
-                str(result),
-            ]
+            kept = [FLAG, str(full_results(args)), "--json", str(result)]
+            command = ["scripts/evaluate.py", args.kind, "--caches", setting, *plugin, *args.rest, *kept]
         made.append(Task(setting, result, (sys.executable, str(ROOT / command[0]), *command[1:]), source))
     return made
 
@@ -163,7 +163,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
 def make_parser() -> Parser:
     p = Parser("sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--name", required=True, help="results go to outputs/NAME/")
-    p.add_argument("--kind", choices=("perplexity", "divergence", "passkey", "rouge", "speed"), default="divergence")
+    p.add_argument("--kind", choices=(*PRINTERS, "speed"), default="divergence")
     p.add_argument(
         "--caches", nargs="+", default=["quantize_kv", "compress_kv"], metavar="CACHE",
         help="a name, or one with knobs: quantize_kv:k_bits=4,v_bits=4",
@@ -175,6 +175,14 @@ def make_parser() -> Parser:
     p.add_argument("--count", action="store_true", help="print the number of tasks and stop")
     p.add_argument("--index", type=int, metavar="N", help="run task N alone, counted from 0")
     return p
+
+
+def is_done(task: Task) -> bool:
+    """Whether its result is there; somebody else's result is none."""
+    try:
+        return task.record() is not None
+    except UserError:
+        return False
 
 
 def run_all(todo: Sequence[Task], name: str) -> list[str]:
@@ -226,6 +234,8 @@ def main(argv: list[str] | None = None) -> None:
         failed = run_all(todo, args.name)
         if args.index is None:
             print_results(every, args.kind)
+        if all(map(is_done, every)):
+            shutil.rmtree(full_results(args), ignore_errors=True)  # another task of an array may be at it
         say(f"{len(todo) - len(failed)} of {len(todo)} done, in {args.outputs / args.name}/")
         sys.stdout.flush()
         if failed:

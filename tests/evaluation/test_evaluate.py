@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, SENTENCES
 from safetensors.torch import load_file, save_file
 
+from engine import Engine
 from evaluation import command as evaluate
 from evaluation import passkeys as retrieval
 from evaluation import scoring, subject, summaries
@@ -129,14 +130,18 @@ def test_a_prompt_taken_from_the_full_cache_is_the_prompt_read(tiny: Path) -> No
     args = evaluate.make_parser().parse(["passkey", "--checkpoint_path", str(tiny), "--device", "cpu", *CACHES])
     tested = subject.Subject(args)
     ids = list(range(3, 90))
-    for policy, engine in tested.engines_after(ids, 120):
-        alone = tested.engine(policy, 120)
+
+    def ask(engine: Engine) -> str:
+        alone = tested.engine(engine.cache.policy, 120)
         alone.read([ids])
         for mine, theirs in zip(engine.cache.layers, alone.cache.layers, strict=True):
             for a, b in zip(mine.storage() or [], theirs.storage() or [], strict=True):
                 assert (a is None and b is None) or (a == b).all()
         rows = [list(e.generate([[7, 8]], 6)) for e in (engine, alone)]
         assert rows[0] == rows[1]
+        return engine.cache.policy.name
+
+    assert list(tested.answers("a", ids, [7, 8], 120, ask)) == ["full", "quantize_kv", "compress_kv"]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +167,7 @@ def test_a_crash_loses_no_finished_result(
     argv = [kind, "--checkpoint_path", str(tiny), "--text", str(text), "--json", str(out), *CACHES, *options]
     evaluate.main(argv)
     before = out.read_text()
-    name = "score" if where is scoring else "recalls"
+    name = "score" if where is scoring else "answer_of"
     original, calls = getattr(where, name), 0
 
     def crash(*args):  # type: ignore[no-untyped-def]

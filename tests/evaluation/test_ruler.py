@@ -118,7 +118,7 @@ def test_an_answer_is_read_until_it_is_complete() -> None:
     trial: Any = SimpleNamespace(ids=[1, 2, 3], n_body=2, n_new=9, sample=Sample("", "", "", ("ab",)))
     for text, expected in (("xABcd", "xAB"), ("xa\0b", "xa"), ("zzz", "zzz")):
         engine = SimpleNamespace(generate=lambda prompts, n, text=text: ([ord(c)] for c in text))
-        assert ruler.answer_of(tested, engine, trial) == expected
+        assert ruler.answer_of(tested, trial, engine) == expected
 
 
 def test_summary_keeps_what_the_full_cache_can_do() -> None:
