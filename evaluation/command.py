@@ -45,7 +45,7 @@ from evaluation.kept import FLAG, Kept, without_flag
 from evaluation.passkeys import score_passkeys
 from evaluation.ruler import score_ruler
 from evaluation.ruler_tasks import TASKS
-from evaluation.subject import Subject, Text
+from evaluation.subject import Subject, Text, groups
 from evaluation.summaries import score_summaries
 from evaluation.tables import PRINTERS
 from kv_cache import format_policy
@@ -65,11 +65,11 @@ CACHES_HELP = (
 )
 MOST_NLL = 700.0  # nats: the exponential of more is no number any more
 SETTINGS = {  # what a record names of the command line, defaults included
-    "perplexity": ("context", "windows", "sequential"),
-    "divergence": ("context", "windows", "sequential"),
-    "passkey": ("lengths", "depths", "trials"),
-    "ruler": ("lengths", "tasks", "trials", "chat"),
-    "rouge": ("context", "documents", "max_new_tokens"),
+    "perplexity": ("context", "windows", "sequential", "batch"),
+    "divergence": ("context", "windows", "sequential", "batch"),
+    "passkey": ("lengths", "depths", "trials", "batch"),
+    "ruler": ("lengths", "tasks", "trials", "chat", "batch"),
+    "rouge": ("context", "documents", "max_new_tokens", "batch"),
 }
 Save = Callable[[list[dict[str, Any]]], None]  # called with the rows that are done
 
@@ -92,42 +92,48 @@ def score_texts(subject: Subject, save: Save) -> list[dict[str, Any]]:
     after = None if path is None else After(path, subject, longest)
 
     def states_of(model: Transformer, policy: KVCache, tokens: Tensor) -> Tensor:
+        """[text, token, dim]"""
         if after is not None:
-            return after.read(policy, tokens)
+            return torch.stack([after.read(policy, text) for text in tokens])
         return scoring.reader(policy, subject.args.sequential)(model, policy, tokens)
 
     def full_states(name: str, tokens: Tensor) -> Tensor:
         def make() -> dict[str, Tensor]:
             return {"states": states_of(subject.reference, FullCache(), tokens)}
 
-        return subject.kept.result(f"states-{name}", tokens.tolist(), make)["states"].to(subject.device)
+        return subject.kept.result(f"states-{name}", tokens.flatten().tolist(), make)["states"].to(subject.device)
 
-    def full_score(n: int, name: str, tokens: Tensor, full: Tensor) -> scoring.Scored:
-        """The full cache's score in run n."""
+    def scores(model: Transformer, tokens: Tensor, states: Tensor, full: Tensor) -> list[scoring.Scored]:
+        return [scoring.score(model, *w, subject.reference) for w in zip(tokens, states, full, strict=True)]
+
+    def full_scores(n: int, name: str, tokens: Tensor, full: Tensor) -> list[scoring.Scored]:
+        """The full cache's in run n."""
         model = runs[n][0]
 
         def make() -> dict[str, Tensor]:
             states = full if model is subject.reference else states_of(model, FullCache(), tokens)
-            return vars(scoring.score(model, tokens, states, full, subject.reference))
+            found = [vars(scored) for scored in scores(model, tokens, states, full)]
+            return {field: torch.stack([scored[field] for scored in found]) for field in found[0]}
 
-        return scoring.Scored(**subject.kept.result(f"score-{n}-{name}", tokens.tolist(), make))
+        kept = subject.kept.result(f"score-{n}-{name}", tokens.flatten().tolist(), make)
+        return [scoring.Scored(**{field: values[w] for field, values in kept.items()}) for w in range(len(tokens))]
 
     bar = progress(None, sum(len(t.windows) for t in texts) * len(runs), "scoring")
     for t, text in enumerate(texts):
         done = list(rows)
         scored: list[list[scoring.Scored]] = [[] for _ in runs]
         n_bytes = 0
-        for w, window in enumerate(text.windows):  # the reference's states of one window at a time
-            tokens = window.to(subject.device)
-            full = full_states(f"{t}-{w}", tokens)
+        for g, group in enumerate(groups(text.windows, subject.args.batch)):  # the reference's states of one at a time
+            tokens = torch.stack([*group]).to(subject.device)
+            full = full_states(f"{t}-{g}", tokens)
             for n, (results, (model, _, policy)) in enumerate(zip(scored, runs, strict=True)):
                 if policy.name == FullCache.name:
-                    results.append(full_score(n, f"{t}-{w}", tokens, full))
+                    results += full_scores(n, f"{t}-{g}", tokens, full)
                 else:
                     states = states_of(model, policy, tokens)
-                    results.append(scoring.score(model, tokens, states, full, subject.reference))
-                bar.update()
-            n_bytes += subject.text_bytes(window[1:])
+                    results += scores(model, tokens, states, full)
+                bar.update(len(group))
+            n_bytes += sum(subject.text_bytes(window[1:]) for window in group)
             rows = done + [
                 row_of(text, subject, policy, results, scored[0], n_bytes) | {"weights": weights}
                 for (_, weights, policy), results in zip(runs, scored, strict=True)
@@ -218,6 +224,10 @@ def make_parser() -> Parser:
     p.add_argument("--text", type=Path, nargs="+", default=[], help="plain or .xz; passkey: filler; rouge: JSONL")
     p.add_argument("--context", type=positive, default=2048, help="tokens of a window (default: 2048)")
     p.add_argument("--windows", type=positive, default=4, help="windows of each text, evenly spread (default: 4)")
+    p.add_argument(
+        "--batch", type=positive, default=1,
+        help="windows, passkeys, samples or documents that the model reads together: faster on a GPU (default: 1)",
+    )  # fmt: skip
     p.add_argument("--sequential", action="store_true", help="token by token through the cache: slow, the same")
     p.add_argument(
         "--load_cache", type=Path, metavar="FILE",

@@ -8,14 +8,12 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from common.errors import UserError
 from common.messages import progress
-from engine import Engine
 from evaluation import passkey
-from evaluation.subject import Subject, Text, read_text, sha256_of
+from evaluation.subject import Subject, Text, groups, read_text, sha256_of
 from kv_cache import format_policy
 
 ANSWER_TOKENS = 8
@@ -84,13 +82,14 @@ def score_passkeys(subject: Subject, save: Callable[[list[dict[str, Any]]], None
     right: list[dict[tuple[str, str], list[bool]]] = [{} for _ in subject.policies]
     bar = progress(None, len(trials) * len(subject.policies), "passkeys")
     rows: list[dict[str, Any]] = []
-    for n, trial in enumerate(trials):
-        room, ask = len(trial.ids) + ANSWER_TOKENS, partial(answer_of, subject, trial)
-        body, question = trial.ids[: trial.n_body], trial.ids[trial.n_body :]
-        answers = subject.answers(f"passkey-{n}", body, question, room, ask)
-        for results, answer in zip(right, answers, strict=True):
-            results.setdefault(trial.cell, []).append(recalled(answer) == trial.key)
-            bar.update()
+    for g, group in enumerate(groups(trials, args.batch)):
+        bodies, questions = [t.ids[: t.n_body] for t in group], [t.ids[t.n_body :] for t in group]
+        answers = subject.written_after(f"passkey-{g}", bodies, questions, longest + ANSWER_TOKENS, ANSWER_TOKENS)
+        for results, written in zip(right, answers, strict=True):
+            for trial, ids in zip(group, written, strict=True):
+                answer = subject.tokenizer.decode(ids)
+                results.setdefault(trial.cell, []).append(recalled(answer) == trial.key)
+            bar.update(len(group))
         rows = [
             {"text": name, "sha256": digest, "cache": format_policy(policy), **shares(results),
              "tokens": sum(int(length) * len(found) for (length, _), found in results.items()),
@@ -110,11 +109,6 @@ def shares(results: dict[tuple[str, str], list[bool]]) -> dict[str, Any]:
     n_right, n = (sum(count(found) for found in results.values()) for count in (sum, len))
     low, high = wilson(n_right, n)
     return {"recalled": recalled, "mean": n_right / n, "low": low, "high": high, "trials": n}
-
-
-def answer_of(subject: Subject, trial: Trial, engine: Engine) -> str:
-    rows = engine.generate([trial.ids[trial.n_body :]], ANSWER_TOKENS)
-    return subject.tokenizer.decode([token for row in rows for token in row if token is not None])
 
 
 def recalled(answer: str) -> str:

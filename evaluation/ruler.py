@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from cli.chat_template import ChatTemplate, chat_template_of
 from common.errors import UserError
 from common.messages import progress
-from engine import Engine
 from evaluation.passkeys import wilson
 from evaluation.ruler_tasks import TASKS, Sample, fitted
-from evaluation.subject import Subject, sha256_of
+from evaluation.subject import Subject, groups, sha256_of
 from kv_cache import format_policy
 
+LOOK_EVERY = 4  # tokens of an answer
 LEAST_FULL = 0.2  # tasks that the full cache scores no better on say nothing about a cache
 
 
@@ -60,18 +60,12 @@ def make_trials(subject: Subject, template: ChatTemplate | None) -> list[Trial]:
     return made
 
 
-def answer_of(subject: Subject, trial: Trial, engine: Engine) -> str:
-    """Greedy, up to the task's tokens, an end token, or until every answer is there: then the score is known."""
-    ids: list[int] = []
-    text = ""
-    for row in engine.generate([trial.ids[trial.n_body :]], trial.n_new):
-        if row[0] is None or row[0] in subject.end_ids:
-            break
-        ids.append(row[0])
-        text = subject.tokenizer.decode(ids)
-        if trial.sample.score(text) == 1:
-            break
-    return text
+def answered(subject: Subject, group: Sequence[Trial], b: int, ids: list[int]) -> bool:
+    """Whether answer b is as long as its task's may be, or has all that is asked for: then its score is known."""
+    trial = group[b]
+    if len(ids) >= trial.n_new:
+        return True
+    return len(ids) % LOOK_EVERY == 0 and trial.sample.score(subject.tokenizer.decode(ids)) == 1
 
 
 def score_ruler(subject: Subject, save: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
@@ -88,12 +82,16 @@ def score_ruler(subject: Subject, save: Callable[[list[dict[str, Any]]], None]) 
     scores: list[list[float]] = [[] for _ in subject.policies]
     bar = progress(None, len(trials) * len(subject.policies), "RULER")
     rows: list[dict[str, Any]] = []
-    for n, trial in enumerate(trials, 1):
-        room, ask = len(trial.ids) + trial.n_new, partial(answer_of, subject, trial)
-        body, question = trial.ids[: trial.n_body], trial.ids[trial.n_body :]
-        for found, answer in zip(scores, subject.answers(f"ruler-{n}", body, question, room, ask), strict=True):
-            found.append(trial.sample.score(answer))
-            bar.update()
+    for g, group in enumerate(groups(trials, args.batch)):
+        bodies, questions = [t.ids[: t.n_body] for t in group], [t.ids[t.n_body :] for t in group]
+        n_new = max(t.n_new for t in group)
+        enough = functools.partial(answered, subject, group)
+        answers = subject.written_after(f"ruler-{g}", bodies, questions, max(args.lengths), n_new, enough)
+        for found, written in zip(scores, answers, strict=True):
+            decoded = map(subject.tokenizer.decode, written)
+            found += [trial.sample.score(text) for trial, text in zip(group, decoded, strict=True)]
+            bar.update(len(group))
+        n = len(scores[0])
         rows = [
             {"sha256": digest, "cache": format_policy(policy), "trials_per_cell": args.trials, "chat": args.chat}
             | summary(trials[:n], found, scores[0])

@@ -207,23 +207,29 @@ TASKS = {
 def fitted(task: Task, length: int, seed: str, n_token: Callable[[Sample], int]) -> Sample | None:
     """The longest sample of a seed that with its answer is no longer than `length` tokens; None if none is so short.
 
-    n_token: tokens of a whole prompt.
+    n_token: tokens of a whole prompt. Tokens are nearly proportional to units of filler, so the next size to try is
+    where a line through the sizes tried meets the length: few are, and counting tokens is what takes the time.
     """
 
-    def make(units: int) -> Sample | None:
+    def make(units: int) -> tuple[Sample, int]:
+        """And how many tokens there is room for beyond it."""
         sample = task.make(random.Random(seed), units, length)
-        return sample if n_token(sample) + task.n_new <= length else None
+        return sample, length - task.n_new - n_token(sample)
 
-    fits, low = make(task.least), task.least
-    if fits is None:
+    low = task.least
+    fits, room = make(low)
+    if room < 0:
         return None
-    high = task.least + 1
-    while (longer := make(high)) is not None:
-        fits, low, high = longer, high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if (sample := make(middle)) is not None:
-            fits, low = sample, middle
+    high, lack = None, 0  # a size that does not fit, and by how many tokens
+    step = 8
+    while high is None or high - low > 1:
+        middle = low + step if high is None else low + (high - low) * room // (room + lack)
+        middle = middle if high is None else min(max(middle, low + 1), high - 1)
+        sample, left = make(middle)
+        if left < 0:
+            high, lack = middle, -left
         else:
-            high = middle
+            per_unit = max(1, room - left) / (middle - low)
+            step = max(1, min(int(left / per_unit), 8 * (middle - low)))
+            fits, low, room = sample, middle, left
     return fits

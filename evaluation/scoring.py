@@ -39,7 +39,7 @@ class _Step:
 
 
 class ParallelCache:
-    """A text of one sequence as one chunk, each token seeing what chunk-1 decoding would leave it."""
+    """Texts of one length, each as one chunk, each token seeing what chunk-1 decoding would leave it."""
 
     def __init__(self, policy: KVCache, n_layer: int, device: torch.device) -> None:
         seen = policy.sees()
@@ -64,19 +64,20 @@ class ParallelCache:
         pass
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Any, rope: Any) -> Tensor:
-        """q: [1, n_head, token, head_dim]; k, v: [1, n_kv_head, token, head_dim]. Returns like q."""
+        """q: [batch, n_head, token, head_dim]; k, v: [batch, n_kv_head, token, head_dim]. Returns like q."""
         group, n_token = q.shape[1] // k.shape[1], q.shape[2]
         tile = 1 if self.formats is None else TILE
         if n_token < self.sink + self.window + tile:  # nothing ever leaves
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        k, v = wide(k[0]), wide(v[0])
+        k, v = wide(k).flatten(0, 1), wide(v).flatten(0, 1)  # a sequence's heads are as apart as one sequence's
+        shape, q = q.shape, q.flatten(0, 1)
         out = torch.empty_like(q)
         if self.formats is None:
             for lo in range(0, n_token, QUERIES):
                 hi = min(lo + QUERIES, n_token)
-                out[0, :, lo:hi] = self._window_block(q[0, :, lo:hi], k[:, :hi], v[:, :hi], lo, rope.frequencies)
-            return out
+                out[:, lo:hi] = self._window_block(q[:, lo:hi], k[:, :hi], v[:, :hi], lo, rope.frequencies)
+            return out.view(shape)
         stored = slice(self.sink, self.sink + self._n_left(n_token))
         rounded = [
             f.dequantize(f.quantize(x[:, stored].unflatten(1, (-1, TILE)))).flatten(1, 2).to(x.dtype)
@@ -90,9 +91,9 @@ class ParallelCache:
                 torch.cat((x[:, : min(self.sink, hi)], r[:, :n_left], x[:, self.sink + n_left : hi]), 1)
                 for x, r in zip((k, v), rounded, strict=True)
             ]
-            out[0, :, lo:hi] = _causal(q[0, :, lo:hi], *met)
+            out[:, lo:hi] = _causal(q[:, lo:hi], *met)
             lo = hi
-        return out
+        return out.view(shape)
 
     def _n_left(self, n_token: int) -> int:
         """How many of n_token tokens are in whole tiles that have left the window."""
@@ -111,7 +112,7 @@ class ParallelCache:
         if self.turns:
             turned = self._turned(q, pos, frequencies).reshape(rows.shape) * dim**-0.5
         s = torch.cat((turned @ k[:, :sink].transpose(-1, -2), rows @ k[:, first:].transpose(-1, -2)), -1)
-        key = torch.cat((torch.arange(sink), torch.arange(first, hi))).to(q.device)
+        key = torch.cat((torch.arange(sink, device=q.device), torch.arange(first, hi, device=q.device)))
         gone = (key >= sink) & (key <= pos[:, None] - self.window)
         s.view(n_kv_head, -1, n_query, s.shape[-1]).masked_fill_((key > pos[:, None]) | gone, float("-inf"))
         return (s.softmax(-1) @ torch.cat((v[:, :sink], v[:, first:]), 1)).view(q.shape)
@@ -130,8 +131,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     returned [n_head, query, head_dim], the latter in k's dtype."""
     n_query, n_key = q.shape[1], k.shape[1]
     s = wide(q).reshape(k.shape[0], -1, q.shape[2]) * q.shape[2] ** -0.5 @ k.transpose(-1, -2)
-    unseen = torch.arange(n_key) > torch.arange(n_key - n_query, n_key)[:, None]
-    s.view(k.shape[0], -1, n_query, n_key).masked_fill_(unseen.to(q.device), float("-inf"))
+    key = torch.arange(n_key, device=q.device)
+    s.view(k.shape[0], -1, n_query, n_key).masked_fill_(key > key[n_key - n_query :, None], float("-inf"))
     return (s.softmax(-1) @ v).view(q.shape)
 
 
@@ -147,9 +148,12 @@ class Scored:
 
 @torch.inference_mode()
 def read_parallel(model: Transformer, policy: KVCache, tokens: Tensor) -> Tensor:
-    """What `model.head` turns into logits, [token, dim]: every token read as chunk-1 decoding reads it."""
+    """What `model.head` turns into logits, [..., token, dim]: every token read as chunk-1 decoding reads it.
+
+    tokens: int64 [token], or [batch, token] of texts of one length.
+    """
     cache: Cache = ParallelCache(policy, model.config.n_layer, tokens.device)
-    return model.read(tokens[None], cache)[0]
+    return model.read(tokens.view(-1, tokens.shape[-1]), cache).view(*tokens.shape, -1)
 
 
 @torch.inference_mode()
@@ -157,12 +161,13 @@ def read_sequential(model: Transformer, policy: KVCache, tokens: Tensor, referen
     """The same, token by token through the real cache, or its slow reference (which keeps float64 as it is)."""
     c = model.config
     dtype = model.norm.weight.dtype
-    shape = Shape(1, c.n_kv_head, c.head_dim, len(tokens), dtype, tokens.device)
+    texts = tokens.view(-1, tokens.shape[-1])
+    shape = Shape(len(texts), c.n_kv_head, c.head_dim, texts.shape[1], dtype, tokens.device)
     cache: Any = ModelCache(policy, c.n_layer, shape)
     if reference:
         for layer in cache.layers:
             layer.use_reference()
-    return torch.cat([model.read(token[None, None], cache)[0] for token in tokens])
+    return torch.cat([model.read(column, cache) for column in texts.split(1, dim=1)], 1).view(*tokens.shape, -1)
 
 
 def reader(policy: KVCache, sequential: bool) -> Callable[[Transformer, KVCache, Tensor], Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import lzma
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,9 +33,18 @@ from common.messages import note, progress
 from engine import PREFILL_CHUNK, Engine, Sampling
 from evaluation import scoring
 from evaluation.kept import Kept
-from kv_cache import ModelCache, parse_policy
+from kv_cache import ModelCache, format_policy, parse_policy
 from selective_kv import FullCache, KVCache, Shape
 from tokenizer import Tokenizer
+
+T = TypeVar("T")
+Ids = Sequence[int]
+Enough = Callable[[int, list[int]], bool]  # of a sequence and what it has written
+EngineOf = Callable[[KVCache], Engine]
+
+
+def never(b: int, ids: list[int]) -> bool:
+    return False
 
 
 @dataclass
@@ -75,6 +85,7 @@ class Subject:
         if self.weights is not None and checkpoint.weights is None and args.kind in ("perplexity", "divergence"):
             self.reference = load_model(checkpoint, self.device, self.dtype)
         require_finite(self.model)
+        self.engines: dict[str, Engine] = {}
 
     def shape(self, capacity: int, batch: int = 1) -> Shape:
         c = self.config
@@ -128,38 +139,88 @@ class Subject:
     def text_bytes(self, ids: Tensor) -> int:
         return sum(len(self.tokenizer.token_bytes(i)) for i in ids.tolist())
 
-    def answers(
-        self, name: str, ids: Sequence[int], question: Sequence[int], capacity: int, ask: Callable[[Engine], str]
-    ) -> Iterator[str]:
-        """What `ask`, which puts the question, is told by every setting's engine after it has read `ids`.
+    def written_after(
+        self,
+        name: str,
+        bodies: Sequence[Ids],
+        questions: Sequence[Ids],
+        capacity: int,
+        n_new: int,
+        enough: Enough = never,
+    ) -> Iterator[list[list[int]]]:
+        """For every setting, what it writes greedily in each sequence, without the end token: `bodies` are read first,
+        then `questions` from what the cache has kept. enough: told a sequence and its ids, whether to go no further.
 
-        One setting at a time; the full cache's answer is kept under `name`. A prompt that is one chunk sees only
-        itself, so its keys and values are the same whatever the cache: the full cache reads it, and the others take
-        them from its slots as they would have stored them.
+        One setting at a time; the full cache's answers are kept under `name`.
         """
-        read: list[Engine] = []  # the full cache's, once somebody needs it
-
-        def full() -> Engine:
-            if not read:
-                engine = self.engine(FullCache(), capacity)
-                engine.read([ids])
-                read.append(engine)
-            return read[0]
-
+        engines = self.engines_after(bodies, capacity)
         for policy in self.policies:
+            answer = functools.partial(self._written, engines, policy, questions, n_new, enough)
             if policy.name == FullCache.name:
-                yield self.kept.text(name, [*ids, *question], lambda: ask(full()))
-                continue
-            engine = self.engine(policy, capacity)
-            if scoring.ParallelCache.can(policy) and len(ids) <= self.chunk(policy):
-                adopt(engine.cache, full().cache, len(ids))
+                of = [token for ids in (*bodies, *questions) for token in ids]
+                yield json.loads(self.kept.text(name, of, lambda: json.dumps(answer())))  # noqa: B023
             else:
-                engine.read([ids])
-            yield ask(engine)
+                yield answer()
 
-    def engine(self, policy: KVCache, capacity: int) -> Engine:
-        cache = ModelCache(policy, self.config.n_layer, self.shape(capacity))
-        return Engine(self.model, cache, Sampling(temperature=0), self.end_ids, capture=False, lag=0)
+    def _written(
+        self, engines: EngineOf, policy: KVCache, questions: Sequence[Ids], n_new: int, enough: Enough
+    ) -> list[list[int]]:
+        written: list[list[int]] = [[] for _ in questions]
+        going = set(range(len(questions)))
+        for row in engines(policy).generate(questions, n_new):
+            for b in [*going]:
+                token = row[b]
+                if token is None or token in self.end_ids:
+                    going.discard(b)
+                    continue
+                written[b].append(token)
+                if enough(b, written[b]):
+                    going.discard(b)
+            if not going:
+                break
+        return written
+
+    def engines_after(self, bodies: Sequence[Ids], capacity: int) -> EngineOf:
+        """A function that gives a setting's engine after it has read `bodies`, a sequence each.
+
+        A prompt that is one chunk sees only itself, so its keys and values are the same whatever the cache: the
+        full cache reads it, once somebody needs it, and the others take them from its slots as they would have
+        stored them.
+        """
+
+        @functools.cache
+        def full() -> Engine:
+            engine = self.engine(FullCache(), capacity, len(bodies))
+            engine.read(bodies)
+            return engine
+
+        def engine_of(policy: KVCache) -> Engine:
+            if policy.name == FullCache.name:
+                return full()
+            engine = self.engine(policy, capacity, len(bodies))
+            if scoring.ParallelCache.can(policy) and max(map(len, bodies)) <= self.chunk(policy):
+                for b, ids in enumerate(bodies):
+                    adopt(engine.cache.slot(b), full().cache.slot(b), len(ids))
+            else:
+                engine.read(bodies)
+            return engine
+
+        return engine_of
+
+    def engine(self, policy: KVCache, capacity: int, batch: int) -> Engine:
+        """One that has read nothing. On a GPU, where its step is captured, it is kept for the next of its shape."""
+        name, shape = format_policy(policy), self.shape(capacity, batch)
+        kept = self.engines.pop(name, None)
+        if kept is not None and kept.cache.shape == shape:
+            kept.reset()
+        else:
+            del kept  # its memory is free before the next one's is taken
+            captured = self.device.type == "cuda"
+            cache = ModelCache(policy, self.config.n_layer, shape)
+            kept = Engine(self.model, cache, Sampling(temperature=0), self.end_ids, capture=captured, lag=0)
+        if self.device.type == "cuda":
+            self.engines[name] = kept
+        return kept
 
     def chunk(self, policy: KVCache) -> int:
         """The most tokens of a prompt that an engine reads at once."""
@@ -168,12 +229,18 @@ class Subject:
 
 @torch.inference_mode()
 def adopt(cache: ModelCache, full: ModelCache, n_token: int) -> None:
-    """Store the first n_token tokens that a full cache of one sequence holds, as a prompt read at once."""
+    """Store the first n_token tokens that a full cache's sequence holds (both are one, or a `slot` of several) as a
+    prompt read at once."""
     for layer, source in zip(cache.layers, full.layers, strict=True):
-        held = source.regions  # type: ignore[attr-defined]
+        held = source.regions.sequences(full.row, 1)  # type: ignore[attr-defined]
         k, v = held.k[:, :, :n_token], held.v[:, :, :n_token]
-        layer.kernels.store_chunk(layer.regions, k, v, 0)  # type: ignore[attr-defined]
+        layer.kernels.store_chunk(layer.regions.sequences(cache.row, 1), k, v, 0)  # type: ignore[attr-defined]
     cache.lengths.fill_(n_token)
+
+
+def groups(items: Sequence[T], n: int) -> Iterator[Sequence[T]]:
+    """n at a time, in order; the last group may be smaller."""
+    return (items[start : start + n] for start in range(0, len(items), n))
 
 
 def sha256_of(text: str) -> str:

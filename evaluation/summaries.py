@@ -7,17 +7,15 @@ differ from those of the package `rouge`. Intervals are 95% bootstrap intervals 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.messages import progress
 from common.packages import missing
-from engine import Engine
-from evaluation.subject import Subject, read_lines, read_plain, sha256_of, text_field
+from evaluation.subject import Subject, groups, read_lines, read_plain, sha256_of, text_field
 from kv_cache import format_policy
 
 RESAMPLES = 2000
@@ -84,20 +82,24 @@ def score_summaries(subject: Subject, save: Callable[[list[dict[str, Any]]], Non
     written: list[list[str]] = [[] for _ in subject.policies]
     n_token, n_cut = 0, 0
     rows: list[dict[str, Any]] = []
-    for i, document in enumerate(documents, 1):
-        question = subject.encode(document.question)
-        room = context - args.max_new_tokens - len(question)
-        if room < 1:
-            raise UserError(f"--context {context} has no room for a document beside {args.max_new_tokens} new tokens")
-        ids = subject.tokenizer.encode(document.text)
-        n_cut += len(ids) > room
-        n_token += min(len(ids), room)
+    for g, group in enumerate(groups(documents, args.batch)):
+        questions = [subject.encode(document.question) for document in group]
+        bodies = []
+        for document, question in zip(group, questions, strict=True):
+            room = context - args.max_new_tokens - len(question)
+            if room < 1:
+                most = args.max_new_tokens
+                raise UserError(f"--context {context} has no room for a document beside {most} new tokens")
+            ids = subject.tokenizer.encode(document.text)
+            n_cut += len(ids) > room
+            bodies.append(ids[:room])
+        n_token += sum(map(len, bodies))
         # The document apart: the summary is written from what the cache holds.
-        ask = partial(summary_of, subject, question)
-        answers = subject.answers(f"summary-{i}", ids[:room], question, context, ask)
-        for texts, text in zip(written, answers, strict=True):
-            texts.append(text)
-            bar.update()
+        answers = subject.written_after(f"summary-{g}", bodies, questions, context, args.max_new_tokens)
+        for texts, found in zip(written, answers, strict=True):
+            texts += map(subject.tokenizer.decode, found)
+            bar.update(len(group))
+        i = len(written[0])
         about = {"text": name, "sha256": digest, "documents": i, "cut": n_cut, "tokens": n_token}
         rows = [
             about
@@ -109,11 +111,6 @@ def score_summaries(subject: Subject, save: Callable[[list[dict[str, Any]]], Non
         save(rows)
     bar.close()
     return rows
-
-
-def summary_of(subject: Subject, question: Sequence[int], engine: Engine) -> str:
-    found = [row[0] for row in engine.generate([question], subject.args.max_new_tokens)]
-    return subject.tokenizer.decode([t for t in found if t is not None and t not in subject.end_ids])
 
 
 def documents_of(subject: Subject, context: int) -> tuple[str, str, list[Document]]:

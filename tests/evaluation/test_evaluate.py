@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SENTENCES
+from conftest import ROOT, SENTENCES, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from engine import Engine
 from evaluation import command as evaluate
 from evaluation import passkeys as retrieval
 from evaluation import scoring, subject, summaries
@@ -122,26 +121,52 @@ def test_passkeys_read_the_cache(tiny: Path, tmp_path: Path, text: Path, monkeyp
     for row in r["rows"]:
         assert set(row["recalled"]) == {"200", "240"} and row["trials"] == 8
         assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 1 and row["text"] == text.name
-    assert r["settings"] == {"lengths": [200, 240], "depths": [0, 1], "trials": 2}
+    assert r["settings"] == {"lengths": [200, 240], "depths": [0, 1], "trials": 2, "batch": 1}
 
 
 def test_a_prompt_taken_from_the_full_cache_is_the_prompt_read(tiny: Path) -> None:
     """One prefill for all settings: keys and values of a prompt that is one chunk do not depend on the cache."""
     args = evaluate.make_parser().parse(["passkey", "--checkpoint_path", str(tiny), "--device", "cpu", *CACHES])
     tested = subject.Subject(args)
-    ids = list(range(3, 90))
-
-    def ask(engine: Engine) -> str:
-        alone = tested.engine(engine.cache.policy, 120)
-        alone.read([ids])
+    prompts = [list(range(3, 90)), list(range(5, 70))]
+    engine_of = tested.engines_after(prompts, 120)
+    for policy in tested.policies:
+        engine, alone = engine_of(policy), tested.engine(policy, 120, 2)
+        alone.read(prompts)
         for mine, theirs in zip(engine.cache.layers, alone.cache.layers, strict=True):
             for a, b in zip(mine.storage() or [], theirs.storage() or [], strict=True):
                 assert (a is None and b is None) or (a == b).all()
-        rows = [list(e.generate([[7, 8]], 6)) for e in (engine, alone)]
+        rows = [list(e.generate([[7, 8], [9]], 6)) for e in (engine, alone)]
         assert rows[0] == rows[1]
-        return engine.cache.policy.name
 
-    assert list(tested.answers("a", ids, [7, 8], 120, ask)) == ["full", "quantize_kv", "compress_kv"]
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("divergence", ["--context", 200, "--windows", 3]),
+        ("passkey", ["--lengths", 200, 240, "--depths", 0, 1, "--trials", 3]),
+        ("ruler", ["--lengths", 800, "--trials", 3, "--tasks", "niah_single"]),
+        ("rouge", ["--context", 220, "--max_new_tokens", 5, "--documents", 3]),
+    ],
+)
+def test_what_is_read_together_is_what_is_read_alone(
+    kind: str, options: list[object], tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    """--batch changes how long it takes. Three in twos: the last group is smaller."""
+    stories = tmp_path / "stories.jsonl"
+    stories.write_text("".join(json.dumps({"text": TEXT[: 600 + n], "summary": "A fox."}) + "\n" for n in (0, 40, 90)))
+    folder = write_checkpoint(tmp_path / "model", context=1024) if kind == "ruler" else tiny
+    base = [kind, "--checkpoint_path", folder, *CACHES, *options]
+    if kind != "ruler":
+        base += ["--text", stories if kind == "rouge" else text]
+    alone, together = record(tmp_path, *base), record(tmp_path, *base, "--batch", 2)
+    assert len(alone["rows"]) == len(together["rows"]) == 3
+    for a, b in zip(alone["rows"], together["rows"], strict=True):
+        if kind == "divergence":
+            assert a["nll"] == pytest.approx(b["nll"], rel=1e-4) and a["kl"] == pytest.approx(b["kl"], abs=1e-4)
+            assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], rel=1e-4) and a["windows"] == b["windows"]
+        else:
+            assert a == b
 
 
 @pytest.mark.parametrize(
@@ -167,7 +192,7 @@ def test_a_crash_loses_no_finished_result(
     argv = [kind, "--checkpoint_path", str(tiny), "--text", str(text), "--json", str(out), *CACHES, *options]
     evaluate.main(argv)
     before = out.read_text()
-    name = "score" if where is scoring else "answer_of"
+    name = "score" if where is scoring else "recalled"
     original, calls = getattr(where, name), 0
 
     def crash(*args):  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import random
 import re
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from evaluation import command as evaluate
 from evaluation import ruler, subject
 from evaluation.ruler_tasks import TASKS, Sample, fitted
+from selective_kv import FullCache
 
 seeds = st.integers(0, 10**6)
 quick = settings(deadline=None, max_examples=20)
@@ -114,11 +116,14 @@ def test_samples_are_as_long_as_fits(task: str) -> None:
 
 
 def test_an_answer_is_read_until_it_is_complete() -> None:
+    """Or ends, or is as long as its task's may be; each sequence of a group by its own."""
+    texts = ["xABcdefghijk", "xabc\0fghijkl", "zzzzzzzzzzzz", "12345678901ab"]
+    engine = SimpleNamespace(generate=lambda prompts, n: ([ord(text[i]) for text in texts] for i in range(n)))
     tested: Any = SimpleNamespace(end_ids={0}, tokenizer=SimpleNamespace(decode=lambda ids: "".join(map(chr, ids))))
-    trial: Any = SimpleNamespace(ids=[1, 2, 3], n_body=2, n_new=9, sample=Sample("", "", "", ("ab",)))
-    for text, expected in (("xABcd", "xAB"), ("xa\0b", "xa"), ("zzz", "zzz")):
-        engine = SimpleNamespace(generate=lambda prompts, n, text=text: ([ord(c)] for c in text))
-        assert ruler.answer_of(tested, trial, engine) == expected
+    group: Any = [SimpleNamespace(n_new=9, sample=Sample("", "", "", (word,))) for word in ("ab", "??", "ab", "ab")]
+    enough = functools.partial(ruler.answered, tested, group)
+    written = subject.Subject._written(tested, lambda _: engine, FullCache(), [[2]] * 4, 12, enough)
+    assert ["".join(map(chr, ids)) for ids in written] == ["xABc", "xabc", "zzzzzzzzz", "123456789"]
 
 
 def test_summary_keeps_what_the_full_cache_can_do() -> None:
@@ -153,7 +158,7 @@ def test_the_question_finds_only_the_cache(tmp_path: Path, monkeypatch: pytest.M
     assert len(questions) == len(TASKS) * 3 and all(before > 1000 and before + n <= 2500 for before, n in questions)
     for row in found["rows"]:
         assert set(row["scores"]) == set(TASKS) and row["trials"] == len(TASKS)
-    assert found["settings"] == {"lengths": [2500], "tasks": list(TASKS), "trials": 1, "chat": False}
+    assert found["settings"] == {"lengths": [2500], "tasks": list(TASKS), "trials": 1, "chat": False, "batch": 1}
 
 
 def test_mistakes(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
