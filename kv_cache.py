@@ -1,5 +1,5 @@
-"""The cache of a whole model: one `KVCache` a layer, the lengths that they share, the memory that it will take, and how
-a cache's setting is spelled in one word ("quantize_kv:sink_size=16,window_size=32").
+"""The cache of a whole model: one `KVCache` a layer, the lengths that they share, the memory that it will take, and
+the caches that settings spell (`kv_settings.py`).
 """
 
 from __future__ import annotations
@@ -7,13 +7,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from common.errors import UserError, nearest
+from kv_settings import format_policy, make_settings, parse_settings
 from selective_kv import Chunk, KVCache, Shape, caches
+
+__all__ = ["ModelCache", "format_policy", "make_policy", "parse_policy", "plan", "require_slides"]
 
 
 class ModelCache:
@@ -111,51 +113,12 @@ def plan(policy: KVCache, n_layer: int, shape: Shape) -> dict[str, int]:
 
 
 def make_policy(name: str, knobs: Mapping[str, Any]) -> KVCache:
-    """The cache class called `name`, with values given as text or as they are. Raises UserError."""
-    known = caches()
-    if name not in known:
-        raise UserError(f"no cache is called {name!r}: there are {', '.join(known)}{nearest(name, known)}")
-    fields = {f.name: f for f in dataclasses.fields(known[name])}
-    values: dict[str, Any] = {}
-    for knob, value in knobs.items():
-        if knob not in fields:
-            owners = sorted(n for n, c in known.items() if knob in {f.name for f in dataclasses.fields(c)})
-            alike = [f"{field}={value}" for field in fields if field.endswith(f"_{knob}")]  # bits: k_bits, v_bits
-            hint = f"; did you mean {','.join(alike)}?" if alike else nearest(knob, fields)
-            raise UserError(
-                f"--{knob} is a flag of {' and '.join(owners) or 'no cache'}, and the cache is {name}{hint}"
-            )
-        kind = type(fields[knob].default)
-        try:
-            values[knob] = _convert(value, kind)
-        except ValueError:
-            raise UserError(f"--{knob} takes a value of type {kind.__name__}, not {value!r}") from None
-    try:
-        return known[name](**values)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _convert(value: Any, kind: type) -> Any:
-    if isinstance(value, kind):
-        return value
-    if kind is bool:
-        if value not in ("true", "false"):
-            raise ValueError(value)
-        return value == "true"
-    return kind(value)
+    """The cache called `name`, with values given as text or as they are. Raises UserError."""
+    caches()  # they are imported: what is made are caches, not their settings alone
+    return cast(KVCache, make_settings(name, knobs))
 
 
 def parse_policy(text: str) -> KVCache:
-    """A cache setting in one word: "full", "quantize_kv:sink_size=16,window_size=32"."""
-    name, _, rest = text.partition(":")
-    knobs = dict(part.partition("=")[::2] for part in rest.split(",") if part)
-    return make_policy(name, knobs)
-
-
-def format_policy(policy: KVCache) -> str:
-    """What `parse_policy` reads."""
-    values = [(f, getattr(policy, f.name)) for f in dataclasses.fields(policy)]
-    shown = [(f.name, v) for f, v in values if v != f.default or not f.metadata.get("rare")]
-    knobs = ",".join(f"{name}={str(v).lower()}" for name, v in shown)
-    return f"{policy.name}:{knobs}" if knobs else policy.name
+    """A cache setting in one word: "full", "quantize_kv:sink_size=16,window_size=32". Raises UserError."""
+    caches()
+    return cast(KVCache, parse_settings(text))

@@ -1,38 +1,14 @@
-"""How fast each cache decodes, and in how much memory: caches x batch x context, in one process.
-
-  python scripts/benchmark.py                                              the bundled model, this machine
-  python scripts/benchmark.py --random_weights --model llama-3.1-8b --batch 1 8 --context 256 8192 32768
-  python scripts/benchmark.py --peer transformers                          its caches beside ours
-  python scripts/benchmark.py --kernels                                    one layer's decode attention alone
-  python scripts/benchmark.py --largest_batch --context 8000               how many sequences fit
-  torchrun --standalone --nproc_per_node 2 scripts/benchmark.py ...        one model on two GPUs
-
-A gate comes first: each cache's fast path must agree with its slow reference, or nothing is timed. The
-caches are then filled to the context, and their decode steps timed in turn (A B C A B C ...), so that a
-drift of the machine touches all alike. Reported per cache: the median step over the rounds and its
-spread, tokens/s, cache bytes, the share of the measured read ceiling that weights + cache bytes come to,
-on a GPU the peak memory it would take alone with the weights, and, over the contexts, the slope of a step's
-latency and from where on it is no slower than the first.
-
-Filling writes random values instead of reading a prompt: the time of a step does not depend on them.
-`--prefill` reads a real (random) prompt of the context's length instead, and reports how long that took
-and the share of it that went into storing keys and values (quantising them, where a cache does).
-"""
+"""What scripts/benchmark.py does once its flags have been read."""
 
 from __future__ import annotations
 
 import argparse
 import gc
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-# Before torch loads OpenMP: threads that spin long while they wait take the processor from whoever else needs it.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 
@@ -41,33 +17,27 @@ from benchmark import layer as bench_attention
 from benchmark import peers
 from benchmark.clock import read_ceiling
 from benchmark.contestant import Contestant, Timed, gate
+from benchmark.flags import DEFAULT_CACHES, DEFAULT_STEPS, main, make_parser
 from benchmark.rows import no_slower_from, print_table, slope
 from benchmark.saved import load_saved
 from checkpoint import Checkpoint, chosen_weights, find_demo, load_model, open_checkpoint, parse_dtype
 from cli.device import device_memory
-from cli.options import Parser, add_plugin_flag, load_plugin, parse_size, positive, require_weights
 from cli.plan import Plan, make_plan, parameter_bytes, require_suits
 from cli.provenance import FORMAT, device_name, made_from
 from cli.ranks import free_memory
 from common.errors import UserError, printable
 from common.files import append_line, require_writable, to_json
 from common.messages import note, say, size
-from common.program import program, ran_out
+from common.program import ran_out
 from engine import PREFILL_CHUNK
-from engine.link import Link, linked
+from engine.link import Link
 from engine.parallel import connect, rank_device
-from engine.sums import SUMS
 from kv_cache import format_policy, parse_policy
 from model import Config, Transformer
-from quantize import WeightSetting, weights_help
+from quantize import WeightSetting
 from selective_kv import FullCache, KVCache, Shape
 
-DEFAULT_CACHES = [
-    "full",
-    "compress_kv:sink_size=16,window_size=32",
-    "quantize_kv:sink_size=16,window_size=32",
-]
-DEFAULT_STEPS = 16
+__all__ = ["largest_batch", "main", "make_parser", "release", "run"]
 
 
 def largest_batch(
@@ -216,37 +186,6 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def make_parser() -> Parser:
-    p = Parser("benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint_path", type=Path)
-    p.add_argument("--model", metavar="NAME")
-    p.add_argument("--random_weights", action="store_true")
-    p.add_argument("--weights", metavar="SETTING", help=weights_help("16"))
-    p.add_argument("--dtype", default="auto")
-    p.add_argument("--device", default="auto")
-    p.add_argument(
-        "--caches", nargs="+", metavar="CACHE", help=f"the first is the base (default: {' '.join(DEFAULT_CACHES)})"
-    )
-    add_plugin_flag(p)
-    p.add_argument("--batch", nargs="+", type=positive, help="(default: 1)")
-    p.add_argument("--context", nargs="+", type=positive, help="(default: 256 2048 8000)")
-    p.add_argument(
-        "--load_cache", nargs="+", type=Path, metavar="FILE", default=[],
-        help="time the caches that generate.py --save_cache wrote, as long as they are",
-    )  # fmt: skip
-    p.add_argument("--steps", type=positive, help=f"decode steps timed at a time (default: {DEFAULT_STEPS})")
-    p.add_argument("--rounds", type=positive, default=5, help="(default: 5)")
-    p.add_argument("--prefill", action="store_true", help="read a prompt instead of filling with random values")
-    p.add_argument("--peer", choices=("transformers",), help="run its dynamic and quantised caches beside ours")
-    p.add_argument("--sums", choices=SUMS, default="auto", help="of several ranks: how a step's sums go between them")
-    p.add_argument("--kernels", action="store_true", help="decode attention of one layer alone, beside SDPA's")
-    p.add_argument("--largest_batch", action="store_true", help="instead of --batch, as many sequences as fit")
-    p.add_argument("--memory_budget", type=parse_size, metavar="SIZE", help="--largest_batch may take this much in all")
-    p.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line with everything")
-    p.add_argument("--png", type=Path, metavar="FILE", help="draw latency and tokens/s against the context")
-    return p
-
-
 def run_kernels(checkpoint: Checkpoint, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """`--kernels`: the model's attention shape, by bench_kernels.py on a GPU and bench_attention.py on a CPU."""
     c = checkpoint.config
@@ -325,19 +264,9 @@ def run(args: argparse.Namespace, argv: list[str], link: Link | None) -> None:
         raise UserError("--kernels, --largest_batch, --peer and --load_cache are measured on one device")
     if link is None and args.sums != "auto":
         raise UserError("--sums goes with several ranks (torchrun)")
-    if args.random_weights and args.model is None:
-        raise UserError("--random_weights needs --model NAME")
-    others = args.peer or args.largest_batch or args.png or args.prefill or args.caches or args.steps
-    if args.kernels and (others or args.weights or args.dtype != "auto"):
-        raise UserError("--kernels goes with the model, --device, --batch, --context, --rounds and --json alone")
     load_saved(args)
     args.caches, args.steps = args.caches or DEFAULT_CACHES, args.steps or DEFAULT_STEPS
-    if args.memory_budget and not args.largest_batch:
-        raise UserError("--memory_budget goes with --largest_batch")
-    if args.largest_batch and (args.peer or args.prefill or args.png):
-        raise UserError("--largest_batch does not go with --peer, --prefill or --png")
     where = None if args.random_weights else args.checkpoint_path or find_demo()
-    require_weights(args)
     checkpoint = open_checkpoint(where, args.model)
     args.ranks = None
     if link is not None:
@@ -361,10 +290,3 @@ def run(args: argparse.Namespace, argv: list[str], link: Link | None) -> None:
         from plots.command import draw_speed  # matplotlib is needed for this alone
 
         draw_speed([record], args.png.parent, args.png.stem)
-
-
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    with linked("benchmark.py") as link, program("benchmark.py", "interrupted: nothing is written"):
-        load_plugin(argv)
-        run(make_parser().parse(argv), argv, link)

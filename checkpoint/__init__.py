@@ -8,7 +8,6 @@ and copies tensor by tensor from a memory map straight into place: one copy of t
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +25,9 @@ from checkpoint.quantised import Described, describe, parameter_fills
 from checkpoint.share import Share
 from checkpoint.stored import Stored, stored_tensors
 from checkpoint.tokenizer_files import TOKENIZER_FILES, eos_ids_of, find_tokenizer, load_tokenizer
+from common.choices import DTYPE_NAMES, require_device, require_dtype
 from common.errors import UserError, printable
-from common.files import is_plain_file, read_file, read_json
+from common.files import is_plain_file, read_file, read_json, require_there
 from model import Config
 from quantize import WeightSetting, parse_weights
 from tokenizer import Tokenizer
@@ -167,11 +167,7 @@ WEIGHTS = (  # of several, the first one; as in transformers the whole file befo
 
 
 def _weights_file(path: Path) -> Path:
-    if not path.exists():
-        hub = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
-            hub = f"; if it is a model of the Hugging Face Hub: python scripts/download.py --repo_id {path}"
-        raise UserError(f"{path}: {'a link to nothing' if path.is_symlink() else 'no such file or folder'}{hub}")
+    require_there(path)
     if not path.is_dir():
         return path
     if (snapshot := _snapshot(path)) is not None:
@@ -290,22 +286,14 @@ def end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> frozenset[in
     return frozenset(checkpoint.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer is not None else ())
 
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in DTYPE_NAMES.items()}
 
 
 def parse_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """--dtype. auto: float32 on a CPU, elsewhere the checkpoint's own."""
-    if name in DTYPES:
-        return DTYPES[name]
+    require_dtype(name)
     if name != "auto":
-        raise UserError(f"--dtype {name}: give one of {', '.join(DTYPES)}, auto")
+        return DTYPES[name]
     own = checkpoint.dtype if checkpoint.dtype in DTYPES.values() else torch.float32
     return torch.float32 if device.type == "cpu" else own
 
@@ -318,15 +306,14 @@ def parse_device(name: str, elsewhere: bool = False) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    match = re.fullmatch(r"(cpu|mps|cuda)(?::(\d+))?", name)
-    if match is None or (match[2] and match[1] != "cuda"):
-        raise UserError(f"--device {name}: give cpu, cuda, cuda:N, mps or auto")
-    if match[1] == "mps" and not torch.backends.mps.is_available():
+    require_device(name)
+    kind, _, number = name.partition(":")
+    if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: no Apple GPU here")
-    if match[1] != "cuda":
+    if kind != "cuda":
         return torch.device(name)
     n_device = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(match[2] or 0)
+    index = int(number or 0)
     if elsewhere and index >= n_device:
         return torch.device("cuda", index)
     if n_device == 0:

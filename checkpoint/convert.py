@@ -1,21 +1,9 @@
-"""Turn a Hugging Face folder into gpt-fast's model.pth, which gpt-fast and generate.py both read.
-
-  python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/Meta-Llama-3-8B --out checkpoints/llama3-8b
-
-generate.py needs no conversion; this is for sharing a checkpoint with gpt-fast. q, k and v are fused and
-their rows interleaved for gpt-fast's RoPE; all else is copied from a memory map straight into the file,
-so the memory taken is that of q, k and v alone. Biases and q/k norms, which gpt-fast does not have, keep
-to its naming. The config and the tokenizer go beside model.pth, which appears last and whole, and the folder must
-hold none of another checkpoint's.
-"""
+"""A Hugging Face folder as gpt-fast's model.pth (cli/convert.py is the command)."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,10 +12,8 @@ from torch import Tensor
 from checkpoint import WEIGHTS, Checkpoint, companion_folder, open_checkpoint
 from checkpoint.layout import slot_names
 from checkpoint.tokenizer_files import TOKENIZER_FILES
-from cli.options import Parser
-from common.errors import UserError, printable
+from common.errors import UserError
 from common.files import is_plain_file
-from common.program import program
 
 COMPANIONS = (
     "config.json",
@@ -116,15 +102,3 @@ def _require_nobody_elses(out: Path, written: set[str]) -> None:
     found = [name for name in others if os.path.lexists(out / name)]
     if found:
         raise UserError(f"{out}: holds {', '.join(found)}, of another checkpoint: give an empty folder")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser("convert_hf_checkpoint.py", description=__doc__, formatter_class=form)
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the Hugging Face folder")
-    parser.add_argument("--out", type=Path, help="the folder to write to (default: the same)")
-    parser.add_argument("--model_name", metavar="NAME", help="the shape, where there is no config.json")
-    with program("convert_hf_checkpoint.py", "interrupted: nothing is converted"):
-        args = parser.parse(sys.argv[1:] if argv is None else argv)
-        file = convert(args.checkpoint_dir, args.out or args.checkpoint_dir, args.model_name)
-        print(f"{printable(str(file))}: {file.stat().st_size / 2**30:.2f} GiB")

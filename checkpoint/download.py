@@ -1,18 +1,8 @@
-"""Fetch a model from the Hugging Face Hub: its weights (in safetensors where it has them), configs and tokenizer.
-
-  python scripts/download.py --repo_id Qwen/Qwen3-0.6B
-  python scripts/download.py --repo_id meta-llama/Meta-Llama-3-8B --out checkpoints/llama3-8b --hf_token ...
-
-The folder then goes to generate.py as it is. Gated models (Llama) want their licence accepted on the
-model's page and a token, from --hf_token, HF_TOKEN or `hf auth login`.
-"""
+"""What of a repository of the Hugging Face Hub is fetched (cli/download.py is the command)."""
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +10,7 @@ import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from checkpoint import open_checkpoint
-from cli.options import Parser
 from common.errors import UserError
-from common.program import program
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP library below: no connection, say
 # Patterns stand for whole paths: no second copy of the weights from original/ or consolidated*
@@ -83,15 +71,3 @@ def download(repo_id: str, out: Path, token: str | None = None) -> Path:
         raise UserError(f"{repo_id}: not downloaded: {reason[0]}") from None
     open_checkpoint(out)
     return out
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("download.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repo_id", required=True, metavar="OWNER/NAME")
-    parser.add_argument("--out", type=Path, help="the folder to write to (default: checkpoints/NAME)")
-    parser.add_argument("--hf_token", default=os.environ.get("HF_TOKEN"), help="(default: HF_TOKEN)")
-    with program("download.py", "interrupted: the same command goes on from here"):
-        args = parser.parse(sys.argv[1:] if argv is None else argv)
-        out = args.out or Path("checkpoints") / args.repo_id.split("/")[-1]
-        download(args.repo_id, out, args.hf_token)
-        print(f"{out}\npython generate.py --checkpoint_path {out} --prompt ...")

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 from common.errors import UserError
 from common.files import TOO_DEEP, read_stream
 from common.messages import say
@@ -107,6 +105,8 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer | None, n_vocab: int, seed: 
             raise UserError(f"--prompt {prompt[:20]}: at most {MOST_RANDOM:,} random tokens")
         if int(prompt) < 1:
             raise UserError("--prompt 0 asks for no tokens")
+        import torch  # not above: prompts are read, and mistakes in them told, before it is imported
+
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(n_vocab, (int(prompt),), generator=generator).tolist()
     if tokenizer is None:

@@ -12,11 +12,14 @@ import traceback
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from common.errors import UserError, nearest, printable
-from kv_cache import make_policy
-from selective_kv import KVCache, caches
+from kv_settings import make_settings, parse_settings
+from selective_kv.settings import CacheSettings, known_settings
+
+if TYPE_CHECKING:
+    from selective_kv import KVCache
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,8 +96,9 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
 
     A flag that two classes share is one flag, None until given; each group tells what it means there.
     """
-    owners: dict[str, tuple[type[KVCache], bool]] = {}  # the flags so far: whose, and whether of the kind on or off
-    for name, cls in caches().items():
+    # The flags so far: whose, and whether of the kind that is on or off.
+    owners: dict[str, tuple[type[CacheSettings], bool]] = {}
+    for name, cls in known_settings().items():
         summary = (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")
         group = parser.add_argument_group(f"{name}: {summary}")
         for f in dataclasses.fields(cls):
@@ -121,14 +125,25 @@ def _flag_options(f: dataclasses.Field[Any]) -> dict[str, Any]:
     return {"metavar": f"{{{choices}}}" if choices else type(f.default).__name__.upper(), "help": help_text}
 
 
-def _field(cls: type[KVCache], f: dataclasses.Field[Any]) -> str:
+def _field(cls: type[CacheSettings], f: dataclasses.Field[Any]) -> str:
     return f"class {cls.__name__}, field {f.name}"
 
 
-def policy_from(args: argparse.Namespace) -> KVCache:
-    """The cache that the subcommand `args.cache` names, with the knobs that were given."""
-    names = {f.name for cls in caches().values() for f in dataclasses.fields(cls)}
-    return make_policy(args.cache, {n: getattr(args, n) for n in names if getattr(args, n) is not None})
+def knobs_from(args: argparse.Namespace) -> dict[str, Any]:
+    """The knobs that were given, checked as those of the cache that the subcommand `args.cache` names.
+
+    `kv_cache.make_policy` makes the cache of them. Raises UserError.
+    """
+    names = {f.name for cls in known_settings().values() for f in dataclasses.fields(cls)}
+    knobs = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    make_settings(args.cache, knobs)
+    return knobs
+
+
+def check_cache_names(settings: Sequence[str]) -> None:
+    """Raises UserError about the first setting in one word that spells no cache."""
+    for text in settings:
+        parse_settings(text)
 
 
 def add_plugin_flag(parser: argparse._ActionsContainer) -> None:
@@ -142,6 +157,8 @@ def load_plugin(argv: Sequence[str]) -> None:
     path = pre.parse_known_args(argv)[0].plugin
     if path is None:
         return
+    from selective_kv import caches  # not above: only a plugin needs torch before the flags are read
+
     name = f"_plugin_{path.stem}"  # its own: a plugin torch.py must not become everybody's torch
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -158,6 +175,8 @@ def load_plugin(argv: Sequence[str]) -> None:
 
 
 def _cache_classes() -> list[type[KVCache]]:
+    from selective_kv import KVCache
+
     found = [KVCache]
     for cls in found:  # which grows meanwhile
         found += [child for child in cls.__subclasses__() if child not in found]
@@ -166,6 +185,8 @@ def _cache_classes() -> list[type[KVCache]]:
 
 def _check_plugin(classes: Sequence[type[KVCache]], taken: dict[str, type[KVCache]]) -> None:
     """Raises UserError about the first of a plugin's classes that is no cache, or not findable, or not settable."""
+    from selective_kv import KVCache
+
     named = [cls for cls in classes if cls.name]
     if not named:
         raise UserError("it defines no cache: no subclass of KVCache with a name")

@@ -14,16 +14,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from checkpoint import Checkpoint, load_model, open_checkpoint, parse_device
-from checkpoint.quantised import write_quantised
 from cli.options import Parser
+from common.choices import require_device
 from common.errors import UserError
+from common.files import require_there
 from common.messages import size
-from common.program import program
-from model import Transformer
-from quantize import WeightSetting, parse_weights, weights_help
+from common.program import importing, program
+from weights.setting import parse_weights, weights_help
 
 
 def make_parser() -> Parser:
@@ -36,39 +33,6 @@ def make_parser() -> Parser:
     return parser
 
 
-def quantise(source: Path, model: str | None, weights: WeightSetting, out: Path, device: torch.device) -> Path:
-    """Write `source` in fewer bits to the folder `out`; returns the file of the weights. Raises UserError."""
-    checkpoint = open_checkpoint(source, model)
-    if checkpoint.weights is not None:
-        raise UserError(f"{source}: quantised already, to {checkpoint.weights}")
-    tokenizer = checkpoint.tokenizer_path
-    if checkpoint.gguf is not None and tokenizer is None:
-        raise UserError(
-            f"{source}: its tokenizer is inside the GGUF file, and cannot be written beside the weights: put a "
-            "tokenizer.json beside the file, or quantise while loading (generate.py --weights)"
-        )
-    folder = None if tokenizer is None else tokenizer.parent
-    if folder is not None and folder.name == "original":
-        folder = folder.parent
-    if folder is not None and folder.resolve() == out.resolve():
-        raise UserError(f"--out {out}: the folder that the weights come from")
-
-    def load() -> Transformer:
-        dtype = checkpoint.dtype if checkpoint.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-        return load_model(checkpoint, device, dtype, progress=progress, weights=weights, to_run=False)
-
-    return write_quantised(out, checkpoint.name, weights, checkpoint.eos_ids, folder, load)
-
-
-def progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done / total:4.0%}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-
-def checkpoint_bytes(checkpoint: Checkpoint) -> int:
-    return sum(fill.stored.numel * fill.stored.dtype.itemsize for fill in checkpoint.fills)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     with program("quantize.py", "interrupted: nothing is written"):
@@ -77,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights = parse_weights(args.weights)
         if weights is None:
             raise UserError(f"--weights {args.weights}: give int8 or int4")
+        require_device(args.device)
+        require_there(args.checkpoint_path)
+        with importing():
+            from checkpoint import open_checkpoint, parse_device
+            from cli.quantising import checkpoint_bytes, quantise
         file = quantise(args.checkpoint_path, args.model, weights, args.out, parse_device(args.device))
         before = checkpoint_bytes(open_checkpoint(args.checkpoint_path, args.model))
         after, seconds = file.stat().st_size, time.perf_counter() - began

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -29,18 +28,6 @@ def told_all(hooks: Sequence[Hook]) -> Hook:
             hook(event)
 
     return tell
-
-
-def add_saving_flags(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("a prompt that is read once")
-    g.add_argument(
-        "--save_cache", type=Path, metavar="FILE",
-        help="keep the cache there when the prompts have been read, or at the end of a conversation",
-    )  # fmt: skip
-    g.add_argument(
-        "--load_cache", type=Path, metavar="FILE",
-        help="start from it, and read only what the prompt adds; without --prompt, go on with the saved text",
-    )  # fmt: skip
 
 
 @dataclass

@@ -51,6 +51,16 @@ def first_bytes(path: Path, n: int) -> bytes:
         return file.read(n)
 
 
+def require_there(path: Path) -> None:
+    """Raises UserError where there is neither a file nor a folder; of what looks like a Hub model's name, says so."""
+    if path.exists():
+        return
+    hub = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
+        hub = f"; if it is a model of the Hugging Face Hub: python scripts/download.py --repo_id {path}"
+    raise UserError(f"{path}: {'a link to nothing' if path.is_symlink() else 'no such file or folder'}{hub}")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     try:

@@ -23,7 +23,7 @@ from common.packages import missing_packages_told
 
 
 def start(module: str) -> None:
-    """Run `main` of a module that takes seconds to import: a Ctrl-C in them has nothing to report. For entry points."""
+    """Run `main` of a module: a Ctrl-C while it is imported has nothing to report. For entry points."""
     signal.signal(signal.SIGINT, _leave)
     with missing_packages_told():
         main = importlib.import_module(module).main
@@ -39,6 +39,22 @@ def start(module: str) -> None:
 
 def _leave(*_: object) -> NoReturn:
     os._exit(130)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports that take seconds, in a `main`: a Ctrl-C in them has nothing to report, and would come out of
+    compiled code as any error. Where Ctrl-C is ignored, as by all ranks but the first, it still is.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -1,9 +1,18 @@
-"""Tokens through a model and its cache: prefill, the decode step, sampling, and the clock beside them."""
+"""Tokens through a model and its cache: prefill, the decode step, sampling, and the clock beside them.
 
-from engine.engine import LAG, PREFILL_CHUNK, Engine, Timing, chunk_size
-from engine.fused import FusedStep
-from engine.fused_chunk import FusedChunk
-from engine.sampling import BAD, LEAST_TEMPERATURE, Sampling
+What is named here is imported when it is first asked for: `engine.settings` and `engine.link` need no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from engine.settings import LEAST_TEMPERATURE, PREFILL_CHUNK
+
+if TYPE_CHECKING:
+    from engine.engine import LAG, Engine, Timing, chunk_size
+    from engine.fused import FusedStep
+    from engine.fused_chunk import FusedChunk
+    from engine.sampling import BAD, Sampling
 
 __all__ = [
     "BAD",
@@ -17,3 +26,15 @@ __all__ = [
     "Timing",
     "chunk_size",
 ]
+_HOMES = {  # the rest: engine.engine
+    "FusedChunk": "fused_chunk",
+    "FusedStep": "fused",
+    "BAD": "sampling",
+    "Sampling": "sampling",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"engine.{_HOMES.get(name, 'engine')}"), name)

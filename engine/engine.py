@@ -24,12 +24,12 @@ from engine.fused_chunk import FusedChunk
 from engine.kernels import PYTORCH, step_kernels
 from engine.parallel import Parallel
 from engine.sampling import BAD, Sampling
+from engine.settings import PREFILL_CHUNK
 from kv_cache import ModelCache
 from model import Transformer
 from selective_kv import KVCache
 
 LAG = 2  # steps that the host may be ahead of the tokens it has seen: enough to never let the GPU wait
-PREFILL_CHUNK = 8192  # tokens of a prompt read at once; bounds the activations of a long one
 
 
 @dataclass

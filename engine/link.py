@@ -26,12 +26,12 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NoReturn
-
-from torch.distributed import DistNetworkError, DistStoreError, Store
-from torch.distributed.rendezvous import rendezvous
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 JOIN_SECONDS = 25  # for all ranks to come
 GRACE_SECONDS = 2.0  # in which rank 0 may find the mistake of another rank itself
@@ -52,6 +52,10 @@ class Link:
 
     def __init__(self, environment: Mapping[str, str], program: str) -> None:
         """Waits until all ranks are there. Raises UserError where they do not come."""
+        # Not above: a process that is alone need not wait for torch to be imported.
+        from torch.distributed import DistNetworkError, DistStoreError
+        from torch.distributed.rendezvous import rendezvous
+
         self.program, self.stderr = program, sys.stderr
         try:
             self.rank, self.size = int(environment["RANK"]), int(environment["WORLD_SIZE"])

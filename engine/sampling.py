@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from engine.kernels import step_kernels
+from engine.settings import LEAST_TEMPERATURE, SamplingSettings
 
-LEAST_TEMPERATURE = 1e-4  # above 0: logits over less would overflow
+__all__ = ["BAD", "LEAST_TEMPERATURE", "Sampling"]
 BAD = -1  # what a step returns in place of a token when its logits hold a NaN or an infinity; `greedy` says so too
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. temperature 0: the most likely one. top_k 0, top_p 1: no limit.
-
-    samples: the batch is so many continuations of each prompt, one prompt after the other. The i-th continuation of
-    every prompt meets the same random numbers, so a prompt gets the tokens that it gets alone, whatever else is in the
-    batch. 0: every sequence meets its own.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 1234
-    samples: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
-            raise UserError(f"--temperature must be 0 or at least {LEAST_TEMPERATURE:g}, not {self.temperature}")
-        if self.top_k < 0:
-            raise UserError(f"--top_k must not be negative, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
-        if not -(1 << 63) <= self.seed < 1 << 64:
-            raise UserError(f"--seed must fit 64 bits, not {self.seed}")
+class Sampling(SamplingSettings):
+    """How the next token is chosen from a step's logits: the settings, and the choice."""
 
     @property
     def bytes_per_logit(self) -> int:

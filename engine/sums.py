@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SUMS = ("auto", "backend")
-
 
 class Sums(Protocol):
     """name: how reports call it."""

@@ -27,10 +27,10 @@ from common.errors import UserError
 from common.files import remove_dead_parts, replaced_whole, require_writable
 from common.messages import note
 from common.tensor_file import TensorFile, write_tensors
+from evaluation.flags import KEEP_FULL as FLAG
 
 KIND = "selective_kv_full"
 WHAT = "a result of the full cache"
-FLAG = "--keep_full"
 ROOT = Path(__file__).parents[1]
 ROOMS = ("", "selective_kv", "engine", "weights", "checkpoint", "cli", "common", "evaluation")  # what results come of
 Make = Callable[[], Mapping[str, Tensor]]

@@ -1,16 +1,4 @@
-"""A sweep over caches, sinks and windows: one task per setting, one JSON line per task, in outputs/NAME/.
-
-  python scripts/sweep.py --name frontier --kind perplexity --caches quantize_kv compress_kv \
-      --sinks 4 16 --windows 32 256 -- --text my.txt --context 8192
-  python scripts/sweep.py --name speed --kind speed -- --prompt 4000 --max_new_tokens 64
-
-KIND is one of evaluate.py's, or `speed` (generate.py's report). What stands behind `--` goes to that program.
-A task whose result is there is skipped; one that fails or was killed is not done, is tried again by the next
-call, and makes this one exit with 1 after the others have run. Programs write their results in one step,
-so a killed sweep goes on where it was, and tasks may run at the same time (sweep.sbatch: `--count`, `--index`).
-What the full cache gives, with which every setting is compared, is computed once and kept until all tasks are done.
-A result is this sweep's where its command is, and what it was made from: weights, texts, dtype and device.
-"""
+"""A sweep's tasks: what each will have been made from, which are done, and running the rest."""
 
 from __future__ import annotations
 
@@ -26,16 +14,17 @@ from typing import Any
 
 from checkpoint import find_demo, open_checkpoint, parse_device, parse_dtype
 from cli.console import shown
-from cli.options import Parser, add_plugin_flag, load_plugin
 from cli.provenance import FORMAT, made_from
 from common.errors import UserError
 from common.files import read_json, require_writable
 from common.messages import progress, say
-from common.program import program
 from evaluation.kept import FLAG, without_flag
+from evaluation.sweep_flags import main, make_parser
 from evaluation.tables import PRINTERS, print_speeds
 from kv_cache import format_policy, make_policy, parse_policy
 from selective_kv import FullCache
+
+__all__ = ["Task", "main", "make_parser", "run", "tasks"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -160,23 +149,6 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     return made
 
 
-def make_parser() -> Parser:
-    p = Parser("sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--name", required=True, help="results go to outputs/NAME/")
-    p.add_argument("--kind", choices=(*PRINTERS, "speed"), default="divergence")
-    p.add_argument(
-        "--caches", nargs="+", default=["quantize_kv", "compress_kv"], metavar="CACHE",
-        help="a name, or one with knobs: quantize_kv:k_bits=4,v_bits=4",
-    )  # fmt: skip
-    add_plugin_flag(p)
-    p.add_argument("--sinks", nargs="+", default=["4", "16"])
-    p.add_argument("--windows", nargs="+", default=["32", "128"])
-    p.add_argument("--outputs", type=Path, default=Path("outputs"))
-    p.add_argument("--count", action="store_true", help="print the number of tasks and stop")
-    p.add_argument("--index", type=int, metavar="N", help="run task N alone, counted from 0")
-    return p
-
-
 def is_done(task: Task) -> bool:
     """Whether its result is there; somebody else's result is none."""
     try:
@@ -212,31 +184,26 @@ def print_results(tasks: Sequence[Task], kind: str) -> None:
     PRINTERS[kind](sorted(once.values(), key=lambda row: (row.get("text", ""), row["cache"] != FullCache.name)))
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    cut = argv.index("--") if "--" in argv else len(argv)
-    with program("sweep.py", "interrupted: the same command goes on from here"):
-        load_plugin(argv[:cut])
-        args = make_parser().parse(argv[:cut])
-        args.rest = argv[cut + 1 :]
-        every = todo = tasks(args)
-        args.outputs.mkdir(parents=True, exist_ok=True)  # where a Slurm array's logs go, too
-        if args.count:
-            print(len(todo))
-            return
-        if args.index is not None:
-            if not 0 <= args.index < len(todo):
-                raise UserError(f"--index {args.index}: the tasks are 0 to {len(todo) - 1}")
-            todo = [todo[args.index]]
-        require_writable(todo[0].result, "--outputs")
-        for task in todo:
-            task.record()  # somebody else's result is told before any work
-        failed = run_all(todo, args.name)
-        if args.index is None:
-            print_results(every, args.kind)
-        if all(map(is_done, every)):
-            shutil.rmtree(full_results(args), ignore_errors=True)  # another task of an array may be at it
-        say(f"{len(todo) - len(failed)} of {len(todo)} done, in {args.outputs / args.name}/")
-        sys.stdout.flush()
-        if failed:
-            sys.exit(1)
+def run(args: argparse.Namespace) -> None:
+    """Run the tasks that are not done, or the one of --index, and print what has been found so far."""
+    every = todo = tasks(args)
+    args.outputs.mkdir(parents=True, exist_ok=True)  # where a Slurm array's logs go, too
+    if args.count:
+        print(len(todo))
+        return
+    if args.index is not None:
+        if not 0 <= args.index < len(todo):
+            raise UserError(f"--index {args.index}: the tasks are 0 to {len(todo) - 1}")
+        todo = [todo[args.index]]
+    require_writable(todo[0].result, "--outputs")
+    for task in todo:
+        task.record()  # somebody else's result is told before any work
+    failed = run_all(todo, args.name)
+    if args.index is None:
+        print_results(every, args.kind)
+    if all(map(is_done, every)):
+        shutil.rmtree(full_results(args), ignore_errors=True)  # another task of an array may be at it
+    say(f"{len(todo) - len(failed)} of {len(todo)} done, in {args.outputs / args.name}/")
+    sys.stdout.flush()
+    if failed:
+        sys.exit(1)

@@ -8,4 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project is r
 from common.program import start
 
 if __name__ == "__main__":
-    start("benchmark.command")
+    start("benchmark.flags")

@@ -25,19 +25,21 @@ their fast paths are tested against (`use_reference`).
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from selective_kv.formats import Format
+from selective_kv.settings import CacheSettings, knob, known_settings
 
 if TYPE_CHECKING:
     from selective_kv.kernels import AttentionKernels
+
+__all__ = ["Chunk", "KVCache", "RopeLike", "Shape", "Visible", "caches", "knob", "wide"]
 
 
 @dataclass(frozen=True)
@@ -88,27 +90,12 @@ class RopeLike(Protocol):
     def back_to(self, last: int) -> tuple[Tensor, Tensor]: ...
 
 
-def knob(default: Any, help: str, least: int | None = None, choices: Sequence[Any] = (), rare: bool = False) -> Any:
-    """A dataclass field that becomes a command-line flag. least: the smallest value allowed; rare: a setting's
-    name leaves it out where it has its default."""
-    return field(default=default, metadata={"help": help, "least": least, "choices": tuple(choices), "rare": rare})
-
-
 @dataclass
-class KVCache:
+class KVCache(CacheSettings):
     """One layer's cache. Subclasses set `name` to be found, and define `update`; the rest is optional."""
 
-    name: ClassVar[str] = ""
     endless: ClassVar[bool] = False  # True: may read more tokens than the model's context
     slides: ClassVar[bool] = False  # True: keeps to `Shape.reach`; others must not hold more tokens than that
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value, least = getattr(self, f.name), f.metadata.get("least")
-            if least is not None and value < least:
-                raise ValueError(f"--{f.name} must be at least {least}, not {value}")
-            if f.metadata.get("choices") and value not in f.metadata["choices"]:
-                raise ValueError(f"--{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, not {value}")
 
     @property
     def n_exact(self) -> int:
@@ -231,11 +218,6 @@ def wide(x: Tensor) -> Tensor:
 
 def caches() -> dict[str, type[KVCache]]:
     """Every cache class that has a name, the user's own included: name -> class."""
-    found: dict[str, type[KVCache]] = {}
-    waiting: list[type[KVCache]] = [KVCache]
-    while waiting:
-        cls = waiting.pop(0)
-        waiting += cls.__subclasses__()
-        if cls.name:
-            found[cls.name] = cls
-    return found
+    from selective_kv import full, selective, sink_window  # noqa: F401 (not above: they are made of this module)
+
+    return {name: cls for name, cls in known_settings().items() if issubclass(cls, KVCache)}

@@ -31,8 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from selective_kv.settings import BITS
+
 TILE = 128  # tokens
-BITS = (8, 4, 3, 2)
 
 
 class Tiles(NamedTuple):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from selective_kv.cache import Visible
+from selective_kv.settings import FullSettings
 from selective_kv.sliding import SlidingCache
 
 
 @dataclass
-class FullCache(SlidingCache):
-    """Keep every token in full precision: all that the model itself can look back to."""
-
-    name: ClassVar[str] = "full"
+class FullCache(FullSettings, SlidingCache):
+    __doc__ = FullSettings.__doc__
 
     def sees(self) -> Visible | None:
         return Visible() if type(self) is FullCache else None  # what a subclass changes is not known

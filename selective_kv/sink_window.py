@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from selective_kv.cache import Chunk, RopeLike, Visible, knob, wide
+from selective_kv.cache import Chunk, RopeLike, Visible, wide
+from selective_kv.settings import SinkWindowSettings
 from selective_kv.sliding import SlidingCache
 
 
@@ -21,23 +21,8 @@ def rotate(x: Tensor, offset: int | Tensor, frequencies: Tensor) -> Tensor:
 
 
 @dataclass
-class SinkWindowCache(SlidingCache):
-    """Keep the first tokens and the most recent ones; drop the middle.
-
-    StreamingLLM (Xiao et al. 2023, arXiv:2309.17453). Constant memory and speed, however long the text;
-    what left the window is forgotten.
-    """
-
-    name: ClassVar[str] = "compress_kv"
-
-    sink_size: int = knob(16, "first tokens kept for ever: a few keep the model stable, more cost little", 0)
-    window_size: int = knob(32, "most recent tokens kept: memory grows with it, and what the model remembers", 1)
-    positions: str = knob(
-        "cache",
-        "'cache' counts positions within the cache, so that text can run past the trained context; "
-        "'original' keeps each token's own position",
-        choices=("cache", "original"),
-    )
+class SinkWindowCache(SinkWindowSettings, SlidingCache):
+    __doc__ = SinkWindowSettings.__doc__
 
     @property
     def endless(self) -> bool:  # type: ignore[override]

@@ -19,7 +19,7 @@ MODULES = {
     "generate.py": "generate",
     "evaluate.py": "evaluation.command",
     "benchmark.py": "benchmark.command",
-    "convert_hf_checkpoint.py": "checkpoint.convert",
+    "convert_hf_checkpoint.py": "cli.convert",
     "plot.py": "plots.command",
     "sweep.py": "evaluation.sweep",
 }

@@ -25,6 +25,8 @@ from huggingface_hub import errors
 
 from checkpoint import convert as convert_hf_checkpoint
 from checkpoint import download
+from cli import convert as convert_command
+from cli import download as download_command
 from common.errors import UserError
 
 
@@ -32,11 +34,11 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     families.make("llama2", tmp_path)
     (tmp_path / "original").mkdir()
     (tmp_path / "original" / "tokenizer.model").write_bytes(b"tiktoken")
-    convert_hf_checkpoint.main(["--checkpoint_dir", str(tmp_path)])  # into the same folder, as gpt-fast's
+    convert_command.main(["--checkpoint_dir", str(tmp_path)])  # into the same folder, as gpt-fast's
     assert "model.pth" in capsys.readouterr().out
     assert (tmp_path / "tokenizer.model").read_bytes() == b"tiktoken"
     with pytest.raises(SystemExit) as caught:
-        convert_hf_checkpoint.main(["--checkpoint_dir", str(tmp_path / "gone")])
+        convert_command.main(["--checkpoint_dir", str(tmp_path / "gone")])
     assert caught.value.code == 2 and "no such file or folder" in capsys.readouterr().err
 
 
@@ -122,7 +124,7 @@ def test_convert_into_what_is_no_folder(out: str, tmp_path: Path, capsys: pytest
     (tmp_path / "file").write_text("mine")
     capsys.readouterr()  # transformers' progress
     with pytest.raises(SystemExit) as caught:
-        convert_hf_checkpoint.main(["--checkpoint_dir", str(tmp_path / "hf"), "--out", str(tmp_path / out)])
+        convert_command.main(["--checkpoint_dir", str(tmp_path / "hf"), "--out", str(tmp_path / out)])
     err = capsys.readouterr().err
     assert caught.value.code == 2 and err.count("\n") == 1
     assert re.search("not a folder|Not a directory|File name too long", err, re.IGNORECASE)
@@ -135,7 +137,7 @@ def test_convert_of_a_file(tmp_path: Path) -> None:
         convert_hf_checkpoint.convert(tmp_path / "model.safetensors", tmp_path / "out")
 
 
-@pytest.mark.parametrize("script", [convert_hf_checkpoint, download])
+@pytest.mark.parametrize("script", [convert_command, download_command])
 @pytest.mark.parametrize("argv", [[], ["--ou", "x"], ["--out"], ["--out", ""], ["--nothing"]])
 def test_argument_errors_are_one_line(script: ModuleType, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -143,7 +145,7 @@ def test_argument_errors_are_one_line(script: ModuleType, argv: list[str], capsy
     out, err = capsys.readouterr()
     assert caught.value.code == 2 and out == "" and err.count("\n") == 1
     assert err.startswith(
-        {convert_hf_checkpoint: "convert_hf_checkpoint", download: "download"}[script] + ".py: error: "
+        {convert_command: "convert_hf_checkpoint", download_command: "download"}[script] + ".py: error: "
     )
 
 
@@ -164,7 +166,7 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.list_repo_files", files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     out = tmp_path / "out"
-    download.main(["--repo_id", "owner/name", "--out", str(out), "--hf_token", "secret"])
+    download_command.main(["--repo_id", "owner/name", "--out", str(out), "--hf_token", "secret"])
     assert forward(load(out)).isfinite().all() and (out / "added_tokens.json").exists()
 
 
@@ -219,7 +221,7 @@ def test_download_errors_are_one_line(
 
     monkeypatch.setattr("huggingface_hub.list_repo_files", fail)
     with pytest.raises(SystemExit) as caught:
-        download.main(["--repo_id", "owner/name", "--out", str(tmp_path)])
+        download_command.main(["--repo_id", "owner/name", "--out", str(tmp_path)])
     lines = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and len(lines) == 1
     assert re.search(message, lines[0])

@@ -17,9 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 import generate
 from checkpoint import load_tokenizer
-from cli import template_process
+from cli import run, template_process
 from cli.chat_template import load_chat_template, template_variables
 from cli.conversation import Conversation, following
+from engine import Engine
+from selective_kv import FullCache
 
 LLAMA3 = """{{ bos_token }}{% for m in messages %}
 <|{{ m.role }}|>
@@ -153,9 +155,9 @@ def test_a_prompt_is_a_turn_and_only_the_reply_is_printed(instruct: Path, capsys
     reply = capsys.readouterr().out
     tokenizer = load_tokenizer(instruct)
     ids = tokenizer.encode("<s>[INST] Say: red fox [/INST]", bos=False, special=True)
-    job = generate.prepare(
+    job = run.prepare(
         generate.make_parser().parse([*base, "--chat", "--system", "Say:", "--prompt", "red fox"]),
-        generate.FullCache(),
+        FullCache(),
     )
     assert job.prompts == [ids]
     assert "INST" not in reply and "red fox" not in reply
@@ -165,13 +167,13 @@ def test_a_chat_stays_in_the_cache(
     instruct: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[list[int]] = []
-    original = generate.Engine.generate
+    original = Engine.generate
 
     def spy(self, prompts, n):  # type: ignore[no-untyped-def]
         read.append(list(prompts[0]))
         yield from original(self, prompts, n)
 
-    monkeypatch.setattr(generate.Engine, "generate", spy)
+    monkeypatch.setattr(Engine, "generate", spy)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n/reset\none\n"))
     argv = ["--checkpoint_path", str(instruct), "--chat", "--interactive", "--temperature", "0"]
     generate.main([*argv, "--max_new_tokens", "5"])
@@ -258,7 +260,7 @@ def test_a_chat_ends_at_the_token_that_its_template_ends_turns_with(tmp_path: Pa
     (folder / "config.json").write_text(json.dumps(config))
     argv = ["--checkpoint_path", str(folder), "--prompt", "hi"]
     ends = [
-        generate.prepare(generate.make_parser().parse([*argv, *more]), generate.FullCache()).end_ids
+        run.prepare(generate.make_parser().parse([*argv, *more]), FullCache()).end_ids
         for more in ([], ["--chat"], ["--chat", "--ignore_eos"])
     ]
     assert ends == [{1}, {1, 2}, frozenset()]

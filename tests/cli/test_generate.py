@@ -20,7 +20,13 @@ from safetensors.torch import load_file, save_file
 
 import cli.ranks
 import generate
+from checkpoint import load_model, open_checkpoint
 from checkpoint.tokenizer_files import load_tokenizer
+from cli import run
+from common.errors import UserError
+from engine import Engine, Sampling
+from kv_cache import ModelCache
+from selective_kv import FullCache, Shape
 
 QUANTIZE = ["quantize_kv", "--sink_size", "4", "--window_size", "8"]
 COMPRESS = ["compress_kv", "--sink_size", "4", "--window_size", "8"]
@@ -168,7 +174,7 @@ def test_a_conversation_stays_in_the_cache(
     lines = ["The red fox jumped over the river", "and the old clock looked", "One"]
     read: list[list[int]] = []
     written: list[int] = []
-    original = generate.Engine.generate
+    original = Engine.generate
 
     def spy(self, prompts, n):  # type: ignore[no-untyped-def]
         read.append(list(prompts[0]))
@@ -176,7 +182,7 @@ def test_a_conversation_stays_in_the_cache(
             written.append(row[0])
             yield row
 
-    monkeypatch.setattr(generate.Engine, "generate", spy)
+    monkeypatch.setattr(Engine, "generate", spy)
     monkeypatch.setattr("sys.stdin", __import__("io").StringIO("\n".join(lines) + "\n"))
     argv = ["--checkpoint_path", str(tiny), "--interactive", "--temperature", "0", "--max_new_tokens", "9"]
     generate.main([*argv, "--ignore_eos"])
@@ -186,11 +192,11 @@ def test_a_conversation_stays_in_the_cache(
     tokenizer = load_tokenizer(tiny / "tokenizer.model")
     assert read[1] == [written[8], *tokenizer.encode(lines[1], bos=False)]
     # The same tokens through a fresh full cache, in one go, choose the same next token.
-    checkpoint = generate.open_checkpoint(tiny, None)
-    model = generate.load_model(checkpoint, torch.device("cpu"), torch.float32)
+    checkpoint = open_checkpoint(tiny, None)
+    model = load_model(checkpoint, torch.device("cpu"), torch.float32)
     history = [*read[0], *written[:8], *read[1], *written[9:17], *read[2]]
-    shape = generate.Shape(1, 2, 8, 256, torch.float32, torch.device("cpu"))
-    cache = generate.ModelCache(generate.FullCache(), 2, shape)
+    shape = Shape(1, 2, 8, 256, torch.float32, torch.device("cpu"))
+    cache = ModelCache(FullCache(), 2, shape)
     with torch.inference_mode():
         logits = model(torch.tensor([history]), cache, last_only=True)
     assert int(logits.argmax()) == written[18]
@@ -226,7 +232,7 @@ def test_memory_that_runs_out_after_all_is_one_line(
     def no_room(*args: object, **named: object) -> None:
         raise error
 
-    monkeypatch.setattr(generate, "ModelCache", no_room)
+    monkeypatch.setattr(run, "ModelCache", no_room)
     assert "memory ran out" in fails(capsys, "--checkpoint_path", tiny, "--prompt", "x")
     error = RuntimeError("an illegal memory access")  # not that: the traceback is needed
     with pytest.raises(RuntimeError, match="illegal"):
@@ -299,19 +305,19 @@ def test_stories260k_writes_the_golden_ids(
         cache = [*cache, "--sink_size", "4", "--window_size", str(n_new + 8)]
     tokenizer = load_tokenizer(STORIES / "tokenizer.model")
     ids = golden["greedy_ids"]
-    checkpoint = generate.open_checkpoint(STORIES, None)
-    model = generate.load_model(checkpoint, torch.device("cpu"), torch.float32)
-    policy = generate.policy_from(generate.make_parser().parse([*cache]))
+    checkpoint = open_checkpoint(STORIES, None)
+    model = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    policy = run.chosen_policy(generate.make_parser().parse([*cache]))
     prompts = [ids[:1], ids[:20], tokenizer.encode("A dog"), ids[:7], tokenizer.encode("The sun was hot and")]
     batches = [prompts] if extra else [[ids[:1]], prompts]
     for batch in batches:
         for chunk in (8192, 6):
-            shape = generate.Shape(len(batch), 4, 8, n_new + 30, torch.float32, torch.device("cpu"))
-            kv = generate.ModelCache(policy, checkpoint.config.n_layer, shape)
+            shape = Shape(len(batch), 4, 8, n_new + 30, torch.float32, torch.device("cpu"))
+            kv = ModelCache(policy, checkpoint.config.n_layer, shape)
             for layer in kv.layers:
                 if extra:
                     layer.use_reference()
-            engine = generate.Engine(model, kv, generate.Sampling(temperature=0), prefill_chunk=chunk)
+            engine = Engine(model, kv, Sampling(temperature=0), prefill_chunk=chunk)
             n = n_new if not extra else 40
             rows = list(engine.generate(batch, n))
             for b, prompt in enumerate(batch):
@@ -403,11 +409,11 @@ def test_numbers_that_are_not_finite_name_the_first_bad_tensor(
         generate.main(["--checkpoint_path", str(folder), "--prompt", "The", "--no-echo"])
     assert exit_.value.code == 2
     assert "layers.1.feed_forward.w2" in capsys.readouterr().err
-    checkpoint, cpu = generate.open_checkpoint(folder, None), torch.device("cpu")
-    cache = generate.ModelCache(generate.FullCache(), 2, generate.Shape(1, 2, 8, 32, torch.float32, cpu))
-    model = generate.load_model(checkpoint, cpu, torch.float32)
-    engine = generate.Engine(model, cache, generate.Sampling(temperature=0), lag=2)  # as on a GPU: steps on, unseen
-    with pytest.raises(generate.UserError, match=r"layers\.1\.feed_forward\.w2"):
+    checkpoint, cpu = open_checkpoint(folder, None), torch.device("cpu")
+    cache = ModelCache(FullCache(), 2, Shape(1, 2, 8, 32, torch.float32, cpu))
+    model = load_model(checkpoint, cpu, torch.float32)
+    engine = Engine(model, cache, Sampling(temperature=0), lag=2)  # as on a GPU: steps on, unseen
+    with pytest.raises(UserError, match=r"layers\.1\.feed_forward\.w2"):
         list(engine.generate([[1, 2, 3]], 8))
     tensors = load_file(write_checkpoint(folder) / "model.safetensors")
     for name in ("gate", "up"):

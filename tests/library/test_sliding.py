@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import generate
 import selective_kv.sliding as sliding
 from checkpoint import load_model, open_checkpoint
+from cli import run
 from kv_cache import ModelCache, plan
 from model import Config, Rope
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
@@ -124,8 +125,8 @@ def test_generate_goes_on_past_the_window(tmp_path: Path, capsys: pytest.Capture
     want = reference.generate(prompt, **options)[0, 100:]
     for cache in (["full"], ["compress_kv", "--sink_size", "0", "--window_size", "32", "--positions", "original"]):
         args = generate.make_parser().parse([*argv, "--max_new_tokens", "40", "--prefill_chunk", "33", *cache])
-        job = generate.prepare(args, generate.chosen_policy(args))
-        engine, _ = generate.build(job)
+        job = run.prepare(args, run.chosen_policy(args))
+        engine, _ = run.build(job)
         assert [row[0] for row in engine.generate(job.prompts, 40)] == want.tolist()
     capsys.readouterr()
     generate.main([*argv, "--max_new_tokens", "300"])

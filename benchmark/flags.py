@@ -1,0 +1,117 @@
+"""How fast each cache decodes, and in how much memory: caches x batch x context, in one process.
+
+  python scripts/benchmark.py                                              the bundled model, this machine
+  python scripts/benchmark.py --random_weights --model llama-3.1-8b --batch 1 8 --context 256 8192 32768
+  python scripts/benchmark.py --peer transformers                          its caches beside ours
+  python scripts/benchmark.py --kernels                                    one layer's decode attention alone
+  python scripts/benchmark.py --largest_batch --context 8000               how many sequences fit
+  torchrun --standalone --nproc_per_node 2 scripts/benchmark.py ...        one model on two GPUs
+
+A gate comes first: each cache's fast path must agree with its slow reference, or nothing is timed. The
+caches are then filled to the context, and their decode steps timed in turn (A B C A B C ...), so that a
+drift of the machine touches all alike. Reported per cache: the median step over the rounds and its
+spread, tokens/s, cache bytes, the share of the measured read ceiling that weights + cache bytes come to,
+on a GPU the peak memory it would take alone with the weights, and, over the contexts, the slope of a step's
+latency and from where on it is no slower than the first.
+
+Filling writes random values instead of reading a prompt: the time of a step does not depend on them.
+`--prefill` reads a real (random) prompt of the context's length instead, and reports how long that took
+and the share of it that went into storing keys and values (quantising them, where a cache does).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from cli.options import (
+    Parser,
+    add_plugin_flag,
+    check_cache_names,
+    load_plugin,
+    parse_size,
+    positive,
+    require_weights,
+)
+from common.choices import require_device, require_dtype
+from common.errors import UserError
+from common.files import require_there
+from common.program import importing, program
+from engine.link import linked
+from engine.settings import SUMS
+from weights.setting import parse_weights, weights_help
+
+# Before torch loads OpenMP: threads that spin long while they wait take the processor from whoever else needs it.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+DEFAULT_CACHES = [
+    "full",
+    "compress_kv:sink_size=16,window_size=32",
+    "quantize_kv:sink_size=16,window_size=32",
+]
+DEFAULT_STEPS = 16
+
+
+def make_parser() -> Parser:
+    p = Parser("benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--checkpoint_path", type=Path)
+    p.add_argument("--model", metavar="NAME")
+    p.add_argument("--random_weights", action="store_true")
+    p.add_argument("--weights", metavar="SETTING", help=weights_help("16"))
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--device", default="auto")
+    p.add_argument(
+        "--caches", nargs="+", metavar="CACHE", help=f"the first is the base (default: {' '.join(DEFAULT_CACHES)})"
+    )
+    add_plugin_flag(p)
+    p.add_argument("--batch", nargs="+", type=positive, help="(default: 1)")
+    p.add_argument("--context", nargs="+", type=positive, help="(default: 256 2048 8000)")
+    p.add_argument(
+        "--load_cache", nargs="+", type=Path, metavar="FILE", default=[],
+        help="time the caches that generate.py --save_cache wrote, as long as they are",
+    )  # fmt: skip
+    p.add_argument("--steps", type=positive, help=f"decode steps timed at a time (default: {DEFAULT_STEPS})")
+    p.add_argument("--rounds", type=positive, default=5, help="(default: 5)")
+    p.add_argument("--prefill", action="store_true", help="read a prompt instead of filling with random values")
+    p.add_argument("--peer", choices=("transformers",), help="run its dynamic and quantised caches beside ours")
+    p.add_argument("--sums", choices=SUMS, default="auto", help="of several ranks: how a step's sums go between them")
+    p.add_argument("--kernels", action="store_true", help="decode attention of one layer alone, beside SDPA's")
+    p.add_argument("--largest_batch", action="store_true", help="instead of --batch, as many sequences as fit")
+    p.add_argument("--memory_budget", type=parse_size, metavar="SIZE", help="--largest_batch may take this much in all")
+    p.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line with everything")
+    p.add_argument("--png", type=Path, metavar="FILE", help="draw latency and tokens/s against the context")
+    return p
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError about what the flags say by themselves."""
+    if args.random_weights and args.model is None:
+        raise UserError("--random_weights needs --model NAME")
+    others = args.peer or args.largest_batch or args.png or args.prefill or args.caches or args.steps
+    if args.kernels and (others or args.weights or args.dtype != "auto"):
+        raise UserError("--kernels goes with the model, --device, --batch, --context, --rounds and --json alone")
+    if args.memory_budget and not args.largest_batch:
+        raise UserError("--memory_budget goes with --largest_batch")
+    if args.largest_batch and (args.peer or args.prefill or args.png):
+        raise UserError("--largest_batch does not go with --peer, --prefill or --png")
+    require_weights(args)
+    check_cache_names(args.caches or ())
+    if args.weights is not None:
+        parse_weights(args.weights)
+    require_dtype(args.dtype)
+    require_device(args.device)
+    if args.checkpoint_path is not None:
+        require_there(args.checkpoint_path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    with linked("benchmark.py") as link, program("benchmark.py", "interrupted: nothing is written"):
+        load_plugin(argv)
+        args = make_parser().parse(argv)
+        check_flags(args)
+        with importing():
+            from benchmark.command import run
+        run(args, argv, link)

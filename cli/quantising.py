@@ -1,0 +1,47 @@
+"""A checkpoint in fewer bits: what quantize.py writes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from checkpoint import Checkpoint, load_model, open_checkpoint
+from checkpoint.quantised import write_quantised
+from common.errors import UserError
+from model import Transformer
+from weights.setting import WeightSetting
+
+
+def quantise(source: Path, model: str | None, weights: WeightSetting, out: Path, device: torch.device) -> Path:
+    """Write `source` in fewer bits to the folder `out`; returns the file of the weights. Raises UserError."""
+    checkpoint = open_checkpoint(source, model)
+    if checkpoint.weights is not None:
+        raise UserError(f"{source}: quantised already, to {checkpoint.weights}")
+    tokenizer = checkpoint.tokenizer_path
+    if checkpoint.gguf is not None and tokenizer is None:
+        raise UserError(
+            f"{source}: its tokenizer is inside the GGUF file, and cannot be written beside the weights: put a "
+            "tokenizer.json beside the file, or quantise while loading (generate.py --weights)"
+        )
+    folder = None if tokenizer is None else tokenizer.parent
+    if folder is not None and folder.name == "original":
+        folder = folder.parent
+    if folder is not None and folder.resolve() == out.resolve():
+        raise UserError(f"--out {out}: the folder that the weights come from")
+
+    def load() -> Transformer:
+        dtype = checkpoint.dtype if checkpoint.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        return load_model(checkpoint, device, dtype, progress=progress, weights=weights, to_run=False)
+
+    return write_quantised(out, checkpoint.name, weights, checkpoint.eos_ids, folder, load)
+
+
+def progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done / total:4.0%}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def checkpoint_bytes(checkpoint: Checkpoint) -> int:
+    return sum(fill.stored.numel * fill.stored.dtype.itemsize for fill in checkpoint.fills)
