@@ -49,14 +49,16 @@ def make_trials(subject: Subject, template: ChatTemplate | None) -> list[Trial]:
     """Every task at every length, `--trials` times. Raises UserError where a length is too short for a task."""
     args = subject.args
     made = []
-    for length, name, n in itertools.product(args.lengths, args.tasks, range(args.trials)):
+    numbers = groups(range(args.trials), args.batch)  # a group is of one task and length, and every cell fills up alike
+    for some, length, name in itertools.product(numbers, args.lengths, args.tasks):
         task = TASKS[name]
-        seed = f"{args.seed} {name} {length} {n}"
-        sample = fitted(task, length, seed, lambda sample: len(encode(subject, template, sample)[0]))
-        if sample is None:
-            raise UserError(f"--lengths {length}: too short for {name} and its answer of {task.n_new} tokens")
-        ids, n_body = encode(subject, template, sample)
-        made.append(Trial(name, length, sample, ids, n_body, task.n_new))
+        for n in some:
+            seed = f"{args.seed} {name} {length} {n}"
+            sample = fitted(task, length, seed, lambda sample: len(encode(subject, template, sample)[0]))
+            if sample is None:
+                raise UserError(f"--lengths {length}: too short for {name} and its answer of {task.n_new} tokens")
+            ids, n_body = encode(subject, template, sample)
+            made.append(Trial(name, length, sample, ids, n_body, task.n_new))
     return made
 
 
