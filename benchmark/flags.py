@@ -38,6 +38,7 @@ from cli.options import (
 from common.choices import require_device, require_dtype
 from common.errors import UserError
 from common.files import require_there
+from common.packages import require
 from common.program import importing, program
 from engine.link import linked
 from engine.settings import SUMS
@@ -96,6 +97,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--memory_budget goes with --largest_batch")
     if args.largest_batch and (args.peer or args.prefill or args.png):
         raise UserError("--largest_batch does not go with --peer, --prefill or --png")
+    if args.png:
+        require("matplotlib", "--png")
+    if args.peer:
+        require("transformers", "--peer")
     require_weights(args)
     check_cache_names(args.caches or ())
     if args.weights is not None:

@@ -221,8 +221,9 @@ class _Header:
             raise self.error(f"damaged: {_shown(name)} has {n_dim} dimensions")
         shape = tuple(self.number("Q") for _ in range(n_dim))[::-1]
         kind, start = self.number("I"), self.number("Q")
+        package = _package()  # which is not there: not in the block, whose ValueErrors are of the file
         try:
-            block, block_bytes = _package().GGML_QUANT_SIZES[_package().GGMLQuantizationType(kind)]
+            block, block_bytes = package.GGML_QUANT_SIZES[package.GGMLQuantizationType(kind)]
         except (ValueError, KeyError):
             raise self.error(f"{_shown(name)} is of type {kind}, which is not known") from None
         if 0 in shape or shape[-1] % block:

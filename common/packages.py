@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,16 @@ def missing(module: str, purpose: str) -> UserError:
     """What to say where `module` cannot be imported. purpose: what needs it."""
     name = NAMES.get(module.partition(".")[0], module.partition(".")[0])
     return UserError(f"{purpose} needs the package {name}, which is not installed (pip install {name})")
+
+
+def require(module: str, purpose: str) -> None:
+    """Before minutes of work whose end needs it. Raises UserError, as `missing` says it."""
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise missing(module, purpose)
 
 
 @contextmanager

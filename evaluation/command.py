@@ -51,7 +51,7 @@ def score_texts(subject: Subject, save: Save) -> list[dict[str, Any]]:
     """One row per text and setting, with everything that perplexity and divergence report."""
     rows: list[dict[str, Any]] = []
     texts = subject.texts()
-    runs = [(subject.model, str(subject.weights or 16), policy) for policy in subject.policies]
+    runs = [(subject.model, subject.weights_name, policy) for policy in subject.policies]
     if subject.reference is not subject.model:
         runs.insert(0, (subject.reference, "16", FullCache()))
     longest = max(len(window) for text in texts for window in text.windows)
@@ -159,7 +159,7 @@ def commit() -> str | None:
 
 
 def read_files(args: argparse.Namespace) -> list[Path | None]:
-    return [*args.text, args.plugin, args.load_cache]
+    return [*args.text, args.plugin, args.load_cache, args.reference_path]
 
 
 def record(subject: Subject, argv: list[str]) -> dict[str, Any]:

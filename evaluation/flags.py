@@ -40,6 +40,7 @@ CACHES_HELP = (
     f"(default: {' '.join(CACHES)})"
 )
 KEEP_FULL = "--keep_full"
+SCORED = ("perplexity", "divergence")  # kinds that compare with a reference, token by token
 SETTINGS = {  # what a record names of the command line, defaults included
     "perplexity": ("context", "windows", "sequential", "batch"),
     "divergence": ("context", "windows", "sequential", "batch"),
@@ -57,6 +58,10 @@ def make_parser() -> Parser:
     p.add_argument(
         "--weights", metavar="SETTING",
         help="as for generate.py; perplexity and divergence compare with the full cache and weights as they are",
+    )  # fmt: skip
+    p.add_argument(
+        "--reference_path", type=Path, metavar="CHECKPOINT",
+        help="perplexity, divergence: compare with its full cache, as where a GGUF has these weights in fewer bits",
     )  # fmt: skip
     p.add_argument("--dtype", default="auto")
     p.add_argument("--device", default="auto")
@@ -94,17 +99,19 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError about what the flags say by themselves."""
     if any(not 0 <= depth <= 1 for depth in args.depths):
         raise UserError("--depths lie between 0 and 1")
-    if args.kind in ("perplexity", "divergence") and args.context < 2:
+    if args.kind in SCORED and args.context < 2:
         raise UserError("--context 1: the first token has no score")
     if args.model is not None and args.checkpoint_path is None:
         raise UserError(f"--model {args.model} is a shape, and its weights are evaluated: give --checkpoint_path")
-    if args.load_cache and args.kind not in ("perplexity", "divergence"):
-        raise UserError(f"--load_cache goes with perplexity and divergence, not {args.kind}")
+    for flag, value in (("--load_cache", args.load_cache), ("--reference_path", args.reference_path)):
+        if value and args.kind not in SCORED:
+            raise UserError(f"{flag} goes with perplexity and divergence, not {args.kind}")
     check_cache_names(args.caches)
     require_dtype(args.dtype)
     require_device(args.device)
-    if args.checkpoint_path is not None:
-        require_there(args.checkpoint_path)
+    for path in (args.checkpoint_path, args.reference_path):
+        if path is not None:
+            require_there(path)
 
 
 def main(argv: list[str] | None = None) -> None:

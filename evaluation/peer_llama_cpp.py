@@ -31,6 +31,7 @@ from cli.console import shown
 from cli.options import Parser, positive
 from common.errors import UserError
 from common.files import require_writable, to_json, write_whole
+from common.messages import progress
 from common.packages import missing
 from common.program import program
 from evaluation.scoring import windows
@@ -129,7 +130,7 @@ def compare(model: Model, caches: Sequence[str], tokens: Tensor) -> Iterator[tup
     contexts = [Context(model, name, len(tokens)) for name in names]
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in names]
     ids = tokens.tolist()
-    for lo in range(0, len(ids), CHUNK):
+    for lo in progress(range(0, len(ids), CHUNK), None, "llama.cpp"):
         chunk = ids[lo : lo + CHUNK]
         targets = tokens[lo + 1 : lo + 1 + len(chunk)]
         full = None

@@ -80,7 +80,7 @@ def score_ruler(subject: Subject, save: Callable[[list[dict[str, Any]]], None]) 
         raise UserError(f"--lengths {max(args.lengths)} is past the model's context of {subject.config.context}")
     template = chat_template_of(subject.checkpoint) if args.chat else None
     trials = make_trials(subject, template)
-    digest = sha256_of("\0".join(t.sample.context + t.sample.question for t in trials))
+    digest = sha256_of("\0".join(sorted(t.sample.context + t.sample.question for t in trials)))
     scores: list[list[float]] = [[] for _ in subject.policies]
     bar = progress(None, len(trials) * len(subject.policies), "RULER")
     rows: list[dict[str, Any]] = []
@@ -107,7 +107,7 @@ def score_ruler(subject: Subject, save: Callable[[list[dict[str, Any]]], None]) 
 
 def summary(trials: Sequence[Trial], found: Sequence[float], full: Sequence[float]) -> dict[str, Any]:
     """scores: task -> length -> mean. mean: of all trials. kept: of the tasks and lengths where the full cache scores
-    above LEAST_FULL, for its own scores too, and the standard error of the difference to it over paired trials.
+    above LEAST_FULL, for its own scores too; by_length: the same of each length alone.
 
     Intervals are Wilson's of shares: wider than those of scores that are neither 0 nor 1.
     """
@@ -115,18 +115,32 @@ def summary(trials: Sequence[Trial], found: Sequence[float], full: Sequence[floa
     for n, trial in enumerate(trials):
         cells.setdefault((trial.task, str(trial.length)), []).append(n)
     scores: dict[str, dict[str, float]] = {}
-    kept: list[int] = []
+    kept: dict[str, dict[str, list[int]]] = {}  # length -> task -> trials
     for (task, length), numbers in cells.items():
         scores.setdefault(task, {})[length] = sum(found[n] for n in numbers) / len(numbers)
-        kept += numbers if sum(full[n] for n in numbers) / len(numbers) > LEAST_FULL else []
+        of_length = kept.setdefault(length, {})
+        if sum(full[n] for n in numbers) / len(numbers) > LEAST_FULL:
+            of_length[task] = numbers
     low, high = wilson(sum(found), len(found))
     row: dict[str, Any] = {"scores": scores, "mean": sum(found) / len(found), "low": low, "high": high}
-    row |= {"trials": len(found), "tokens": sum(len(t.ids) for t in trials), "kept_trials": len(kept)}
-    if kept:
-        lost = [found[n] - full[n] for n in kept]
-        mean = sum(lost) / len(lost)
-        spread = sum((x - mean) ** 2 for x in lost) / max(1, len(lost) - 1)
-        low, high = wilson(sum(found[n] for n in kept), len(kept))
-        row |= {"kept": sum(found[n] for n in kept) / len(kept), "kept_low": low, "kept_high": high}
-        row |= {"kept_rise": mean, "kept_rise_error": math.sqrt(spread / len(lost))}
-    return row
+    row |= {"trials": len(found), "tokens": sum(len(t.ids) for t in trials)}
+    row["by_length"] = {
+        length: {"tasks": [*tasks]} | beside_full([n for numbers in tasks.values() for n in numbers], found, full)
+        for length, tasks in kept.items()
+    }
+    return row | beside_full([n for tasks in kept.values() for ns in tasks.values() for n in ns], found, full)
+
+
+def beside_full(kept: Sequence[int], found: Sequence[float], full: Sequence[float]) -> dict[str, Any]:
+    """The mean score of some trials, its interval, and its difference from the full cache's on the same trials with
+    that one's standard error; only their number where there are none."""
+    if not kept:
+        return {"kept_trials": 0}
+    lost = [found[n] - full[n] for n in kept]
+    mean = sum(lost) / len(lost)
+    spread = sum((x - mean) ** 2 for x in lost) / max(1, len(lost) - 1)
+    low, high = wilson(sum(found[n] for n in kept), len(kept))
+    return {
+        "kept_trials": len(kept), "kept": sum(found[n] for n in kept) / len(kept), "kept_low": low, "kept_high": high,
+        "kept_rise": mean, "kept_rise_error": math.sqrt(spread / len(lost)),
+    }  # fmt: skip

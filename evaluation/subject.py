@@ -32,6 +32,7 @@ from common.errors import UserError
 from common.messages import note, progress
 from engine import PREFILL_CHUNK, Engine, Sampling
 from evaluation import scoring
+from evaluation.flags import SCORED
 from evaluation.kept import Kept
 from kv_cache import ModelCache, format_policy, parse_policy
 from selective_kv import FullCache, KVCache, Shape
@@ -82,10 +83,23 @@ class Subject:
         self.model = load_model(checkpoint, self.device, self.dtype, weights=self.weights)
         # What weights in fewer bits are compared with; the model itself where there are no others to be had.
         self.reference = self.model
-        if self.weights is not None and checkpoint.weights is None and args.kind in ("perplexity", "divergence"):
+        if args.reference_path is not None:
+            other = open_checkpoint(args.reference_path)
+            if other.config.vocab_size != self.config.vocab_size:
+                most = f"{other.config.vocab_size} tokens, and {checkpoint.path} has {self.config.vocab_size}"
+                raise UserError(f"--reference_path {other.path}: its vocabulary has {most}")
+            self.reference = load_model(other, self.device, self.dtype)
+            require_finite(self.reference)
+        elif self.weights is not None and checkpoint.weights is None and args.kind in SCORED:
             self.reference = load_model(checkpoint, self.device, self.dtype)
         require_finite(self.model)
         self.engines: dict[str, Engine] = {}
+
+    @property
+    def weights_name(self) -> str:
+        """Their bits; the file's name, where another file's are compared with."""
+        path = None if self.args.reference_path is None else self.path
+        return str(self.weights or 16) if path is None else path.name
 
     def shape(self, capacity: int, batch: int = 1) -> Shape:
         c = self.config

@@ -72,6 +72,7 @@ def print_passkeys(rows: list[Row]) -> None:
 
 
 def print_ruler(rows: list[Row]) -> None:
+    """Of each cache its scores by task and length, then all of them by length."""
     first = rows[0]
     print(f"RULER: {first['trials']} samples a cache, {first['trials_per_cell']} a cell; the share of answers given, "
           "95% intervals; kept: cells where the full cache scores above 20%")  # fmt: skip
@@ -79,11 +80,23 @@ def print_ruler(rows: list[Row]) -> None:
     for r in rows:
         kept = "no cell is kept"
         if "kept" in r:
-            kept = f"kept {r['kept']:.1%} [{r['kept_low']:.1%}, {r['kept_high']:.1%}]"
-            kept += f", {r['kept_rise']:+.1%} +- {r['kept_rise_error']:.1%} to full"
+            kept = f"kept {r['kept']:.1%} [{r['kept_low']:.1%}, {r['kept_high']:.1%}], {rise(r)} to full"
         print(f"{name_of(r)}: {r['mean']:.1%} [{r['low']:.1%}, {r['high']:.1%}]; {kept}; {held(r)}")
         cells = [[task, *(f"{row[n]:.1%}" for n in lengths)] for task, row in r["scores"].items()]
         print(table(["task \\ tokens", *lengths], cells))
+    by = [
+        [
+            name_of(r),
+            *(f"{cell['kept']:.1%} ({rise(cell)})" if "kept" in cell else "" for cell in r["by_length"].values()),
+        ]
+        for r in rows
+    ]
+    print(table(["kept, beside full", *lengths], by))
+
+
+def rise(row: Row) -> str:
+    """How much is kept beyond what the full cache has, in points, with the standard error."""
+    return f"{100 * row['kept_rise']:+.1f} +- {100 * row['kept_rise_error']:.1f}"
 
 
 def print_summaries(rows: list[Row]) -> None:

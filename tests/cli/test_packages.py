@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -35,12 +37,31 @@ def run_without(package: str, *argv: object) -> subprocess.CompletedProcess[str]
         ("huggingface_hub", ["scripts/download.py", "--repo_id", "a/b"], "huggingface_hub"),
         ("rouge_score", ["scripts/evaluate.py", "rouge", "--caches", "quantize_kv"], "rouge_score"),
         ("sentencepiece", ["generate.py", "--prompt", "a"], "sentencepiece"),
+        ("matplotlib", ["scripts/benchmark.py", "--context", "60", "--png", "a.png"], "matplotlib"),
+        ("transformers", ["scripts/benchmark.py", "--context", "60", "--peer", "transformers"], "transformers"),
+        ("transformers", ["scripts/divergence_transformers.py", "--context", "16"], "transformers"),
+        ("lm_eval", ["scripts/lm_eval.py", "--tasks", "x"], "lm-eval"),
     ],
 )
 def test_the_package_is_named(package: str, argv: list[str], pip: str) -> None:
     result = run_without(package, *argv)
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and f"pip install {pip}" in result.stderr and "error: " in result.stderr
+
+
+def test_a_gguf_file_needs_its_package(tmp_path: Path) -> None:
+    """ "Of type 8, which is not known", said a program without the package that knows types."""
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("a", np.zeros((2, 32), np.float32))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    result = run_without("gguf", "generate.py", "--checkpoint_path", tmp_path / "a.gguf", "--prompt", "a")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "pip install gguf" in result.stderr
 
 
 def test_only_rouge_needs_rouge_score(tiny: Path) -> None:

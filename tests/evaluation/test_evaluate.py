@@ -103,6 +103,23 @@ def test_without_a_text_the_model_writes_one(tiny: Path, tmp_path: Path, capsys:
     assert "the text's entropy" in capsys.readouterr().out
 
 
+def test_another_checkpoint_is_what_is_compared_with(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a GGUF file with the original; itself is no different, and another vocabulary cannot be compared."""
+    base = ["divergence", "--checkpoint_path", tiny, "--text", text, "--context", 60, "--windows", 1, *CACHES]
+    alone = record(tmp_path, *base)["rows"]
+    same = record(tmp_path, *base, "--reference_path", tiny)["rows"]
+    assert [r["kl"] for r in same] == pytest.approx([0, *(r["kl"] for r in alone)], abs=1e-7)
+    other = write_checkpoint(tmp_path / "other" / "small", seed=1)
+    found = record(tmp_path, *base, "--reference_path", other)
+    assert [(r["cache"], r["weights"]) for r in found["rows"]][:2] == [("full", "16"), ("full", tiny.name)]
+    assert found["rows"][0]["kl"] == 0 and all(r["kl"] > 1e-3 for r in found["rows"][1:])
+    assert f"full, weights {tiny.name}" in capsys.readouterr().out
+    assert "--reference_path goes with" in fails(capsys, "passkey", "--reference_path", other)
+    assert "its vocabulary has" in fails(capsys, *base, "--reference_path", ROOT / "assets" / "demo")
+
+
 def test_passkeys_read_the_cache(tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights recall nothing; what counts is that every cell is tried, and the question finds only the cache."""
     asked: list[tuple[str, int, int]] = []

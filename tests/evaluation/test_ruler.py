@@ -136,6 +136,8 @@ def test_summary_keeps_what_the_full_cache_can_do() -> None:
     assert row["mean"] == 0.625 and row["trials"] == 4 and row["tokens"] == 50
     assert row["kept_trials"] == 3 and row["kept"] == 0.5 and row["kept_rise"] == pytest.approx((0 - 1 + 0.1) / 3)
     assert row["low"] < row["mean"] < row["high"]
+    assert row["by_length"]["10"]["tasks"] == ["a"] and row["by_length"]["10"]["kept_rise"] == -0.5
+    assert row["by_length"]["20"]["tasks"] == ["b"] and row["by_length"]["20"]["kept"] == 0.5
     assert "kept" not in ruler.summary(trials, [0, 0, 0, 0], [0, 0, 0, 0])
 
 

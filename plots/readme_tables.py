@@ -1,0 +1,227 @@
+"""README.md's tables of figures, written from the result files: python scripts/readme_tables.py [--check]
+
+Each stands between `<!-- NAME, by scripts/readme_tables.py -->` and `<!-- end -->`:
+
+  choose     each cache's bits, memory, speed and cost on a real model     smollm2/perplexity and passkey, a benchmark
+  texts      KL and perplexity by text                                     smollm2/perplexity
+  llama.cpp  its caches and ours on the same file and window               smollm2/llama_cpp, smollm2/divergence-window
+  ruler      RULER's kept tasks by length                                  smollm2/ruler
+  bundled    all of the bundled model's figures                            perplexity, passkey, rouge
+
+Files are those of `results/`, whose records hold their commands. With --check nothing is written, and the program exits
+with 1 where a table is not what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cli.options import Parser
+from common.errors import UserError
+from common.files import read_json, write_whole
+from common.program import program
+from kv_cache import parse_policy
+from plots.records import Row, order, read, short
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+SPEED = "benchmark-h100.json"
+SHOWN = ("quantize_kv 16/32", "quantize_kv K8V4 16/128", "quantize_kv K4V4 16/128", "quantize_kv K3V3 16/128",
+         "quantize_kv K4V2 16/128", "quantize_kv K3V2 16/128", "compress_kv 16/32")  # fmt: skip
+TEXTS = {
+    "val_books": "held-out books", "wikitext2_raw_test": "WikiText-2, raw test", "longctx_cc0": "three CC0 novels",
+    "squality_dev": "SQuALITY stories",
+}  # fmt: skip
+
+
+def load(name: str) -> dict[str, Any]:
+    """A record. Raises UserError."""
+    return read_json(RESULTS / name)
+
+
+def lines_of(name: str) -> list[Row]:
+    """All rows of a file of one record a line."""
+    return [row for record in read([RESULTS / name]) for row in record.rows]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The first column to the left, figures to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+# --- Cells ------------------------------------------------------------------------------------------
+
+
+def flags(setting: str) -> str:
+    """A setting as it is typed: "`quantize_kv --bits 4 --window_size 128`"."""
+    name, _, knobs = setting.partition(":")
+    values = dict(knob.split("=") for knob in knobs.split(",") if knob)
+    k, v = values.get("k_bits", "8"), values.get("v_bits", "8")
+    words = [name]
+    if k == v != "8":
+        words.append(f"--bits {k}")
+    else:
+        words += [f"--{side}_bits {bits}" for side, bits in (("k", k), ("v", v)) if bits != "8"]
+    if values.get("sink_size", "16") != "16":
+        words.append(f"--sink_size {values['sink_size']}")
+    if values.get("window_size", "32") != "32":
+        words.append(f"--window_size {values['window_size']}")
+    return "full" if name == "full" else f"`{' '.join(words)}`"
+
+
+def bits(setting: str) -> str:
+    """Of an element of the middle, with all scales, at head_dim 128 and 64."""
+    seen = parse_policy(setting).sees()
+    if setting == "full":
+        return "16"
+    if seen is None or seen.formats is None:
+        return "dropped"
+    at = [sum(form.bits_per_element(dim) for form in seen.formats) / 2 for dim in (128, 64)]
+    return f"{at[0]:.2f} ({at[1]:.2f})"
+
+
+def power(value: float) -> str:
+    return "0" if value < 1e-12 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def mean(rows: Sequence[Row], field: str) -> float:
+    """Over the tokens of several texts."""
+    return sum(r[field] * r["tokens"] for r in rows) / sum(r["tokens"] for r in rows)
+
+
+def signed(share: float) -> str:
+    return f"{share:+.2%}"
+
+
+def shown(rows: Iterable[Row]) -> list[str]:
+    """The settings of the tables that are among the rows, full first."""
+    found = dict.fromkeys(r["cache"] for r in rows)
+    return sorted((s for s in found if s == "full" or short(s) in SHOWN), key=order)
+
+
+# --- Tables -----------------------------------------------------------------------------------------
+
+
+def choose() -> str:
+    scores, keys = load("smollm2/perplexity.json")["rows"], load("smollm2/passkey.json")["rows"]
+    speed = {(r["cache"], r["batch"], r["context"]): r for r in lines_of(SPEED)}
+    recalled = {r["cache"]: r for r in keys}
+    header = ["cache", "bits of the middle", "memory of full, 128k", "tokens/s, 8k / 128k", "tokens/s, 8 x 32k",
+              "mean KL", "same top token", "perplexity", "passkeys"]  # fmt: skip
+    found = []
+    for setting in shown(scores):
+        mine = [r for r in scores if r["cache"] == setting]
+
+        def timed(batch: int, context: int, field: str, setting: str = setting) -> float:
+            return speed[setting, batch, context][field]
+
+        share = timed(1, 131072, "cache_bytes") / speed["full", 1, 131072]["cache_bytes"]
+        full = setting == "full"
+        found.append([
+            flags(setting), bits(setting), f"{share:.0%}" if share > 0.01 else f"{share:.2%}",
+            f"{timed(1, 8192, 'tokens_per_s'):.0f} / {timed(1, 131072, 'tokens_per_s'):.0f}",
+            f"{timed(8, 32768, 'tokens_per_s'):,.0f}", "" if full else power(mean(mine, "kl")),
+            "" if full else f"{mean(mine, 'same_top'):.2%}", "" if full else signed(mean(mine, "perplexity_rise")),
+            f"{recalled[setting]['mean']:.1%}",
+        ])  # fmt: skip
+    return markdown(header, found)
+
+
+def by_text(name: str) -> str:
+    rows = load(name)["rows"]
+    settings = [s for s in shown(rows) if s != "full"]
+    header = ["text", "perplexity, full", *(f"{short(s)}" for s in settings)]
+    found = []
+    for text in dict.fromkeys(r["text"] for r in rows):
+        mine = {r["cache"]: r for r in rows if r["text"] == text}
+        cells = [f"{power(mine[s]['kl'])}, {signed(mine[s]['perplexity_rise'])}" for s in settings]
+        found.append([TEXTS.get(text.partition(".")[0], text), f"{mine['full']['perplexity']:.4f}", *cells])
+    return markdown(header, found)
+
+
+def beside_llama_cpp() -> str:
+    theirs = load("smollm2/llama_cpp.json")["rows"]
+    text = theirs[0]["text"]
+    ours = [r for r in load("smollm2/divergence-window.json")["rows"] if r["text"] == text and r["cache"] != "full"]
+    rows = [(f"llama.cpp {r['cache']}", r["bits"], r) for r in theirs if r["text"] == text and r["cache"] != "f16"]
+    rows += [(f"**{flags(r['cache'])}**", r.get("bits_per_quantised_element", 0.0), r) for r in ours]
+    header = ["cache", "bits an element", "mean KL", "99th percentile", "same top token", "perplexity"]
+    return markdown(header, [
+        [name, f"{n_bit:g}" if n_bit else "the middle dropped", power(r["kl"]), power(r["kl_p99"]),
+         f"{r['same_top']:.2%}", signed(r["perplexity_rise"])]
+        for name, n_bit, r in rows
+    ])  # fmt: skip
+
+
+def ruler() -> str:
+    rows = sorted(load("smollm2/ruler.json")["rows"], key=lambda r: order(r["cache"]))
+    lengths = list(rows[0]["by_length"])
+    found = []
+    for r in rows:
+        cells = []
+        for cell in r["by_length"].values():
+            rise = f" ({100 * cell['kept_rise']:+.1f} ± {100 * cell['kept_rise_error']:.1f})"
+            cells.append(f"{cell['kept']:.1%}" + ("" if r["cache"] == "full" else rise))
+        found.append([flags(r["cache"]), *cells])
+    return markdown(["cache", *(f"{int(n) // 1024}k" for n in lengths)], found)
+
+
+def bundled() -> str:
+    scores = [r for r in load("perplexity.json")["rows"] if r["text"].startswith("val_books")]
+    keys = {r["cache"]: r for r in load("passkey.json")["rows"]}
+    words = {r["cache"]: r for r in load("rouge.json")["rows"]}
+    header = ["cache", "mean KL", "same top token", "perplexity", "passkeys", "ROUGE-L", "to full's"]
+    found = []
+    for r in sorted((r for r in scores if r["cache"] in shown(scores)), key=lambda r: order(r["cache"])):
+        setting, full = r["cache"], r["cache"] == "full"
+        rouge = words.get(setting)
+        to_full = "" if full or rouge is None else f"{rouge['rouge_l_to_full']['mean']:.3f}"
+        found.append([
+            flags(setting), "" if full else power(r["kl"]), "" if full else f"{r['same_top']:.2%}",
+            f"{r['perplexity']:.4f}" if full else signed(r["perplexity_rise"]),
+            f"{keys[setting]['mean']:.1%}" if setting in keys else "",
+            "" if rouge is None else f"{rouge['rouge_l']['mean']:.3f}", to_full,
+        ])  # fmt: skip
+    return markdown(header, found)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "choose": choose, "texts": lambda: by_text("smollm2/perplexity.json"), "llama.cpp": beside_llama_cpp,
+    "ruler": ruler, "bundled": bundled, "bundled texts": lambda: by_text("perplexity.json"),
+}  # fmt: skip
+
+
+def filled(text: str) -> str:
+    """The README with its tables as the files have them. Raises UserError where a table has no end or no such name."""
+
+    def block(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in TABLES:
+            raise UserError(f"README.md: no table is called {name!r}: there are {', '.join(TABLES)}")
+        return f"{begin(name)}\n\n{TABLES[name]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- ([^,\n]+), by scripts/readme_tables\.py -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def begin(name: str) -> str:
+    return f"<!-- {name}, by scripts/readme_tables.py -->"
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = Parser("readme_tables.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--check", action="store_true", help="write nothing; exit with 1 where one is not as it should be")
+    with program("readme_tables.py"):
+        args = p.parse(sys.argv[1:] if argv is None else argv)
+        path = ROOT / "README.md"
+        before = path.read_text()
+        after = filled(before)
+        if args.check and after != before:
+            raise SystemExit("README.md's tables are not what results/ has: run scripts/readme_tables.py")
+        if after != before:
+            write_whole(path, after)
