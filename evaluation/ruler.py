@@ -17,7 +17,7 @@ from evaluation.ruler_tasks import TASKS, Sample, fitted
 from evaluation.subject import Subject, groups, sha256_of
 from kv_cache import format_policy
 
-LOOK_EVERY = 4  # tokens of an answer
+LOOK_EVERY = 8  # tokens of an answer
 LEAST_FULL = 0.2  # tasks that the full cache scores no better on say nothing about a cache
 
 
@@ -33,30 +33,41 @@ class Trial:
     n_new: int
 
 
-def encode(subject: Subject, template: ChatTemplate | None, sample: Sample) -> tuple[list[int], int]:
-    """A prompt's ids, and how many of them come before the question. As a user's turn, where there is a template."""
+def prompt_of(subject: Subject, template: ChatTemplate | None, sample: Sample) -> tuple[str, list[int]]:
+    """The text up to where its answer's prefix begins, as a user's turn where there is a template; and all ids."""
     text = sample.context + sample.question
     if template is not None:
         text = template.render([{"role": "user", "content": text}])
-    at, special = text.rindex(sample.question.strip()), template is not None
-    ids = subject.tokenizer.encode(text + sample.prefix, bos=template is None, special=special)
-    body = subject.tokenizer.encode(text[:at], bos=template is None, special=special)
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(body, ids, strict=False))
+    return text, subject.tokenizer.encode(text + sample.prefix, bos=template is None, special=template is not None)
+
+
+def encode(subject: Subject, template: ChatTemplate | None, sample: Sample) -> tuple[list[int], int]:
+    """A prompt's ids, and how many of them come before the question."""
+    text, ids = prompt_of(subject, template, sample)
+    body = text[: text.rindex(sample.question.strip())]
+    begin = subject.tokenizer.encode(body, bos=template is None, special=template is not None)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(begin, ids, strict=False))
     return ids, sum(1 for _ in same)
 
 
 def make_trials(subject: Subject, template: ChatTemplate | None) -> list[Trial]:
     """Every task at every length, `--trials` times. Raises UserError where a length is too short for a task."""
+
+    def n_token(sample: Sample) -> int:
+        return len(prompt_of(subject, template, sample)[1])
+
     args = subject.args
     made = []
+    near: dict[tuple[int, str], int] = {}  # how much filler the last sample of a cell had
     numbers = groups(range(args.trials), args.batch)  # a group is of one task and length, and every cell fills up alike
     for some, length, name in itertools.product(numbers, args.lengths, args.tasks):
         task = TASKS[name]
         for n in some:
             seed = f"{args.seed} {name} {length} {n}"
-            sample = fitted(task, length, seed, lambda sample: len(encode(subject, template, sample)[0]))
-            if sample is None:
+            found = fitted(task, length, seed, n_token, near.get((length, name)))
+            if found is None:
                 raise UserError(f"--lengths {length}: too short for {name} and its answer of {task.n_new} tokens")
+            sample, near[length, name] = found
             ids, n_body = encode(subject, template, sample)
             made.append(Trial(name, length, sample, ids, n_body, task.n_new))
     return made

@@ -204,11 +204,14 @@ TASKS = {
 }
 
 
-def fitted(task: Task, length: int, seed: str, n_token: Callable[[Sample], int]) -> Sample | None:
-    """The longest sample of a seed that with its answer is no longer than `length` tokens; None if none is so short.
+def fitted(
+    task: Task, length: int, seed: str, n_token: Callable[[Sample], int], near: int | None = None
+) -> tuple[Sample, int] | None:
+    """The longest sample of a seed that with its answer is no longer than `length` tokens, and how many units of filler
+    it has; None if none is so short.
 
-    n_token: tokens of a whole prompt. Tokens are nearly proportional to units of filler, so the next size to try is
-    where a line through the sizes tried meets the length: few are, and counting tokens is what takes the time.
+    n_token: tokens of a whole prompt. They are nearly proportional to the units, so the next size to try is where a
+    line meets the length, and `near` (what another seed has) is a good first: counting tokens takes the time.
     """
 
     def make(units: int) -> tuple[Sample, int]:
@@ -216,20 +219,20 @@ def fitted(task: Task, length: int, seed: str, n_token: Callable[[Sample], int])
         sample = task.make(random.Random(seed), units, length)
         return sample, length - task.n_new - n_token(sample)
 
-    low = task.least
-    fits, room = make(low)
-    if room < 0:
-        return None
-    high, lack = None, 0  # a size that does not fit, and by how many tokens
-    step = 8
-    while high is None or high - low > 1:
-        middle = low + step if high is None else low + (high - low) * room // (room + lack)
-        middle = middle if high is None else min(max(middle, low + 1), high - 1)
-        sample, left = make(middle)
-        if left < 0:
-            high, lack = middle, -left
+    best: tuple[Sample, int] | None = None
+    low, room = task.least - 1, length  # the largest size that fits, and what it leaves: at first a guess
+    high, lack = None, 0  # the smallest that does not, and how much it is too long
+    units = task.least if near is None else near
+    while True:
+        sample, left = make(units)
+        if left >= 0:
+            best, low, room = (sample, units), units, left
         else:
-            per_unit = max(1, room - left) / (middle - low)
-            step = max(1, min(int(left / per_unit), 8 * (middle - low)))
-            fits, low, room = sample, middle, left
-    return fits
+            high, lack = units, -left
+        if high is not None and high - low <= 1:
+            return best
+        if high is None:
+            per_unit = max(1.0, (length - task.n_new - room) / max(1, low))
+            units = low + max(1, min(int(room / per_unit), 8 * low + 8))
+        else:
+            units = min(max(low + (high - low) * room // (room + lack), low + 1), high - 1)

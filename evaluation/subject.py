@@ -31,6 +31,7 @@ from cli.plan import require_suits
 from common.errors import UserError
 from common.messages import note, progress
 from engine import PREFILL_CHUNK, Engine, Sampling
+from engine.sampling import BAD
 from evaluation import scoring
 from evaluation.flags import SCORED
 from evaluation.kept import Kept
@@ -165,8 +166,13 @@ class Subject:
         """For every setting, what it writes greedily in each sequence, without the end token: `bodies` are read first,
         then `questions` from what the cache has kept. enough: told a sequence and its ids, whether to go no further.
 
-        One setting at a time; the full cache's answers are kept under `name`.
+        One setting at a time; the full cache's answers are kept under `name`. On a GPU the ends of the questions are
+        fed to the captured step, all at once; what the longer ones have before that is read with the bodies.
         """
+        if self.device.type == "cuda":
+            n = min(map(len, questions))
+            bodies = [[*body, *question[:-n]] for body, question in zip(bodies, questions, strict=True)]
+            questions = [question[-n:] for question in questions]
         engines = self.engines_after(bodies, capacity)
         for policy in self.policies:
             answer = functools.partial(self._written, engines, policy, questions, n_new, enough)
@@ -181,7 +187,9 @@ class Subject:
     ) -> list[list[int]]:
         written: list[list[int]] = [[] for _ in questions]
         going = set(range(len(questions)))
-        for row in engines(policy).generate(questions, n_new):
+        engine = engines(policy)
+        rows = engine.generate(questions, n_new) if engine.graph is None else fed(engine, questions, n_new)
+        for row in rows:
             for b in [*going]:
                 token = row[b]
                 if token is None or token in self.end_ids:
@@ -239,6 +247,22 @@ class Subject:
     def chunk(self, policy: KVCache) -> int:
         """The most tokens of a prompt that an engine reads at once."""
         return min(PREFILL_CHUNK, self.config.context - policy.n_exact) if policy.endless else PREFILL_CHUNK
+
+
+@torch.inference_mode()
+def fed(engine: Engine, questions: Sequence[Ids], n_new: int) -> Iterator[list[int]]:
+    """`engine.generate` for questions of one length, token by token: a short chunk of each sequence alone takes longer.
+    Yields the tokens written, [step][sequence]."""
+    for column in torch.tensor(questions, device=engine.device).T:
+        engine.tokens[:, 0] = column
+        engine.step()
+    for n in range(n_new):
+        row = engine.picked.tolist()
+        if BAD in row:
+            raise UserError("the logits are not finite")
+        yield row
+        if n + 1 < n_new:
+            engine.step()
 
 
 @torch.inference_mode()

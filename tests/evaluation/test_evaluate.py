@@ -157,6 +157,21 @@ def test_a_prompt_taken_from_the_full_cache_is_the_prompt_read(tiny: Path) -> No
         assert rows[0] == rows[1]
 
 
+def test_a_question_fed_by_steps_is_the_question_read(tiny: Path) -> None:
+    """What a GPU does, whose step is captured."""
+    args = evaluate.make_parser().parse(["passkey", "--checkpoint_path", str(tiny), "--device", "cpu", *CACHES])
+    tested = subject.Subject(args)
+    prompts, questions = [list(range(3, 90)), list(range(5, 70))], [[7, 8, 9], [9, 4, 3]]
+    for policy in tested.policies:
+        rows = []
+        for n_new in (5, 1):
+            read, stepped = (tested.engine(policy, 160, 2) for _ in range(2))
+            for engine in (read, stepped):
+                engine.read(prompts)
+            rows = list(subject.fed(stepped, questions, n_new))
+            assert rows == [list(row) for row in read.generate(questions, n_new)] and len(rows) == n_new
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

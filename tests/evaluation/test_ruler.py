@@ -107,9 +107,13 @@ def test_samples_are_as_long_as_fits(task: str) -> None:
         return len((made.context + made.question + made.prefix).split())
 
     for length in (1024, 5000):
-        made = fitted(TASKS[task], length, "a", n_token)
-        assert made is not None and made == fitted(TASKS[task], length, "a", n_token)
-        assert made != fitted(TASKS[task], length, "b", n_token)
+        found = fitted(TASKS[task], length, "a", n_token)
+        assert found is not None
+        made, units = found
+        for near in (1, units - 1, units, units + 1, 3 * units):
+            if near >= TASKS[task].least:
+                assert fitted(TASKS[task], length, "a", n_token, near) == found
+        assert fitted(TASKS[task], length, "b", n_token) != found
         room = length - n_token(made) - TASKS[task].n_new
         assert 0 <= room < 60  # a unit of filler is no longer
     assert fitted(TASKS[task], 20, "a", n_token) is None
@@ -118,12 +122,14 @@ def test_samples_are_as_long_as_fits(task: str) -> None:
 def test_an_answer_is_read_until_it_is_complete() -> None:
     """Or ends, or is as long as its task's may be; each sequence of a group by its own."""
     texts = ["xABcdefghijk", "xabc\0fghijkl", "zzzzzzzzzzzz", "12345678901ab"]
-    engine = SimpleNamespace(generate=lambda prompts, n: ([ord(text[i]) for text in texts] for i in range(n)))
+    engine = SimpleNamespace(
+        graph=None, generate=lambda prompts, n: ([ord(text[i]) for text in texts] for i in range(n))
+    )
     tested: Any = SimpleNamespace(end_ids={0}, tokenizer=SimpleNamespace(decode=lambda ids: "".join(map(chr, ids))))
     group: Any = [SimpleNamespace(n_new=9, sample=Sample("", "", "", (word,))) for word in ("ab", "??", "ab", "ab")]
     enough = functools.partial(ruler.answered, tested, group)
     written = subject.Subject._written(tested, lambda _: engine, FullCache(), [[2]] * 4, 12, enough)
-    assert ["".join(map(chr, ids)) for ids in written] == ["xABc", "xabc", "zzzzzzzzz", "123456789"]
+    assert ["".join(map(chr, ids)) for ids in written] == ["xABcdefg", "xabc", "zzzzzzzzz", "123456789"]
 
 
 def test_summary_keeps_what_the_full_cache_can_do() -> None:
