@@ -158,18 +158,19 @@ def test_a_prompt_taken_from_the_full_cache_is_the_prompt_read(tiny: Path) -> No
 
 
 def test_a_question_fed_by_steps_is_the_question_read(tiny: Path) -> None:
-    """What a GPU does, whose step is captured."""
+    """What a GPU does, whose step is captured: each token as a chunk of one."""
     args = evaluate.make_parser().parse(["passkey", "--checkpoint_path", str(tiny), "--device", "cpu", *CACHES])
     tested = subject.Subject(args)
     prompts, questions = [list(range(3, 90)), list(range(5, 70))], [[7, 8, 9], [9, 4, 3]]
     for policy in tested.policies:
-        rows = []
-        for n_new in (5, 1):
-            read, stepped = (tested.engine(policy, 160, 2) for _ in range(2))
-            for engine in (read, stepped):
-                engine.read(prompts)
-            rows = list(subject.fed(stepped, questions, n_new))
-            assert rows == [list(row) for row in read.generate(questions, n_new)] and len(rows) == n_new
+        read, stepped = (tested.engine(policy, 160, 2) for _ in range(2))
+        for engine in (read, stepped):
+            engine.read(prompts)
+        rows = list(subject.fed(stepped, questions, 5))
+        *tokens, last = zip(*questions, strict=True)
+        for column in tokens:
+            read.read([[token] for token in column])
+        assert rows == list(read.generate([[token] for token in last], 5))
 
 
 @pytest.mark.parametrize(
