@@ -2,17 +2,19 @@
 
   python scripts/benchmark.py                                              the bundled model, this machine
   python scripts/benchmark.py --random_weights --model llama-3.1-8b --batch 1 8 --context 256 8192 32768
+  python scripts/benchmark.py --random_weights --model llama-3.1-8b --weights 16 int8 int4   weights beside each other
   python scripts/benchmark.py --peer transformers                          its caches beside ours
   python scripts/benchmark.py --kernels                                    one layer's decode attention alone
   python scripts/benchmark.py --largest_batch --context 8000               how many sequences fit
   torchrun --standalone --nproc_per_node 2 scripts/benchmark.py ...        one model on two GPUs
 
 A gate comes first: each cache's fast path must agree with its slow reference, or nothing is timed. The
-caches are then filled to the context, and their decode steps timed in turn (A B C A B C ...), so that a
-drift of the machine touches all alike. Reported per cache: the median step over the rounds and its
-spread, tokens/s, cache bytes, the share of the measured read ceiling that weights + cache bytes come to,
-on a GPU the peak memory it would take alone with the weights, and, over the contexts, the slope of a step's
-latency and from where on it is no slower than the first.
+caches are then filled to the context, and their decode steps timed in turn (A B C A B C ...), over every
+setting of `--weights` as far as the device holds them together, so that a drift of the machine touches all
+alike. Reported per cache: the median step over the rounds and its spread, tokens/s, cache bytes, the share
+of the measured read ceiling that weights + cache bytes come to, on a GPU the peak memory it would take
+alone with the weights, and, over the contexts, the slope of a step's latency and from where on it is no
+slower than the first.
 
 Filling writes random values instead of reading a prompt: the time of a step does not depend on them.
 `--prefill` reads a real (random) prompt of the context's length instead, and reports how long that took
@@ -60,7 +62,7 @@ def make_parser() -> Parser:
     p.add_argument("--checkpoint_path", type=Path)
     p.add_argument("--model", metavar="NAME")
     p.add_argument("--random_weights", action="store_true")
-    p.add_argument("--weights", metavar="SETTING", help=weights_help("16"))
+    p.add_argument("--weights", nargs="+", metavar="SETTING", help=f"one, or several in turn; {weights_help('16')}")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--device", default="auto")
     p.add_argument(
@@ -81,7 +83,7 @@ def make_parser() -> Parser:
     p.add_argument("--kernels", action="store_true", help="decode attention of one layer alone, beside SDPA's")
     p.add_argument("--largest_batch", action="store_true", help="instead of --batch, as many sequences as fit")
     p.add_argument("--memory_budget", type=parse_size, metavar="SIZE", help="--largest_batch may take this much in all")
-    p.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line with everything")
+    p.add_argument("--json", type=Path, metavar="FILE", help="append a JSON line with everything, for each --weights")
     p.add_argument("--png", type=Path, metavar="FILE", help="draw latency and tokens/s against the context")
     return p
 
@@ -97,14 +99,17 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--memory_budget goes with --largest_batch")
     if args.largest_batch and (args.peer or args.prefill or args.png):
         raise UserError("--largest_batch does not go with --peer, --prefill or --png")
+    if len(args.weights or ()) > 1 and (args.largest_batch or args.peer or args.png):
+        raise UserError("several settings of --weights do not go with --largest_batch, --peer or --png")
     if args.png:
         require("matplotlib", "--png")
     if args.peer:
         require("transformers", "--peer")
     require_weights(args)
     check_cache_names(args.caches or ())
-    if args.weights is not None:
-        parse_weights(args.weights)
+    settings = [parse_weights(text) for text in args.weights or ()]
+    if len(set(settings)) < len(settings):
+        raise UserError("--weights names a setting twice")
     require_dtype(args.dtype)
     require_device(args.device)
     if args.checkpoint_path is not None:

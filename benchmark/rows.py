@@ -28,8 +28,41 @@ def no_slower_from(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> in
     return found
 
 
+def print_slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Each cache's slope, of rows over one setting of weights: printed, and by the cache and batch it is of."""
+    slopes = {}
+    for batch in dict.fromkeys(r["batch"] for r in rows):
+        by_cache: dict[str, list[dict[str, Any]]] = {}
+        for r in rows:
+            if r["batch"] == batch:
+                by_cache.setdefault(r["cache"], []).append(r)
+        base, base_rows = next(iter(by_cache.items()))
+        for name, found in by_cache.items():
+            slopes[f"{name} batch {batch}"] = slope(found)
+            start = no_slower_from(found, base_rows)
+            than = "" if name == base else f"; no slower than {base} from {start} tokens on" if start else \
+                f"; slower than {base} at {found[-1]['context']} tokens"  # fmt: skip
+            of = "" if found[0]["weights"] == "16" else f"weights {found[0]['weights']}, "
+            print(f"{of}batch {batch}, {name}: {slope(found):.2f} us per 1,000 tokens of context{than}")
+    return slopes
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
-    header = ["cache", "batch", "context", "step ms", "min-max", "tok/s", "vs first", "cache", "ceiling", "peak"]
+    """vs first: over the first row of the same batch and context, with whatever weights that one is."""
+    several = len({r["weights"] for r in rows}) > 1
+    header = [
+        *(["weights"] if several else []),
+        "cache",
+        "batch",
+        "context",
+        "step ms",
+        "min-max",
+        "tok/s",
+        "vs first",
+        "cache",
+        "ceiling",
+        "peak",
+    ]
     if with_prefill := any(r["prefill_s"] for r in rows):
         header += ["first token, s", "of it storing"]
     cells = []
@@ -37,7 +70,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         base = next(b for b in rows if (b["batch"], b["context"]) == (r["batch"], r["context"]))
         told = r["cache_bytes"] is not None
         cells.append([
-            r["cache"], str(r["batch"]), str(r["context"]), f"{r['step_ms']:.3f}",
+            *([r["weights"]] if several else []), r["cache"], str(r["batch"]), str(r["context"]), f"{r['step_ms']:.3f}",
             f"{r['step_ms_min']:.2f}-{r['step_ms_max']:.2f}", f"{r['tokens_per_s']:.1f}",
             f"{base['step_ms'] / r['step_ms']:.3f}x" if base["cache"] == rows[0]["cache"] else "",
             size(r["cache_bytes"]) if told else "not told", f"{r['share_of_ceiling']:.1%}" if told else "",

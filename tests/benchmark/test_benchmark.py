@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmark import command as benchmark
 from benchmark import contestant as contest
-from benchmark import peers
+from benchmark import peers, room
+from benchmark.rows import no_slower_from
 from checkpoint import load_model, open_checkpoint
 from cli.plan import make_plan
 from common.errors import UserError
@@ -76,6 +77,34 @@ def test_every_cache_and_the_peer_are_timed_at_every_context(
     assert "us per 1,000 tokens" in capsys.readouterr().out
 
 
+def test_weights_are_timed_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A record for each, of the same steps; where they do not fit together, each cache over all weights."""
+    more = ["--context", "60", "70", "--caches", "full", "quantize_kv", "--weights", "16", "int4:group_size=32", "int8"]
+    dense, *small = run(tmp_path, *more)
+    said = capsys.readouterr()
+    assert [r["weights"] for r in small] == ["int4:group_size=32", "int8"] and dense["weights"] == "16"
+    for record in (dense, *small):
+        assert [(r["cache"], r["context"]) for r in record["rows"]] == [
+            (cache, context) for context in (60, 70) for cache in ("full", "quantize_kv:sink_size=16,window_size=32")
+        ]
+        assert all(r["interleaved"] and r["weights"] == record["weights"] for r in record["rows"])
+        assert len(record["slope_us_per_1000_tokens"]) == 2
+    assert "window_size=32, weights int8, within" in said.err and "weights int8, batch 1, full:" in said.out
+    order: list[str] = []
+    original = benchmark.Contestant.round
+
+    def noted(self: benchmark.Contestant, steps: int) -> None:
+        order.append(self.name)
+        original(self, steps)
+
+    monkeypatch.setattr(benchmark.Contestant, "round", noted)
+    monkeypatch.setattr(room, "together", lambda entries, weights: 1 << 60 if len(entries) > 3 else 0)
+    run(tmp_path, *more)
+    assert order[:12] == ["full"] * 6 + ["quantize_kv:sink_size=16,window_size=32"] * 6
+
+
 def test_a_prompt_is_read_and_what_storing_took_is_told(tmp_path: Path) -> None:
     (record,) = run(tmp_path, "--context", "100", "--prefill")
     for row in record["rows"]:
@@ -121,7 +150,7 @@ def test_largest_batch_is_the_largest(budget: int) -> None:
     config = Config(97, 48, 2, 6, 2, 80, 256)
     shape = Shape(1, 2, 8, 100, torch.float32, CPU)
     fits = [n for n in range(1, 400) if make_plan(config, FullCache(), replace(shape, batch=n), 1).total <= budget]
-    assert benchmark.largest_batch(config, FullCache(), shape, budget) == max(fits, default=0)
+    assert room.largest_batch(config, FullCache(), shape, budget) == max(fits, default=0)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +161,7 @@ def test_no_slower_from(ours: list[float], base: list[float], expected: int | No
     def rows(steps: list[float]) -> list[dict[str, Any]]:
         return [{"context": 10 * i, "step_ms": ms} for i, ms in enumerate(steps, 1)]
 
-    assert benchmark.no_slower_from(rows(ours), rows(base)) == expected
+    assert no_slower_from(rows(ours), rows(base)) == expected
 
 
 def tiny(folder: Path) -> tuple[Transformer, Shape]:
@@ -236,6 +265,8 @@ def test_peak_memory_is_one_contestants_own(monkeypatch: pytest.MonkeyPatch) -> 
         ["--caches", "full", "quantize_kv", "quantize_kv:sink_size=16"],
         ["--caches", "quantize_kv:k_bits=5"],
         ["--memory_budget", "1GiB"],
+        ["--weights", "int8", "16", "int8"],
+        ["--weights", "int8", "16", "--peer", "transformers"],
         ["--kernels", "--steps", "3"],
         ["--kernels", "--dtype", "float32"],
     ],
@@ -286,7 +317,7 @@ def test_caches_that_do_not_fit_together_are_timed_one_after_the_other(
         alive -= 1
 
     monkeypatch.setattr(benchmark.Contestant, "__init__", counted)
-    monkeypatch.setattr(benchmark, "together", lambda each: 1 << 60)
+    monkeypatch.setattr(room, "together", lambda *_: 1 << 60)
     *_, record = run(tmp_path, *argv)
     assert not any(row["interleaved"] for row in record["rows"]) and most == 1
     assert "one after the other" in capsys.readouterr().err
