@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -34,6 +34,12 @@ class ModelCache:
             layer.allocate(shape)
         self.lengths = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
         self.row = 0
+
+    def expect_biases(self, biases: Sequence[Tensor | None], frequencies: Tensor) -> None:
+        """`KVCache.expect_bias` of every layer whose keys have one. Waits for the device."""
+        for layer, bias in zip(self.layers, biases, strict=True):
+            if bias is not None:
+                layer.expect_bias(bias, frequencies)
 
     @property
     def endless(self) -> bool:

@@ -344,6 +344,16 @@ class Transformer(nn.Module):
         magnitude = 1.0 if scaling is None else scaling.magnitude
         return Rope(self.frequencies, positions, self.signed_frequencies, magnitude)
 
+    def key_biases(self) -> list[Tensor | None]:
+        """Of each layer, what every key has in it, turned by its position: float32 [n_kv_head, head_dim], or None."""
+        c = self.config
+        if not c.qkv_bias or c.qk_norm:  # after a norm no two keys have the same in them
+            return [None] * c.n_layer
+        magnitude = 1.0 if c.rope_scaling is None else c.rope_scaling.magnitude
+        rows = slice(c.n_head * c.head_dim, (c.n_head + c.n_kv_head) * c.head_dim)
+        biases = [block.attention.wqkv.bias for block in self.layers]  # type: ignore[union-attr]
+        return [bias.detach()[rows].float().view(c.n_kv_head, -1) * magnitude for bias in biases]
+
     def read(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Read a chunk of tokens, int64 [batch, token], that follow what `cache` has seen so far.
 

@@ -91,6 +91,7 @@ class Engine:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.read_chunk: Callable[[Tensor, ModelCache], Tensor] = self._read_chunk
         self.step_path = "eager step"
+        self.cache.expect_biases(self.model.key_biases(), self.model.frequencies)
         kernels = step_kernels(device)
         use_kernels(self.model, kernels)
         if self.fuse and kernels is not PYTORCH:

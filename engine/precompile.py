@@ -163,10 +163,13 @@ def walk(
     from engine.kernels.triton_backend import TRITON as STEP
     from selective_kv.kernels.triton_backend import TRITON
 
+    if config.qkv_bias:  # whether it is kept out of tiles depends on weights that nobody has read yet: any layer may
+        walk(replace(config, qkv_bias=False), policy, shape, sampling, parts, weights, ranks)
     sums = None if ranks is None else _Sums(ranks)
     model = skeleton(replace(config, n_layer=2), weights, shape.dtype, sums)  # the last layer is another kind
     blank(model)
     cache = _Past(policy, 2, replace(shape, device=META))
+    cache.expect_biases(model.key_biases(), model.frequencies)
     if not all([layer.wrap_kernels(lambda _: TRITON) for layer in cache.layers]):  # a plugin's own attention
         return
     tokens = torch.zeros(shape.batch, 1, dtype=torch.int64, device=META)

@@ -32,7 +32,7 @@ from selective_kv import KVCache, Shape
 
 KIND = "selective_kv_cache"
 WHAT = "a saved cache"
-VERSION = 1
+VERSION = 2  # 2: tiles of keys do not hold their bias
 
 
 @dataclass(frozen=True)

@@ -45,5 +45,6 @@ class After:
         model = self.subject.model
         shape = dataclasses.replace(self.cache.shape, capacity=self.n_token + len(tokens))
         cache: Any = ModelCache(policy, model.config.n_layer, shape)
+        cache.expect_biases(model.key_biases(), model.frequencies)
         adopt(cache, self.cache, self.n_token)
         return torch.cat([model.read(token[None, None], cache)[0] for token in tokens])

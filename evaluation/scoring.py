@@ -13,7 +13,7 @@ logits differ by 0.1 to 0.3 of what quantising changes in them (root mean square
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,9 @@ from common.errors import UserError
 from kv_cache import ModelCache
 from model import Cache, Transformer
 from selective_kv import KVCache, Shape
-from selective_kv.cache import wide
+from selective_kv.cache import Visible, wide
 from selective_kv.formats import TILE
+from selective_kv.key_bias import key_bias
 
 QUERIES = 512  # a block's queries: its scores are [n_head, QUERIES, keys] in float32
 POSITIONS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # borders of what a record tells apart
@@ -39,17 +40,16 @@ class _Step:
 
 
 class ParallelCache:
-    """Texts of one length, each as one chunk, each token seeing what chunk-1 decoding would leave it."""
+    """Texts of one length, each as one chunk, each token seeing what chunk-1 decoding would leave it.
 
-    def __init__(self, policy: KVCache, n_layer: int, device: torch.device) -> None:
+    biases: as `Transformer.key_biases` has them.
+    """
+
+    def __init__(self, policy: KVCache, biases: Sequence[Tensor | None], device: torch.device) -> None:
         seen = policy.sees()
         if seen is None:
             raise ValueError(f"{policy.name}: what a query sees is not known in advance: score it sequentially")
-        self.sink = seen.sink_size
-        self.window = 1 << 62 if seen.window_size is None else seen.window_size
-        self.formats = seen.formats
-        self.turns = seen.within
-        self.layers = [self] * n_layer
+        self.layers = [ParallelLayer(seen, bias) for bias in biases]
         self.device = device
 
     @staticmethod
@@ -62,6 +62,17 @@ class ParallelCache:
 
     def advance(self, step: Any) -> None:
         pass
+
+
+class ParallelLayer:
+    """One layer of it. bias: of its keys, [n_kv_head, head_dim] before RoPE."""
+
+    def __init__(self, seen: Visible, bias: Tensor | None) -> None:
+        self.sink = seen.sink_size
+        self.window = 1 << 62 if seen.window_size is None else seen.window_size
+        self.formats = seen.formats
+        self.turns = seen.within
+        self.bias = bias
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Any, rope: Any) -> Tensor:
         """q: [batch, n_head, token, head_dim]; k, v: [batch, n_kv_head, token, head_dim]. Returns like q."""
@@ -78,11 +89,8 @@ class ParallelCache:
                 hi = min(lo + QUERIES, n_token)
                 out[:, lo:hi] = self._window_block(q[:, lo:hi], k[:, :hi], v[:, :hi], lo, rope.frequencies)
             return out.view(shape)
-        stored = slice(self.sink, self.sink + self._n_left(n_token))
-        rounded = [
-            f.dequantize(f.quantize(x[:, stored].unflatten(1, (-1, TILE)))).flatten(1, 2).to(x.dtype)
-            for f, x in zip(self.formats, (k, v), strict=True)
-        ]
+        n_left = self._n_left(n_token)
+        rounded = self._rounded(*(x[:, self.sink : self.sink + n_left] for x in (k, v)), q.dtype, rope.frequencies)
         lo = 0
         while lo < n_token:
             n_left = self._n_left(lo + 1)
@@ -94,6 +102,23 @@ class ParallelCache:
             out[:, lo:hi] = _causal(q[:, lo:hi], *met)
             lo = hi
         return out.view(shape)
+
+    def _rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype, frequencies: Tensor) -> list[Tensor]:
+        """Keys and values [batch * n_kv_head, token, head_dim] of whole tiles as they are when they have been stored.
+        dtype: as they came, before they were made wide."""
+        assert self.formats is not None
+        tiles = [x.unflatten(1, (-1, TILE)) for x in (k, v)]
+        every, kept_out = slice(0, tiles[0].shape[1]), None
+        if self.bias is not None:
+            kept_out = key_bias(self.bias, frequencies, self.sink, every.stop)
+        if kept_out is not None:
+            n_kv_head = len(kept_out.pairs)
+            tiles[0] = kept_out.taken_out(tiles[0].to(dtype).unflatten(0, (-1, n_kv_head)), every).flatten(0, 1)
+        rounded = [f.dequantize(f.quantize(x)).to(k.dtype) for f, x in zip(self.formats, tiles, strict=True)]
+        if kept_out is not None:
+            dense = kept_out.dense(every, k.shape[-1])
+            rounded[0] = (rounded[0].unflatten(0, (-1, n_kv_head)) + dense).flatten(0, 1)
+        return [x.flatten(1, 2) for x in rounded]
 
     def _n_left(self, n_token: int) -> int:
         """How many of n_token tokens are in whole tiles that have left the window."""
@@ -152,7 +177,7 @@ def read_parallel(model: Transformer, policy: KVCache, tokens: Tensor) -> Tensor
 
     tokens: int64 [token], or [batch, token] of texts of one length.
     """
-    cache: Cache = ParallelCache(policy, model.config.n_layer, tokens.device)
+    cache: Cache = ParallelCache(policy, model.key_biases(), tokens.device)
     return model.read(tokens.view(-1, tokens.shape[-1]), cache).view(*tokens.shape, -1)
 
 
@@ -164,6 +189,7 @@ def read_sequential(model: Transformer, policy: KVCache, tokens: Tensor, referen
     texts = tokens.view(-1, tokens.shape[-1])
     shape = Shape(len(texts), c.n_kv_head, c.head_dim, texts.shape[1], dtype, tokens.device)
     cache: Any = ModelCache(policy, c.n_layer, shape)
+    cache.expect_biases(model.key_biases(), model.frequencies)
     if reference:
         for layer in cache.layers:
             layer.use_reference()

@@ -146,6 +146,14 @@ class KVCache(CacheSettings):
     def allocate(self, shape: Shape) -> None:
         """Make room. On the meta device this costs nothing and `nbytes` then is the plan."""
 
+    def expect_bias(self, bias: Tensor, frequencies: Tensor) -> None:
+        """Keys will come with a bias that their projection adds before RoPE (Qwen 2): once after `allocate`, before the
+        first token. What stores keys in few bits may keep it apart; no result may depend on it but by rounding.
+
+        bias: [n_kv_head, head_dim]; frequencies: [head_dim / 2], radians that each pair of dimensions turns per
+        position, as `RopeLike` has them.
+        """
+
     def reset(self) -> None:
         """Forget everything. (Fixed storage need not be cleared: positions say what is valid.)"""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selective_kv.cache import Chunk, KVCache, RopeLike, Shape, wide
 from selective_kv.formats import TILE, Format, require_finite, rotation_matrix
+from selective_kv.key_bias import key_bias
 from selective_kv.kernels import AttentionKernels, attention_kernels, chunk_attention
 from selective_kv.regions import Regions
 
@@ -53,6 +54,13 @@ class RegionCache(KVCache):
                 rotation = rotation_matrix(shape.head_dim, shape.device).to(shape.dtype)
             self.regions = Regions(k, v, sink, window, k_tiles, v_tiles, *formats, rotation)
         self.kernels: AttentionKernels = attention_kernels(shape.device)
+
+    def expect_bias(self, bias: Tensor, frequencies: Tensor) -> None:
+        r = self.regions
+        if r.k_tiles is not None:
+            with torch.inference_mode(False):
+                kept_out = key_bias(bias, frequencies, r.sink_size, r.k_tiles.codes.shape[2])
+            self.regions = r._replace(key_bias=kept_out)
 
     def use_reference(self) -> None:
         self._reference = True
@@ -131,14 +139,13 @@ class RegionCache(KVCache):
         past = torch.arange(start, device=k.device)
         middle = (past >= r.sink_size) & (past < r.sink_size + n_left)
         slots = torch.where(past < r.sink_size, past, r.sink_size + (past - r.sink_size) % r.ring_size)
-        stored = [part.tiles.of(row).part(slice(0, n_left // TILE)) for part in r.stored()]
-        formats = [part.format for part in r.stored()]
+        stored, tiles = [*r.stored()], slice(0, n_left // TILE)
         dense = []
         for i, (chunk, values) in enumerate(((k, r.k), (v, r.v))):
             kept = wide(values[row, :, slots[~middle]])
             parts = [kept[:, : r.sink_size], kept[:, r.sink_size :], wide(chunk)]
             if stored:
-                parts.insert(1, formats[i].dequantize(stored[i]).flatten(1, 2))
+                parts.insert(1, stored[i].dequantize(stored[i].tiles.of(row).part(tiles), tiles).flatten(1, 2))
             dense.append(torch.cat(parts, 1))
         positions = past if stored else past[~middle]
         for i in range(k.shape[1]):
@@ -156,11 +163,12 @@ class RegionCache(KVCache):
         first, end = (r.sink_size + r.n_left(n) for n in (pos, pos + 1))
         if first == end:
             return
-        for slots, tiles, form in r.stored():
-            tokens = slots[row, :, [r.slot(p) for p in range(first, end)]]
+        tile = (first - r.sink_size) // TILE
+        for part in r.stored():
+            tokens = part.slots[row, :, [r.slot(p) for p in range(first, end)]]
             require_finite(tokens, f"a key or value at positions {first} to {end - 1}")
-            made = form.quantize(tokens)
+            made = part.quantize(tokens[:, None], tile)
             require_finite(made.scales, f"a scale of the keys or values at positions {first} to {end - 1}")
-            for held, new in zip(tiles.of(row), made, strict=True):
+            for held, new in zip(part.tiles.of(row), made, strict=True):
                 if held is not None and new is not None:
-                    held[:, (first - r.sink_size) // TILE] = new
+                    held[:, tile : tile + 1] = new

@@ -8,14 +8,32 @@ from typing import NamedTuple
 from torch import Tensor
 
 from selective_kv.formats import TILE, Format, Tiles
+from selective_kv.key_bias import KeyBias
 
 
 class Stored(NamedTuple):
-    """K or V: its slots, its tiles, and how to read those."""
+    """K or V: its slots, its tiles, and how to write and read those."""
 
     slots: Tensor
     tiles: Tiles
     format: Format
+    bias: KeyBias | None  # kept out of the tiles
+
+    def quantize(self, x: Tensor, first: int) -> Tiles:
+        """x [..., n_kv_head, n_tile, TILE, head_dim], what the tiles from `first` on are to hold: as they will."""
+        if self.bias is not None:
+            x = self.bias.taken_out(x, slice(first, first + x.shape[-3]))
+        return self.format.quantize(x)
+
+    def stored(self, tiles: Tiles, which: slice) -> Tensor:
+        """The vectors of `tiles`, those at `which`, still rotated if they are: float32 [..., n_tile, TILE, head_dim]"""
+        x = self.format.stored(tiles)
+        return x if self.bias is None else x + self.format.rotate(self.bias.dense(which, x.shape[-1]))
+
+    def dequantize(self, tiles: Tiles, which: slice) -> Tensor:
+        """What `quantize` was given, but for the rounding: float32 [..., n_tile, TILE, head_dim]."""
+        x = self.format.dequantize(tiles)
+        return x if self.bias is None else x + self.bias.dense(which, x.shape[-1])
 
 
 class Regions(NamedTuple):
@@ -42,6 +60,7 @@ class Regions(NamedTuple):
     k_format: Format | None = None
     v_format: Format | None = None
     rotation: Tensor | None = None  # [head_dim, head_dim] of 1, -1 and 0 in k's dtype, where a format is rotated
+    key_bias: KeyBias | None = None  # what is not in the tiles of K
 
     @property
     def ring_size(self) -> int:
@@ -77,8 +96,8 @@ class Regions(NamedTuple):
     def stored(self) -> Iterator[Stored]:
         """K's and V's; nothing where the middle is dropped."""
         if self.k_tiles is not None and self.v_tiles is not None and self.k_format and self.v_format:
-            yield Stored(self.k, self.k_tiles, self.k_format)
-            yield Stored(self.v, self.v_tiles, self.v_format)
+            yield Stored(self.k, self.k_tiles, self.k_format, self.key_bias)
+            yield Stored(self.v, self.v_tiles, self.v_format, None)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of the memory that tokens are written to, by name: [batch, n_kv_head, slot or tile, ...]."""

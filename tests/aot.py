@@ -38,7 +38,7 @@ from selective_kv.kernels.store import append_kernel, close_kernel, slots_kernel
 TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "then": "*bf16",
          "positions": "*i64", "cos": "*fp32", "sin": "*fp32", "partial": "*fp32",
          "statistics": "*fp32", "k_codes": "*i8", "v_pairs": "*i16", "k_scale": "*i32", "v_scale": "*i32",
-         "k_factor": "*i32", "softmax_scale": "fp32"}  # fmt: skip
+         "k_factor": "*i32", "bias_pairs": "*i32", "bias_within": "*fp16", "bias_turned": "*fp32", "softmax_scale": "fp32"}  # fmt: skip
 
 
 HOPPER_SHARED = 232_448  # bytes that a program may have
@@ -46,7 +46,7 @@ HOPPER_SHARED = 232_448  # bytes that a program may have
 
 def compile_split_kernel(
     head_dim: int, group: int, k_bits: int = 8, v_bits: int = 8, batch_heads: int = 8,
-    dtype: str = "bf16", shared: int = HOPPER_SHARED, turn: bool = False,
+    dtype: str = "bf16", shared: int = HOPPER_SHARED, turn: bool = False, pairs: int = 0,
 ) -> dict[str, int] | None:  # fmt: skip
     """Registers, spills and instruction counts of `split_kernel`; None if the tools are missing."""
     itemsize = 4 if dtype == "fp32" else 2
@@ -56,7 +56,7 @@ def compile_split_kernel(
     constants = {
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
-        **stored_as(head_dim, k_bits, v_bits),
+        **stored_as(head_dim, k_bits, v_bits, pairs=pairs),
         "FLOAT_COST": cut["FLOAT_COST"], "INT_COST": cut["INT_COST"], "AHEAD": p.ahead, "TURN_SINKS": turn,
         "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
     }  # fmt: skip
@@ -170,14 +170,16 @@ def instructions(sass: str) -> list[str]:
     return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
 
 
-def stored_as(head_dim: int, k_bits: int, v_bits: int, rotated: bool = True) -> dict[str, Any]:
-    """What kernels are told of the formats."""
+def stored_as(head_dim: int, k_bits: int, v_bits: int, rotated: bool = True, pairs: int = 0) -> dict[str, Any]:
+    """What kernels are told of the formats, and of how many pairs of channels the bias is not in the tiles."""
     turn = rotation_size(head_dim) if rotated and k_bits else 1
-    return {"K_BITS": k_bits, "V_BITS": v_bits, "BALANCED": 0 < k_bits < 8, "K_ROTATION": turn, "V_ROTATION": turn}
+    return {"K_BITS": k_bits, "V_BITS": v_bits, "BALANCED": 0 < k_bits < 8, "K_ROTATION": turn, "V_ROTATION": turn,
+            "PAIRS": pairs}  # fmt: skip
 
 
 STORE_TYPES = {name: "*bf16" for name in ("chunk_k", "chunk_v", "k_new", "v_new", "k", "v", "rotation")} | {
-    "k_codes": "*u8", "v_codes": "*u8", "k_scale": "*i32", "v_scale": "*i32", "k_factor": "*i32", "positions": "*i64"
+    "k_codes": "*u8", "v_codes": "*u8", "k_scale": "*i32", "v_scale": "*i32", "k_factor": "*i32", "positions": "*i64",
+    "bias_pairs": "*i32", "bias_within": "*fp16", "bias_turned": "*fp32",
 }  # fmt: skip
 
 
@@ -231,9 +233,9 @@ def compile_combine_kernel(
     }
 
 
-def compiles(k_bits: int, v_bits: int, rotated: bool) -> None:
+def compiles(k_bits: int, v_bits: int, rotated: bool, pairs: int = 0) -> None:
     """Raises what the compiler does, for any kernel that writes or reads tiles."""
-    shared = {"HEAD_DIM": 128, "INTERPRET": False, **stored_as(128, k_bits, v_bits, rotated)}
+    shared = {"HEAD_DIM": 128, "INTERPRET": False, **stored_as(128, k_bits, v_bits, rotated, pairs)}
     compile_kernel(append_kernel, STORE_TYPES, shared | {"OVERLAP": True, "EARLY": False})
     compile_kernel(close_kernel, STORE_TYPES, shared | {"BLOCKS": 8})
     dense = {name: shared[name] for name in ("HEAD_DIM", "K_BITS", "V_BITS", "BALANCED")} | {"BLOCK": 32}

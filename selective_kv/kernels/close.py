@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from selective_kv.kernels.bias import less_bias
 from selective_kv.kernels.tile_softmax import ROUND, TILE
 
 PART = 16  # channels of keys, or tokens of values, that a program quantises at a time
@@ -71,12 +72,12 @@ def load_tokens(slots, chunk, chunk_stride, pos, d, start, sink_size, ring_size,
 
 @triton.jit
 def rotated_part(
-    slots, chunk, chunk_stride, rotation, pos, column, start, sink_size, ring_size,
+    slots, chunk, chunk_stride, rotation, pos, column, start, sink_size, ring_size, pairs, within, turned,
     HEAD_DIM: tl.constexpr, ROTATION: tl.constexpr, BALANCED: tl.constexpr, CHUNK: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The channels `column` [C] of the rotated vectors of the tokens at pos [N]: float32 [N, C]; and, where BALANCED,
-    the sums of all their squares, [N]."""
+    the sums of all their squares, [N]. With PAIRS, of keys less their bias: N is TILE then."""
     K: tl.constexpr = 16
     dtype: tl.constexpr = tl.float32 if INTERPRET else slots.dtype.element_ty
     x = tl.zeros((pos.shape[0], column.shape[0]), tl.float32)
@@ -85,6 +86,8 @@ def rotated_part(
         for first in range(0, HEAD_DIM, K):
             d = first + tl.arange(0, K)
             part = load_tokens(slots, chunk, chunk_stride, pos, d, start, sink_size, ring_size, HEAD_DIM, CHUNK)
+            if PAIRS > 0:
+                part = less_bias(part, d, pairs, within, turned, HEAD_DIM, PAIRS)
             if BALANCED:
                 wide = part.to(tl.float32)
                 squares += tl.sum(wide * wide, 1)
@@ -96,6 +99,8 @@ def rotated_part(
         x *= ROTATION**-0.5
     else:
         x = load_tokens(slots, chunk, chunk_stride, pos, column, start, sink_size, ring_size, HEAD_DIM, CHUNK)
+        if PAIRS > 0:
+            x = less_bias(x, column, pairs, within, turned, HEAD_DIM, PAIRS)
         x = x.to(tl.float32)
     return x, squares
 
@@ -103,16 +108,17 @@ def rotated_part(
 @triton.jit
 def close_keys(
     slots, chunk, chunk_stride, rotation, codes, scales, factors, first_pos, block, start, sink_size, ring_size,
+    pairs, within, turned,
     HEAD_DIM: tl.constexpr, BITS: tl.constexpr, ROTATION: tl.constexpr, BALANCED: tl.constexpr, CHUNK: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Quantise a block of channels of the tile of keys at positions first_pos and on. codes, scales, factors: the
-    tile's own."""
+    """Quantise a block of channels of the tile of keys at positions first_pos and on. codes, scales, factors, turned:
+    the tile's own; pairs, within: the KV head's."""
     token = tl.arange(0, TILE)
     column = block * 16 + tl.arange(0, 16)
     x, squares = rotated_part(
         slots, chunk, chunk_stride, rotation, first_pos + token, column, start, sink_size, ring_size,
-        HEAD_DIM, ROTATION, BALANCED, CHUNK, INTERPRET,
+        pairs, within, turned, HEAD_DIM, ROTATION, BALANCED, CHUNK, PAIRS, INTERPRET,
     )  # fmt: skip
     if BALANCED:
         norm = tl.sqrt_rn(squares) * HEAD_DIM**-0.5
@@ -167,7 +173,7 @@ def close_values(
     column = tl.arange(0, DIM)
     x, _squares = rotated_part(
         slots, chunk, chunk_stride, rotation, first_pos + token, column, start, sink_size, ring_size,
-        HEAD_DIM, ROTATION, False, CHUNK, INTERPRET,
+        scales, scales, scales, HEAD_DIM, ROTATION, False, CHUNK, 0, INTERPRET,
     )  # fmt: skip
     there = (column < HEAD_DIM)[None, :]
     low = tl.min(tl.where(there, x, float("inf")), 1, keep_dims=True)

@@ -26,11 +26,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from selective_kv.kernels.basics import INTERPRET, in_order
+from selective_kv.kernels.bias import bias_queries
 from selective_kv.kernels.decode_config import Plan, cuts, fitting, merging, plan, processor, sharing
 from selective_kv.kernels.hadamard import butterfly
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, at_slot, float_block
-from selective_kv.kernels.operands import rotations, stored_bits, tile_operands
+from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
 from selective_kv.kernels.split_kv import count_left, fetch, first_blocks, partition, written
 from selective_kv.kernels.tile_softmax import TILE, add_block, new_state, weighted_values
 from selective_kv.regions import Regions
@@ -102,12 +103,12 @@ def float_share(
 
 @triton.jit
 def tile_share(
-    x, k, v, k_scale, v_scale, k_factor, lo, hi, scale,
+    x, k, v, k_scale, v_scale, k_factor, by_bias, bias_within, bias_turned, lo, hi, scale,
     HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr,
     V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Tokens lo to hi - 1 of those in tiles. x: queries, float32 [D, HEADS].
+    """Tokens lo to hi - 1 of those in tiles. x: queries, float32 [D, HEADS]; by_bias: as for `add_block`.
 
     Returns of each warp weighted sums of values as [WARPS, dims / 2, HEADS, 2], largest scores in log2 units and sums
     of weights, [WARPS, HEADS].
@@ -123,8 +124,8 @@ def tile_share(
     state = new_state(WARPS, SLICE // PARTS, DIM, HEADS)
     for start in tl.range(lo, hi, WARPS * SLICE, num_stages=STAGES):
         state = add_block(
-            state, query, scale, k, v, k_scale, v_scale, k_factor, lo * 0 + start, HEAD_DIM, HEADS, WARPS,
-            SLICE // PARTS, PARTS, K_BITS, V_BITS, BALANCED, INTERPRET,
+            state, query, scale, k, v, k_scale, v_scale, k_factor, by_bias, bias_within, bias_turned, lo * 0 + start,
+            HEAD_DIM, HEADS, WARPS, SLICE // PARTS, PARTS, K_BITS, V_BITS, BALANCED, PAIRS, INTERPRET,
         )  # fmt: skip
     even, odd = weighted_values(state, V_BITS)
     if V_ROTATION > 1:  # bit 0 of a dim, then the others
@@ -136,18 +137,19 @@ def tile_share(
 
 @triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
-    q, k, v, k_codes, v_pairs, k_scale, v_scale, k_factor, positions, cos, sin, partial, statistics, then,
+    q, k, v, k_codes, v_pairs, k_scale, v_scale, k_factor, bias_pairs, bias_within, bias_turned, positions, cos, sin,
+    partial, statistics, then,
     q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, n_tile, group, sink_size, window_size, n_slot, n_split,
     then_bytes, then_each, softmax_scale,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr,
-    V_ROTATION: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, AHEAD: tl.constexpr,
+    V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, AHEAD: tl.constexpr,
     TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (column, sequence, split): one split of the tokens of one sequence, one KV head (column // TILES) and
     HEADS of its query heads. TILES: columns of a KV head, not tiles of tokens. K_BITS 0: nothing is quantised.
-    K_ROTATION, V_ROTATION: `rotation_size`, or 1.
+    K_ROTATION, V_ROTATION: `rotation_size`, or 1. PAIRS: of channels whose bias is not in the tiles (bias.py).
 
     partial: float32 [sequence, column, n_split + 1, WARPS, HEADS, HEAD_DIM], weighted sums of values; statistics:
     float32 [sequence, column, n_split + 1, WARPS, HEADS, 2], the largest score in log2 units and the sum of weights.
@@ -213,9 +215,15 @@ def split_kernel(
         d, member = tl.arange(0, DIM), tl.arange(0, HEADS)
         head = column % TILES * HEADS + member  # within the group
         x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
+        by_bias = x, x
+        if PAIRS > 0:
+            by_bias = bias_queries(
+                q, q_stride_h, head, group, bias_pairs + kv_head * PAIRS, log2_scale, HEAD_DIM, PAIRS
+            )  # fmt: skip
         sums, largest, weights = tile_share(
-            x, k_codes, v_pairs, k_scale, v_scale, k_factor, tile_lo, tile_hi, log2_scale, HEAD_DIM, WARPS, INT_SLICE,
-            INT_STAGES, K_BITS, V_BITS, BALANCED, K_ROTATION, V_ROTATION, INTERPRET,
+            x, k_codes, v_pairs, k_scale, v_scale, k_factor, by_bias, bias_within + kv_head * (2 * PAIRS * TILE),
+            bias_turned + kv_head * n_tile * (2 * PAIRS), tile_lo, tile_hi, log2_scale, HEAD_DIM, WARPS, INT_SLICE,
+            INT_STAGES, K_BITS, V_BITS, BALANCED, K_ROTATION, V_ROTATION, PAIRS, INTERPRET,
         )  # fmt: skip
         dim = (2 * tl.arange(0, DIM // 2)[:, None, None] + tl.arange(0, 2)[None, None, :])[None]
         result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split + 1) * WARPS + tl.arange(0, WARPS)
@@ -361,8 +369,9 @@ def run(
     out = torch.empty(batch, n_head, head_dim, dtype=q.dtype, device=q.device)
     grid = (n_column, batch, n_split)  # also where there are fewer blocks: empty splits prefetch `then`
     then_bytes = 0 if then is None or not overlap else min(then.nbytes, MOST_THEN)
+    bias, n_pair = bias_operands(regions)
     launch(split_kernel, grid)(
-        q, regions.k, regions.v, k_codes, v_codes, k_scale, v_scale, k_factor, positions,
+        q, regions.k, regions.v, k_codes, v_codes, k_scale, v_scale, k_factor, *bias, positions,
         cos, sin, partial, statistics, q if then is None else then,
         *q.stride()[:2], *regions.k.stride()[:2], k_codes.shape[2], group, regions.sink_size, regions.window_size,
         n_slot, n_split, then_bytes,
@@ -370,7 +379,7 @@ def run(
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
         V_BITS=v_bits, BALANCED=regions.k_format is not None and regions.k_format.balanced, **rotations(regions),
-        FLOAT_COST=cut["FLOAT_COST"], INT_COST=cut["INT_COST"],
+        PAIRS=n_pair, FLOAT_COST=cut["FLOAT_COST"], INT_COST=cut["INT_COST"],
         AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_rope is not None,
         INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip

@@ -248,7 +248,10 @@ def history_attention(
     rotated = rotated_heads(q) if keys.format.rotated else q
     stored = None
     for first in range(0, n_tile, BLOCK_TILES):
-        k, v = dequantize_tiles(regions, first, min(first + BLOCK_TILES, n_tile))
+        which = slice(first, min(first + BLOCK_TILES, n_tile))
+        k, v = dequantize_tiles(regions, which.start, which.stop)
+        if keys.bias is not None and not k.is_meta:
+            k += keys.format.rotate(keys.bias.dense(which, k.shape[3])).flatten(1, 2).to(k.dtype)
         met = over_dense(rotated, k, v)
         stored = met if stored is None else merge(*stored, *met)
     assert stored is not None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from selective_kv.formats import rotation_size
+from selective_kv.key_bias import PAIRS
 from selective_kv.regions import Regions
 
 
@@ -35,3 +36,10 @@ def tile_operands(regions: Regions) -> list[Tensor]:
     assert all(t.is_contiguous() for t in (k, v, k_scale, v_scale))
     words = [t.view(torch.int32).flatten(-2) for t in (k_scale, v_scale, k_scale if factor is None else factor)]
     return [k, v, *words]
+
+
+def bias_operands(regions: Regions) -> tuple[list[Tensor], int]:
+    """What kernels take of the key bias that is not in the tiles, and what they are told: how many pairs of channels."""
+    if regions.key_bias is None:
+        return [regions.k] * 3, 0
+    return [*regions.key_bias], PAIRS

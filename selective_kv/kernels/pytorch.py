@@ -74,7 +74,7 @@ def _close_tiles(regions: Regions, first: int, end: int, k: Tensor, v: Tensor, s
     fresh = slice(max(positions.start, start) - start, max(positions.stop, start) - start)
     for chunk, part in zip((k, v), regions.stored(), strict=False):
         tokens = torch.cat((part.slots[:, :, slots], chunk[:, :, fresh].to(part.slots.dtype)), 2)
-        made = part.format.quantize(tokens.unflatten(2, (-1, TILE)))
+        made = part.quantize(tokens.unflatten(2, (-1, TILE)), first // TILE)
         for held, new in zip(part.tiles, made, strict=True):
             if held is not None and new is not None:
                 held[:, :, first // TILE : end // TILE] = new
@@ -122,7 +122,10 @@ def _decode(q: Tensor, held: Regions, n_token: int, sink_rope: tuple[Tensor, Ten
     n_left, stored = held.n_left(n_token), [*held.stored()]
     if stored:
         keys, values = stored
-        scores.append(_score_tiles(keys.format.rotate(query), keys.tiles, keys.format, n_left // TILE))
+        tile_scores = _score_tiles(keys.format.rotate(query), keys.tiles, keys.format, n_left // TILE)
+        if keys.bias is not None:
+            tile_scores += keys.bias.scores(query, n_left // TILE).flatten(-2)
+        scores.append(tile_scores)
     prob = torch.cat(scores, -1).softmax(-1).split([s.shape[-1] for s in scores], -1)
     y = sum(p @ held.v[0, :, part].float() for p, part in zip(prob, parts, strict=False))
     if stored:
@@ -202,7 +205,7 @@ def history_attention(
     for lo in range(0, n_left // TILE, BLOCK_TILES):
         part = slice(lo, min(lo + BLOCK_TILES, n_left // TILE))
         # [batch, n_kv_head, token, head_dim]
-        k, v = (x.format.stored(x.tiles.part(part)).flatten(2, 3).to(q.dtype) for x in (keys, values))
+        k, v = (x.stored(x.tiles.part(part), part).flatten(2, 3).to(q.dtype) for x in (keys, values))
         stored = merge(*stored, *attend(rotated, k, v))
     return merge(*seen, values.format.rotate(stored[0]), stored[1])
 

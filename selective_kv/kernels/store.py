@@ -18,7 +18,7 @@ from selective_kv.kernels.basics import INTERPRET, prefetch
 from selective_kv.kernels.close import PART, close_keys, close_values
 from selective_kv.kernels.decode_config import early, processor
 from selective_kv.kernels.launch import launch
-from selective_kv.kernels.operands import rotations, stored_bits, tile_operands
+from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
 from selective_kv.kernels.tile_softmax import TILE
 from selective_kv.regions import Regions
 
@@ -26,14 +26,15 @@ from selective_kv.regions import Regions
 @triton.jit(do_not_specialize=["n_tile", "sink_size", "window_size", "n_slot", "n_program"])
 def append_kernel(
     k_new, v_new, k, v, k_codes, v_codes, k_scale, v_scale, k_factor, rotation, positions,
-    new_stride_kb, new_stride_kh, new_stride_vb, new_stride_vh, slot_stride_b, slot_stride_h,
-    n_tile, sink_size, window_size, n_slot, n_program,
+    bias_pairs, bias_within, bias_turned, new_stride_kb, new_stride_kh, new_stride_vb, new_stride_vh,
+    slot_stride_b, slot_stride_h, n_tile, sink_size, window_size, n_slot, n_program,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr,
-    K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, sequence, i): K for even i and V for odd ones; the first of each writes the new token, and
-    n_program of each share the blocks of a tile that closes. K_BITS 0: what leaves is dropped.
+    n_program of each share the blocks of a tile that closes. K_BITS 0: what leaves is dropped. PAIRS: of channels
+    whose bias is kept out of the tiles.
 
     A tile that closes depends on earlier steps alone: it is quantised before the PDL wait, while the launch that
     computes the new key and value still runs. Only a load and a store follow the wait. EARLY: the PDL trigger comes at
@@ -60,7 +61,9 @@ def append_kernel(
                     close_keys(
                         k + slot_at, k, 0, rotation, k_codes + tile_at * (TILE * HEAD_DIM * K_BITS // 8),
                         k_scale + tile_at * HEAD_DIM, k_factor + tile_at * (TILE // 2), first_pos, block, pos,
-                        sink_size, ring_size, HEAD_DIM, K_BITS, K_ROTATION, BALANCED, False, INTERPRET,
+                        sink_size, ring_size, bias_pairs + head * PAIRS, bias_within + head * (2 * PAIRS * TILE),
+                        bias_turned + (head * n_tile + tile) * (2 * PAIRS),
+                        HEAD_DIM, K_BITS, K_ROTATION, BALANCED, False, PAIRS, INTERPRET,
                     )  # fmt: skip
             else:
                 for block in range(member, TILE // 16, n_program):
@@ -98,7 +101,7 @@ def flags_of(regions: Regions) -> dict[str, int]:
     return {
         "HEAD_DIM": regions.k.shape[3], "K_BITS": k_bits, "V_BITS": v_bits,
         "BALANCED": regions.k_format is not None and regions.k_format.balanced, **rotations(regions),
-        "INTERPRET": INTERPRET,
+        "PAIRS": bias_operands(regions)[1], "INTERPRET": INTERPRET,
     }  # fmt: skip
 
 
@@ -126,7 +129,7 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
     stored = tile_operands(regions)
     rotation = regions.k if regions.rotation is None else regions.rotation
     launch(append_kernel, (n_kv_head, batch, 2 * n_program))(
-        k, v, regions.k, regions.v, *stored, rotation, positions,
+        k, v, regions.k, regions.v, *stored, rotation, positions, *bias_operands(regions)[0],
         *k.stride()[:2], *v.stride()[:2], *regions.k.stride()[:2], stored[0].shape[2],
         regions.sink_size, regions.window_size, regions.k.shape[2], n_program,
         **flags, OVERLAP=here.overlap, launch_pdl=here.overlap, num_warps=1,
@@ -135,11 +138,13 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
 
 @triton.jit(do_not_specialize=["start", "first_tile", "n_tile", "n_kv_head", "sink_size", "n_slot"])
 def close_kernel(
-    chunk_k, chunk_v, k, v, k_codes, v_codes, k_scale, v_scale, k_factor, rotation, start, first_tile,
+    chunk_k, chunk_v, k, v, k_codes, v_codes, k_scale, v_scale, k_factor, rotation,
+    bias_pairs, bias_within, bias_turned, start, first_tile,
     k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, slot_stride_b, slot_stride_h,
     n_tile, n_kv_head, sink_size, n_slot,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr,
-    K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr, BLOCKS: tl.constexpr, INTERPRET: tl.constexpr,
+    K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr, BLOCKS: tl.constexpr, PAIRS: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program (block of a tile, sequence and KV head, 0 for K and 1 for V): tiles from first_tile on, whose tokens are
     in their slots if they are older than `start`, and in the chunk that begins there if not.
@@ -156,7 +161,9 @@ def close_kernel(
                 k + slot_at, chunk_k + batch * k_stride_b + head * k_stride_h, k_stride_t, rotation,
                 k_codes + tile_at * (TILE * HEAD_DIM * K_BITS // 8), k_scale + tile_at * HEAD_DIM,
                 k_factor + tile_at * (TILE // 2), first_pos, block, start, sink_size, n_slot - sink_size,
-                HEAD_DIM, K_BITS, K_ROTATION, BALANCED, True, INTERPRET,
+                bias_pairs + head * PAIRS, bias_within + head * (2 * PAIRS * TILE),
+                bias_turned + (head * n_tile + tile) * (2 * PAIRS),
+                HEAD_DIM, K_BITS, K_ROTATION, BALANCED, True, PAIRS, INTERPRET,
             )  # fmt: skip
     elif block * 16 < TILE:
         close_values(
@@ -204,7 +211,7 @@ def close_tiles(regions: Regions, k: Tensor, v: Tensor, start: int, first: int, 
     rotation = regions.k if regions.rotation is None else regions.rotation
     blocks = max(triton.cdiv(head_dim, PART), TILE_TOKENS // PART)
     launch(close_kernel, ((end - first) // TILE_TOKENS * blocks, batch * n_kv_head, 2))(
-        k, v, regions.k, regions.v, *stored, rotation, start, first // TILE_TOKENS,
+        k, v, regions.k, regions.v, *stored, rotation, *bias_operands(regions)[0], start, first // TILE_TOKENS,
         *k.stride()[:3], *v.stride()[:3], *regions.k.stride()[:2], stored[0].shape[2],
         n_kv_head, regions.sink_size, regions.k.shape[2], **flags_of(regions), BLOCKS=blocks, num_warps=1,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from selective_kv.kernels.bias import bias_scores, bias_terms
 from selective_kv.kernels.unpack import (
     key_bytes_2,
     key_bytes_3,
@@ -166,14 +167,15 @@ def new_state(WARPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, N: tl.
 
 @triton.jit
 def add_block(
-    state, query, log2_scale, k, v, k_scale, v_scale, k_factor, start,
+    state, query, log2_scale, k, v, k_scale, v_scale, k_factor, by_bias, bias_within, bias_turned, start,
     HEAD_DIM: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, INTERPRET: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Add WARPS * ROWS * PARTS tokens, the first of which is `start` counted over all tiles, to the softmax.
 
     query: float32 [DIM, N], rotated where the keys are; log2_scale: from q·k to log2 units. k, v (as int16), their
-    scales and factors: of one KV head of one sequence.
+    scales and factors: of one KV head of one sequence. by_bias: what `bias_queries` returns, where PAIRS of channels
+    have a bias that is not in the tiles.
     """
     top, total, unit, even, odd, bases = state
     DIM: tl.constexpr = query.shape[0]
@@ -213,6 +215,11 @@ def add_block(
                 scores[0] * one[:, :, None], scores[1] * three[:, :, None], scores[2] * two[:, :, None],
                 scores[3] * four[:, :, None],
             )  # fmt: skip
+    if PAIRS > 0:
+        terms = bias_terms(by_bias[0], by_bias[1], bias_turned, tile, WARPS)
+        without, scores = scores, ()
+        for j in tl.static_range(PARTS):
+            scores = scores + (without[j] + bias_scores(terms, bias_within, row + j * (TILE // PARTS)),)  # noqa: RUF005
 
     new_top = top
     new_unit = unit

@@ -1,0 +1,68 @@
+"""The key bias that is kept out of tiles, in Triton: taken out of keys, given back to scores (key_bias.py has the maths).
+
+A row or column `term` stands for the cosine of pair term / 2 where it is even, for its sine where it is odd: TERMS is
+2 * PAIRS. Products are of float16: the cosines and sines are that exactly, and the other factor is two of them, its
+rounded value and what is left, as accurate as float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LARGEST = tl.constexpr(60000.0)  # float16 ends at 65,504, and no softmax tells such scores apart
+
+
+@triton.jit
+def two_halves(x):
+    """float32 as the sum of two float16."""
+    x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def bias_queries(q, stride_h, head, n_head, pairs, scale, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
+    """What u and w are multiplied by in a score, times `scale`: two of float32 [TERMS, N]. head: [N]; pairs: of the KV
+    head."""
+    term = tl.arange(0, 2 * PAIRS)
+    channel, odd = tl.load(pairs + term // 2), term % 2 == 1
+    there = (head < n_head)[None, :] & (term >= 0)[:, None]
+    at = q + head[None, :] * stride_h + channel[:, None]
+    by_u = tl.load(at + tl.where(odd, HEAD_DIM // 2, 0)[:, None], there, 0.0).to(tl.float32)
+    by_w = tl.load(at + tl.where(odd, 0, HEAD_DIM // 2)[:, None], there, 0.0).to(tl.float32)
+    return by_u * scale, by_w * tl.where(odd, -scale, scale)[:, None]
+
+
+@triton.jit
+def bias_terms(by_u, by_w, turned, tile, WARPS: tl.constexpr):
+    """What the cosines and sines of a tile's tokens are multiplied by: two float16 [WARPS, TERMS, N], to be added."""
+    TERMS: tl.constexpr = by_u.shape[0]
+    term = tl.arange(0, TERMS)
+    at = turned + (tile * (TERMS // 2) + term // 2) * 2
+    high, low = two_halves(by_u * tl.load(at)[:, None] + by_w * tl.load(at + 1)[:, None])
+    shape: tl.constexpr = (WARPS, TERMS, by_u.shape[1])
+    return tl.broadcast_to(high[None], shape), tl.broadcast_to(low[None], shape)
+
+
+@triton.jit
+def bias_scores(terms, within, token):
+    """The bias' part of the scores of the tokens `token` [WARPS, ROWS] of a tile: float32 [WARPS, ROWS, N]."""
+    high, low = terms
+    TERMS: tl.constexpr = high.shape[1]
+    cos_sin = tl.load(within + token[:, :, None] * TERMS + tl.arange(0, TERMS)[None, None, :])
+    return tl.dot(cos_sin, low, tl.dot(cos_sin, high))
+
+
+@triton.jit
+def less_bias(x, d, pairs, within, turned, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
+    """Channels d [K] of a tile's keys, x [TILE, K], without the bias, in their dtype. turned: of the tile."""
+    term, token = tl.arange(0, 2 * PAIRS), tl.arange(0, x.shape[0])
+    channel, odd = tl.load(pairs + term // 2), (term % 2 == 1)[:, None]
+    u, w = tl.load(turned + term // 2 * 2)[:, None], tl.load(turned + term // 2 * 2 + 1)[:, None]
+    second = (d >= HEAD_DIM // 2)[None, :]
+    factor = tl.where(second == odd, u, w)
+    factor = tl.where(odd & (d < HEAD_DIM // 2)[None, :], -factor, factor)
+    high, low = two_halves(tl.where(channel[:, None] == (d % (HEAD_DIM // 2))[None, :], factor, 0.0))
+    cos_sin = tl.load(within + token[:, None] * (2 * PAIRS) + term[None, :])
+    return (x.to(tl.float32) - tl.dot(cos_sin, low, tl.dot(cos_sin, high))).to(x.dtype)
