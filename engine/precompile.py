@@ -163,26 +163,27 @@ def walk(
     from engine.kernels.triton_backend import TRITON as STEP
     from selective_kv.kernels.triton_backend import TRITON
 
-    if config.qkv_bias:  # whether it is kept out of tiles depends on weights that nobody has read yet: any layer may
-        walk(replace(config, qkv_bias=False), policy, shape, sampling, parts, weights, ranks)
     sums = None if ranks is None else _Sums(ranks)
     model = skeleton(replace(config, n_layer=2), weights, shape.dtype, sums)  # the last layer is another kind
     blank(model)
-    cache = _Past(policy, 2, replace(shape, device=META))
-    cache.expect_biases(model.key_biases(), model.frequencies)
-    if not all([layer.wrap_kernels(lambda _: TRITON) for layer in cache.layers]):  # a plugin's own attention
-        return
-    tokens = torch.zeros(shape.batch, 1, dtype=torch.int64, device=META)
     use_kernels(model, STEP)
-    logits = FusedStep(model, STEP)(tokens, cache)
+    # Whether a key bias is kept out of tiles depends on weights that nobody has read yet, and differs between layers.
+    biased = config.qkv_bias and not config.qk_norm
+    for bias in (None, torch.empty(config.n_kv_head, config.head_dim, device=META)) if biased else (None,):
+        cache = _Past(policy, 2, replace(shape, device=META))
+        cache.expect_biases([bias] * 2, model.frequencies)
+        if not all([layer.wrap_kernels(lambda _: TRITON) for layer in cache.layers]):  # a plugin's own attention
+            return
+        tokens = torch.zeros(shape.batch, 1, dtype=torch.int64, device=META)
+        logits = FusedStep(model, STEP)(tokens, cache)
+        for row, start, n_token in parts:
+            view: Any = cache.slot(row)
+            view.start = start
+            FusedChunk(model)(torch.zeros(1, n_token, dtype=torch.int64, device=META), view)
     if sampling.temperature == 0 and ranks is None:
         STEP.greedy(logits)
     elif sampling.temperature == 0:
         STEP.chosen(STEP.best(logits, config.vocab_start))
-    for row, start, n_token in parts:
-        view: Any = cache.slot(row)
-        view.start = start
-        FusedChunk(model)(torch.zeros(1, n_token, dtype=torch.int64, device=META), view)
 
 
 class _Compilers(ThreadPoolExecutor):

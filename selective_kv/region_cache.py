@@ -10,8 +10,8 @@ from torch import Tensor
 
 from selective_kv.cache import Chunk, KVCache, RopeLike, Shape, wide
 from selective_kv.formats import TILE, Format, require_finite, rotation_matrix
-from selective_kv.key_bias import key_bias
 from selective_kv.kernels import AttentionKernels, attention_kernels, chunk_attention
+from selective_kv.key_bias import key_bias
 from selective_kv.regions import Regions
 
 
@@ -59,7 +59,7 @@ class RegionCache(KVCache):
         r = self.regions
         if r.k_tiles is not None:
             with torch.inference_mode(False):
-                kept_out = key_bias(bias, frequencies, r.sink_size, r.k_tiles.codes.shape[2])
+                kept_out = key_bias(bias.to(r.k.device), frequencies, r.sink_size, r.k_tiles.codes.shape[2])
             self.regions = r._replace(key_bias=kept_out)
 
     def use_reference(self) -> None:

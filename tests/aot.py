@@ -38,7 +38,8 @@ from selective_kv.kernels.store import append_kernel, close_kernel, slots_kernel
 TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "then": "*bf16",
          "positions": "*i64", "cos": "*fp32", "sin": "*fp32", "partial": "*fp32",
          "statistics": "*fp32", "k_codes": "*i8", "v_pairs": "*i16", "k_scale": "*i32", "v_scale": "*i32",
-         "k_factor": "*i32", "bias_pairs": "*i32", "bias_within": "*fp16", "bias_turned": "*fp32", "softmax_scale": "fp32"}  # fmt: skip
+         "k_factor": "*i32",
+         "bias_pairs": "*i32", "bias_within": "*fp16", "bias_turned": "*fp32", "softmax_scale": "fp32"}  # fmt: skip
 
 
 HOPPER_SHARED = 232_448  # bytes that a program may have

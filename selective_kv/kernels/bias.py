@@ -1,4 +1,4 @@
-"""The key bias that is kept out of tiles, in Triton: taken out of keys, given back to scores (key_bias.py has the maths).
+"""The key bias that is kept out of tiles, in Triton: taken out of keys, given back to scores (maths: key_bias.py).
 
 A row or column `term` stands for the cosine of pair term / 2 where it is even, for its sine where it is odd: TERMS is
 2 * PAIRS. Products are of float16: the cosines and sines are that exactly, and the other factor is two of them, its

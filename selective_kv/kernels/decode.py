@@ -144,8 +144,8 @@ def split_kernel(
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr,
-    V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, AHEAD: tl.constexpr,
-    TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr,
+    AHEAD: tl.constexpr, TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (column, sequence, split): one split of the tokens of one sequence, one KV head (column // TILES) and
     HEADS of its query heads. TILES: columns of a KV head, not tiles of tokens. K_BITS 0: nothing is quantised.

@@ -39,7 +39,7 @@ def tile_operands(regions: Regions) -> list[Tensor]:
 
 
 def bias_operands(regions: Regions) -> tuple[list[Tensor], int]:
-    """What kernels take of the key bias that is not in the tiles, and what they are told: how many pairs of channels."""
+    """What kernels take of the key bias that is not in the tiles, and of how many pairs of channels it is."""
     if regions.key_bias is None:
         return [regions.k] * 3, 0
     return [*regions.key_bias], PAIRS

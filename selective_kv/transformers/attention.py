@@ -85,7 +85,9 @@ def attention(
         query = query * (scaling * head_dim**0.5)  # the kernels scale by head_dim ** -0.5
     sequences = layer.sequences
     if not torch.compiler.is_compiling():
-        out = sequences.attend(layer.index, query, key.keys, value, sequences.counts, attention_mask, eager=True)
+        out = sequences.attend(
+            layer.index, query, key.keys, value, sequences.counts, attention_mask, eager=True, module=module
+        )  # fmt: skip
     elif query.shape[2] == 1 and attention_mask is None:
         out = decode(query, key.keys, value, sequences.counts, sequences.handle, layer.index)
     else:

@@ -1,4 +1,5 @@
-"""RoPE, for the one cache that asks: `compress_kv` sees its sinks at their distance within the cache.
+"""RoPE, for the two caches that ask: `compress_kv` sees its sinks at their distance within the cache, and `quantize_kv`
+keeps the bias of keys out of what it stores.
 
 transformers rotates keys and queries before a cache meets them, by original positions. That is what every cache here
 expects; sink + window turns its queries back for the sinks, by frequencies that come from the model's config.
@@ -37,6 +38,26 @@ def rope_frequencies(config: Any) -> Tensor:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pair = torch.arange(0, head_dim, 2, dtype=torch.float64)
     return settings["rope_theta"] ** (-pair / head_dim)
+
+
+def turned_bias(module: Any, config: Any) -> tuple[Tensor, Tensor] | None:
+    """The bias of an attention module's keys, float32 [n_kv_head, head_dim] and as long as RoPE makes it, and RoPE's
+    frequencies; None where it has none, or RoPE is not known. Were it another one, keys would be stored less well, and
+    attention would be as right.
+    """
+    bias = getattr(getattr(module, "k_proj", None), "bias", None)
+    if (
+        not isinstance(bias, Tensor) or bias.is_meta or hasattr(module, "k_norm")
+    ):  # after a norm no two keys have the same in them
+        return None
+    try:
+        frequencies = rope_frequencies(config)
+    except ValueError:
+        return None
+    kind, magnitude = config.rope_parameters["rope_type"], 1.0
+    if kind in FIXED:
+        magnitude = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[1]
+    return bias.detach().float().view(-1, 2 * len(frequencies)) * magnitude, frequencies
 
 
 class Turn:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from selective_kv.cache import Chunk, KVCache, Shape
 from selective_kv.transformers.captured import CapturedSteps
-from selective_kv.transformers.rope import Turn, rope_frequencies
+from selective_kv.transformers.rope import Turn, rope_frequencies, turned_bias
 
 ROOM = 512  # tokens more than are needed, where a cache grows by itself: one copy of it in so many steps
 
@@ -61,6 +61,10 @@ class Sequences:
         self.captured: CapturedSteps | None = None  # of an eager model; for the memory as it is
         self.replays = False  # whether this pass, if it is a step, goes by those
         self._frequencies: Tensor | None = None
+        # Each layer's bias of keys and RoPE's frequencies, as its cache was told; None before the first pass. What that
+        # pass does not tell is never told: steps may have been captured without it.
+        self.biases: list[tuple[Tensor, Tensor] | None] | None = None
+        self.first_pass = False
         seen = policy.sees()
         if seen is not None and seen.within:
             self.frequencies()  # raises now where they are not known, and not in the middle of a text
@@ -91,6 +95,7 @@ class Sequences:
             for layer in self.layers:
                 layer.allocate(self.shape)
             self.counts = torch.zeros(batch + 1, dtype=torch.int64, device=k.device)
+        self.biases = None
         self._settle()
 
     def expect(self, k: Tensor) -> None:
@@ -145,6 +150,9 @@ class Sequences:
                     )
                 new = dataclasses.replace(layer)
                 new.allocate(shape)
+                bias = self.biases[i] if self.biases is not None else None
+                if bias is not None:
+                    new.expect_bias(*bias)
                 into = new.storage()
                 assert into is not None
                 for source, target in zip(old, into, strict=False):  # more memory may have tensors that less has not
@@ -208,14 +216,15 @@ class Sequences:
     # A forward pass
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, counts: Tensor, mask: Tensor | None, eager: bool = False
-    ) -> Tensor:
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, counts: Tensor, mask: Tensor | None, eager: bool = False,
+        module: Any = None,
+    ) -> Tensor:  # fmt: skip
         """Attention of q [batch, n_head, column, head_dim] in a layer that takes in k and v [batch, n_kv_head, ...].
 
         counts: `self.counts`, or the copy of it that a compiled graph works on; the last layer adds to it. mask: None,
         or bool [batch, column so far and in this pass], False where padding is: nothing is stored for it, and its
-        output is zero. eager: not from a compiled graph; the output is then valid until the next layer's. Raises
-        ValueError where the cache cannot take the tokens.
+        output is zero. eager: not from a compiled graph; the output is then valid until the next layer's. module:
+        the model's, of this layer, if it is known. Raises ValueError where the cache cannot take the tokens.
         """
         if layer == 0:
             self._begin(q, counts, mask)
@@ -223,6 +232,10 @@ class Sequences:
         elif not self.under_way:
             raise ValueError("a forward pass must begin with the model's first layer")
         cache = self.layers[layer]
+        if self.first_pass and self.biases is not None and self.biases[layer] is None:
+            told = self.biases[layer] = turned_bias(module, self.config)
+            if told is not None:
+                cache.expect_bias(*told)
         if self.turn is not None:
             out = self._step(layer, q, k, v, counts)
         elif self.whole:
@@ -256,6 +269,9 @@ class Sequences:
         """What the layers of this pass share. One token a sequence is decoding: nothing is read from the device."""
         if self.under_way:
             raise ValueError("the forward pass before this one ended before its last layer: reset() the cache")
+        self.first_pass = self.biases is None
+        if self.first_pass:
+            self.biases = [None] * len(self.layers)
         if q.shape[2] == 1 and mask is None:
             self._room_for_a_step(counts)
             self.turn = Turn(self.frequencies, counts[:-1][:, None])

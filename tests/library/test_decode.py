@@ -386,6 +386,6 @@ def test_every_kernel_compiles_for_hopper() -> None:
     """The interpreter is lenient about types; the compiler is not."""
     compiled(
         "compiles",
-        [(8, 8, False), (4, 8, False), (8, 4, True), (4, 4, True), (3, 3, True), (3, 2, True), (2, 3, False)],
+        [(8, 8, False), (4, 8, False), (8, 4, True), (4, 4, True, 8), (3, 3, True), (3, 2, True), (2, 3, False)],
     )
     compiled("compile_the_rest", [()])
