@@ -29,8 +29,8 @@ def append_kernel(
     bias_pairs, bias_within, bias_turned, new_stride_kb, new_stride_kh, new_stride_vb, new_stride_vh,
     slot_stride_b, slot_stride_h, n_tile, sink_size, window_size, n_slot, n_program,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr,
-    K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
-    EARLY: tl.constexpr,
+    K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
+    OVERLAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, sequence, i): K for even i and V for odd ones; the first of each writes the new token, and
     n_program of each share the blocks of a tile that closes. K_BITS 0: what leaves is dropped. PAIRS: of channels
