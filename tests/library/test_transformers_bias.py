@@ -1,4 +1,4 @@
-"""The bias of a Qwen 2's keys in transformers' `generate`: the plug-in finds it, and the cache keeps it out of tiles."""
+"""The bias of a Qwen 2's keys in transformers' `generate`: the plug-in finds it, the cache keeps it out of tiles."""
 
 from __future__ import annotations
 
