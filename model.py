@@ -351,7 +351,7 @@ class Transformer(nn.Module):
             return [None] * c.n_layer
         magnitude = 1.0 if c.rope_scaling is None else c.rope_scaling.magnitude
         rows = slice(c.n_head * c.head_dim, (c.n_head + c.n_kv_head) * c.head_dim)
-        biases = [block.attention.wqkv.bias for block in self.layers]  # type: ignore[union-attr]
+        biases: list[Tensor] = [block.attention.wqkv.bias for block in self.layers]  # type: ignore[union-attr, misc]
         return [bias.detach()[rows].float().view(c.n_kv_head, -1) * magnitude for bias in biases]
 
     def read(self, tokens: Tensor, cache: Cache) -> Tensor:

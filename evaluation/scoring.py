@@ -90,7 +90,8 @@ class ParallelLayer:
                 out[:, lo:hi] = self._window_block(q[:, lo:hi], k[:, :hi], v[:, :hi], lo, rope.frequencies)
             return out.view(shape)
         n_left = self._n_left(n_token)
-        rounded = self._rounded(*(x[:, self.sink : self.sink + n_left] for x in (k, v)), q.dtype, rope.frequencies)
+        stored = slice(self.sink, self.sink + n_left)
+        rounded = self._rounded(k[:, stored], v[:, stored], q.dtype, rope.frequencies)
         lo = 0
         while lo < n_token:
             n_left = self._n_left(lo + 1)
