@@ -187,7 +187,7 @@ def make_parser() -> Parser:
     p.add_argument("--windows", type=positive, default=1, help="windows of each text, evenly spread (default: 1)")
     p.add_argument("--caches", nargs="+", default=CACHES, metavar="TYPE", help="of keys and values, or K/V")
     p.add_argument("--threads", type=positive, default=1)
-    p.add_argument("--steps", type=positive, default=20, help="timed decode steps after a window (default: 20)")
+    p.add_argument("--steps", type=int, default=20, help="timed decode steps after a window, 0 for none (default: 20)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
     return p
 
@@ -226,7 +226,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         for r in record["rows"][len(done) :]:
             print(f"{r['cache']:<12}{r['bits']:>6.2f}{r['kl']:>11.2e}{r['kl_p99']:>10.1e}{r['same_top']:>10.2%}"
                   f"{r['perplexity']:>12.4f}{r['perplexity_rise']:>+9.2%}")  # fmt: skip
-    for cache in ("f16", *args.caches):
+    for cache in ("f16", *args.caches) if args.steps > 0 else ():
         for n_token in (16, args.context - args.steps):
             ms = decode_speed(model, cache, window[:n_token].tolist(), args.steps)
             record["speed"].append({"cache": cache, "bits": bits_of(cache), "tokens": n_token, "step_ms": ms})

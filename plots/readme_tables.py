@@ -31,7 +31,7 @@ from plots.records import Row, order, read, short
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 SPEED = "benchmark-h100.json"
-SHOWN = ("quantize_kv 16/32", "quantize_kv K8V4 16/128", "quantize_kv K4V4 16/128", "quantize_kv K3V3 16/128",
+SHOWN = ("full", "quantize_kv 16/32", "quantize_kv K8V4 16/128", "quantize_kv K4V4 16/128", "quantize_kv K3V3 16/128",
          "quantize_kv K4V2 16/128", "quantize_kv K3V2 16/128", "compress_kv 16/32")  # fmt: skip
 TEXTS = {
     "val_books": "held-out books", "wikitext2_raw_test": "WikiText-2, raw test", "longctx_cc0": "three CC0 novels",
@@ -100,9 +100,20 @@ def signed(share: float) -> str:
 
 
 def shown(rows: Iterable[Row]) -> list[str]:
-    """The settings of the tables that are among the rows, full first."""
-    found = dict.fromkeys(r["cache"] for r in rows)
-    return sorted((s for s in found if s == "full" or short(s) in SHOWN), key=order)
+    """The settings of the tables that are among the rows, in their order."""
+    found = {short(r["cache"]): r["cache"] for r in rows}
+    return [found[name] for name in SHOWN if name in found]
+
+
+def by_quality(rows: Iterable[Row]) -> list[Row]:
+    """Full first, what is dropped last, and most bits before fewer."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        seen = parse_policy(row["cache"]).sees()
+        n_bit = 0.0 if seen is None or seen.formats is None else sum(f.bits_per_element(128) for f in seen.formats)
+        return row["cache"] != "full", -n_bit, order(row["cache"])
+
+    return sorted(rows, key=key)
 
 
 # --- Tables -----------------------------------------------------------------------------------------
@@ -148,7 +159,8 @@ def by_text(name: str) -> str:
 def beside_llama_cpp() -> str:
     theirs = load("smollm2/llama_cpp.json")["rows"]
     text = theirs[0]["text"]
-    ours = [r for r in load("smollm2/divergence-window.json")["rows"] if r["text"] == text and r["cache"] != "full"]
+    found = {r["cache"]: r for r in load("smollm2/divergence-window.json")["rows"] if r["text"] == text}
+    ours = [found[setting] for setting in shown(found.values()) if setting != "full"]
     rows = [(f"llama.cpp {r['cache']}", r["bits"], r) for r in theirs if r["text"] == text and r["cache"] != "f16"]
     rows += [(f"**{flags(r['cache'])}**", r.get("bits_per_quantised_element", 0.0), r) for r in ours]
     header = ["cache", "bits an element", "mean KL", "99th percentile", "same top token", "perplexity"]
@@ -160,7 +172,7 @@ def beside_llama_cpp() -> str:
 
 
 def ruler() -> str:
-    rows = sorted(load("smollm2/ruler.json")["rows"], key=lambda r: order(r["cache"]))
+    rows = by_quality(load("smollm2/ruler.json")["rows"])
     lengths = list(rows[0]["by_length"])
     found = []
     for r in rows:
@@ -178,7 +190,7 @@ def bundled() -> str:
     words = {r["cache"]: r for r in load("rouge.json")["rows"]}
     header = ["cache", "mean KL", "same top token", "perplexity", "passkeys", "ROUGE-L", "to full's"]
     found = []
-    for r in sorted((r for r in scores if r["cache"] in shown(scores)), key=lambda r: order(r["cache"])):
+    for r in by_quality(r for r in scores if r["cache"] in shown(scores)):
         setting, full = r["cache"], r["cache"] == "full"
         rouge = words.get(setting)
         to_full = "" if full or rouge is None else f"{rouge['rouge_l_to_full']['mean']:.3f}"

@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 import torch
 from checkpoints import CPU
-from conftest import ROOT
+from conftest import ROOT, SENTENCES
 from texts import texts
 from tokenizers import pre_tokenizers
 
@@ -24,6 +24,7 @@ from checkpoint import Checkpoint, end_ids, load_model, open_checkpoint
 from checkpoint.gguf import read_gguf
 from cli.chat_template import chat_template_of
 from engine import Engine, Sampling
+from evaluation import flags as evaluate
 from kv_cache import ModelCache
 from model import Transformer
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
@@ -93,6 +94,22 @@ def test_greedy_text(policy: KVCache) -> None:
     if getattr(policy, "k_bits", 8) == 8:
         assert text.startswith(FRANCE)
     assert text.startswith(" Paris")
+
+
+def test_a_passkey_in_what_has_left_the_window(tmp_path: Path) -> None:
+    """Two tiles of the text are in 8, 4 and 3 bits when the question comes; without them nobody knows the key."""
+    text, out = tmp_path / "filler.txt", tmp_path / "r.json"
+    text.write_text(" ".join(SENTENCES * 12))
+    formats = ["", ",k_bits=4,v_bits=4", ",k_bits=3,v_bits=3"]
+    caches = [
+        *(f"quantize_kv:sink_size=4,window_size=16{bits}" for bits in formats),
+        "compress_kv:sink_size=4,window_size=16",
+    ]
+    argv = ["passkey", "--checkpoint_path", FILE, "--text", text, "--lengths", 400, "--depths", 0.3, "--trials", 2]
+    evaluate.main([*map(str, argv), "--batch", "2", "--json", str(out), "--caches", *caches])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["mean"] for row in rows] == [1, 1, 1, 1, 0]
+    assert [row.get("bits_per_quantised_element") for row in rows] == [None, 8.375, 4.5, 3.5, None]
 
 
 def test_chat() -> None:

