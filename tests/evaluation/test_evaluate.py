@@ -202,6 +202,18 @@ def test_what_is_read_together_is_what_is_read_alone(
             assert a == b
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_keys_are_recalled(text: Path, tmp_path: Path) -> None:
+    """There the answering step is captured, kept from group to group, and fed the questions."""
+    sizes = "sink_size=4,window_size=16"
+    caches = [f"quantize_kv:{sizes}", f"quantize_kv:{sizes},k_bits=4,v_bits=4", f"compress_kv:{sizes}"]
+    base = ["passkey", "--dtype", "float32", "--text", text, "--lengths", 300, 500, "--depths", 0.3, 0.8, "--trials", 3]
+    base += ["--caches", *caches, "--batch", 4]
+    cpu, gpu = (record(tmp_path, *base, "--device", device)["rows"] for device in ("cpu", "cuda"))
+    assert [row["recalled"] for row in gpu] == [row["recalled"] for row in cpu]
+    assert cpu[0]["mean"] == 1 and cpu[-1]["mean"] < 1
+
+
 @pytest.mark.parametrize(
     ("right", "n", "low", "high"), [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (81, 263, 0.2553, 0.3662)]
 )
