@@ -28,7 +28,9 @@ from pathlib import Path
 from cli.flags import add_saving_flags, check_flags
 from cli.options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, positive
 from common.packages import missing_packages_told
+from common.phases import mark
 from common.program import importing, program
+from engine import gpu_start
 from engine.link import linked
 from engine.settings import PREFILL_CHUNK
 from selective_kv.settings import BITS, FullSettings, known_settings
@@ -124,8 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = make_parser().parse(argv)
         args.argv = argv
         check_flags(args)
+        if not args.dry_run:
+            gpu_start.begin(args.device, None if link is None else link.local_rank)
         with importing():  # torch, above all: whoever made a mistake, or asked for help, has not waited for it
             from cli.run import chosen_policy, prepare, run
+        mark("imports")
         run(prepare(args, chosen_policy(args), link), link)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import sys
-import time
 
 import torch
 
@@ -32,19 +31,6 @@ def device_memory(device: torch.device) -> int:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limited = limited_memory()
     return free if limited is None else min(free, limited)
-
-
-def process_age() -> float:
-    """Seconds since this process began; where the system does not say, since this module was imported."""
-    try:
-        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
-            started = int(stat.read().rpartition(")")[2].split()[19])  # field 22 of proc(5), clock ticks after boot
-            return float(uptime.read().split()[0]) - started / os.sysconf("SC_CLK_TCK")
-    except FileNotFoundError:
-        return time.monotonic() - _IMPORTED
-
-
-_IMPORTED = time.monotonic()
 
 
 def peak_memory(device: torch.device) -> int:

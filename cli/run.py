@@ -23,7 +23,6 @@ from checkpoint import (
 from cli.chat_template import chat_template_of, template_variables
 from cli.console import Printer, encode_prompt, read_prompts
 from cli.conversation import Conversation
-from cli.device import process_age
 from cli.flags import chosen_knobs, sampling_of
 from cli.interactive import converse
 from cli.job import Job, Output
@@ -37,6 +36,7 @@ from cli.saving import Hook, Saving, start_saving, told_all
 from common.errors import UserError
 from common.files import require_writable, write_json
 from common.messages import say
+from common.phases import mark, marks, process_age
 from common.program import uninterrupted
 from engine import Engine, Sampling, Timing
 from engine.link import Link
@@ -161,7 +161,9 @@ def build(job: Job, hooks: Sequence[Hook] = (), saving: Saving | None = None) ->
             job.checkpoint, device, dtype, job.random_weights, job.seed, weights=job.weights, ranks=job.ranks
         )
         loading = time.perf_counter() - began
+        mark("weights")
     cache = ModelCache(job.policy, config.n_layer, job.shape)
+    mark("kernels")
     if job.reference:
         for layer in cache.layers:
             layer.use_reference()
@@ -169,6 +171,7 @@ def build(job: Job, hooks: Sequence[Hook] = (), saving: Saving | None = None) ->
     engine = Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, ranks=job.ranks, hook=told_all(hooks))
     if saving is not None:
         saving.load(engine)
+    mark("engine")
     return engine, loading
 
 
@@ -184,6 +187,7 @@ def run(job: Job, link: Link | None) -> None:
         planned = make_plan(*plan, job.weights, job.sampling)
     except ValueError as error:
         raise UserError(str(error)) from None
+    mark("plan")
     first = link is None or link.rank == 0
     if output.json not in (None, "-") and first:
         require_writable(Path(output.json), "--json")
@@ -224,7 +228,7 @@ def run(job: Job, link: Link | None) -> None:
             saving.finish(transcript)
         timing = timing if job.interactive else engine.timing
         report = make_report(engine, job.checkpoint.name, timing, str(job.weights or 16))
-        report |= startup(age, loading, timing)
+        report |= startup(age, loading, timing) | {"start_s": marks()}
         report |= saving.report
         report |= {"finished": not interrupted, "texts": turns or printer.texts, "command": output.command}
         if link is not None and first:

@@ -6,6 +6,7 @@ Exit codes: 0 done (also where the reader of a pipe has seen enough, as in `| he
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import os
@@ -51,9 +52,11 @@ def importing() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGINT, _leave)
+    gc.disable()  # what is imported stays: to look through it for garbage, again and again, is in vain
     try:
         yield
     finally:
+        gc.enable()
         signal.signal(signal.SIGINT, before)
 
 

@@ -103,18 +103,29 @@ class Engine:
             self.step_path += f", {self.ranks.path}"
         if self.lag < 0:
             self.lag = LAG if device.type == "cuda" else 0
-        if self.capture and self.cache.layers[0].capturable:
+        self.to_capture = self.capture and self.cache.layers[0].capturable
+        if self.to_capture:
+            self.step_path = self.step_path.replace("eager", "captured") + " (CUDA graph)"
+        if self.to_capture and self.cache.layers[0].sees() is None:  # a cache of somebody's own may count its steps
             self._capture()
+            self.reset()
 
     @torch.inference_mode()
     def _capture(self) -> None:
-        """Record a step. The tokens that warming up writes are forgotten again by `reset`."""
+        """Record a step, as the next one will be: a prompt's first token need not wait for it.
+
+        Warming up takes that very step, twice, and goes back: what it writes, the step itself will write there again.
+        """
+        lengths, tokens, random = self.cache.lengths.clone(), self.tokens.clone(), self.generator.get_state()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
                 self._step()
+                self.cache.lengths.copy_(lengths)
+                self.tokens.copy_(tokens)
         torch.cuda.current_stream().wait_stream(side)
+        self.generator.set_state(random)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         # NCCL's own thread may look at its events meanwhile, which only a capture of this thread alone allows.
@@ -122,8 +133,7 @@ class Engine:
         torch.cuda.synchronize(self.device)
         with torch.cuda.graph(graph, capture_error_mode=mode):
             self._step()
-        self.graph, self.step_path = graph, self.step_path.replace("eager", "captured") + " (CUDA graph)"
-        self.reset()
+        self.graph, self.to_capture = graph, False
 
     def reset(self) -> None:
         """Forget every sequence and start the random numbers anew: the same prompt gives the same tokens."""
@@ -147,7 +157,9 @@ class Engine:
         torch.clamp(self.picked, min=0, out=self.tokens[:, 0])  # BAD must not index the embedding
 
     def step(self) -> None:
-        """Feed `tokens`, choose the next ones. Nothing here waits for the device."""
+        """Feed `tokens`, choose the next ones. Nothing here waits for the device, but for the first one's capture."""
+        if self.to_capture:
+            self._capture()
         if self.graph is not None:
             self.graph.replay()
         else:
@@ -199,16 +211,20 @@ class Engine:
         waiting: deque[_Pending] = deque([_Pending(self.picked)])
         written = array("q")  # eight bytes a token: a text without end must not fill the memory
         timing.n_first, n_queued = len(prompts), 1
+        first = self.to_capture  # the first token goes out before that
         decode_began = time.perf_counter()
         self._notify("decode")
         try:
             while True:
-                while n_queued < max_new_tokens and len(waiting) <= self.lag and not all(ended):
+                while not first and n_queued < max_new_tokens and len(waiting) <= self.lag and not all(ended):
+                    if self.to_capture:  # which is no part of decoding's time
+                        decode_began += self._captured_in()
                     with torch.inference_mode():
                         self.step()
                     waiting.append(_Pending(self.picked))
                     n_queued += 1
                     self._notify("step")
+                first = False
                 if not waiting or all(ended):  # steps under way when the last sequence ended do not count
                     return
                 row = waiting.popleft().tokens()
@@ -223,6 +239,12 @@ class Engine:
                 ended = [e or t in self.end_ids for t, e in zip(row, ended, strict=True)]
         finally:
             self._notify("end")
+
+    def _captured_in(self) -> float:
+        """Capture the step; seconds that it took."""
+        began = time.perf_counter()
+        self._capture()
+        return time.perf_counter() - began
 
     def _notify(self, event: str) -> None:
         if self.hook is not None:

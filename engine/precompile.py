@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from checkpoint.quantised import skeleton
 from common.messages import say
-from engine import FusedChunk, FusedStep, Sampling, chunk_size
+from engine import FusedChunk, FusedStep, Sampling, chunk_size, gpu_start
 from engine.fused import use_kernels
 from engine.parallel import Parallel
 from engine.sums import PeerSums
@@ -59,28 +59,46 @@ def compiled_ahead(
         yield
         return
     failed: list[Exception] = []
+    parts = prompt_parts(lengths or [shape.capacity], chunk_size(policy, config.context, chunk), kept)
+    longest = max((n_token for _, _, n_token in parts), default=1)
 
     def work() -> None:
         try:
             if uses_triton(shape.device):
-                parts = prompt_parts(lengths or [shape.capacity], chunk_size(policy, config.context, chunk), kept)
+                gpu_start.wait()
                 compile_all(lambda: walk(config, policy, shape, sampling, parts, weights, ranks), shape.device)
-                longest = max((n_token for _, _, n_token in parts), default=1)
                 make_plans(shape.device, shape.dtype, config.n_head, config.n_kv_head, config.head_dim, longest)
         except Exception as error:
             failed.append(error)
 
-    thread = threading.Thread(target=work, name="compile ahead", daemon=True)
-    thread.start()
+    def multiply() -> None:
+        try:
+            first_product(shape.device, shape.dtype, config.dim, longest)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=do, name=do.__name__, daemon=True) for do in (work, multiply)]
+    for thread in threads:
+        thread.start()
     try:
         yield
-        thread.join()
+        for thread in threads:
+            thread.join()
     except KeyboardInterrupt:
-        if thread.is_alive():  # a compiler cannot be stopped, and the interpreter's own exit would wait for it
+        if any(
+            thread.is_alive() for thread in threads
+        ):  # a compiler cannot be stopped, and the interpreter's own exit would wait for it
             os._exit(130)
         raise
     if failed:
         say(f"kernels could not be compiled ahead, and are at their first use: {failed[0]!r}")
+
+
+def first_product(device: torch.device, dtype: torch.dtype, dim: int, n_token: int) -> None:
+    """Have the library of products load itself: 0.1 s, that a prompt's first layer would wait for."""
+    torch.cuda.set_device(device)
+    x, weight = (torch.zeros(n, dim, dtype=dtype, device=device) for n in (n_token, dim))
+    torch.nn.functional.linear(x, weight)
 
 
 def prompt_parts(lengths: Sequence[int], chunk: int, kept: Sequence[int] = ()) -> list[Part]:

@@ -42,8 +42,10 @@ def generate(
         for layer in cache.layers:
             layer.use_reference()
     engine = Engine(small_model(), cache, Sampling(temperature=0), capture=path == "captured", **options)
+    assert engine.to_capture == (path == "captured")
+    rows = [[t for t in row if t is not None] for row in engine.generate(prompts, n)]
     assert (engine.graph is not None) == (path == "captured")
-    return [[t for t in row if t is not None] for row in engine.generate(prompts, n)]
+    return rows
 
 
 @functools.cache
@@ -104,6 +106,7 @@ def test_a_decode_step_takes_no_memory_and_waits_for_nothing(policy: KVCache) ->
     shape = Shape(1, config.n_kv_head, config.head_dim, 400, torch.bfloat16, CUDA)
     engine = Engine(small_model(), ModelCache(policy, config.n_layer, shape), Sampling(0))
     engine.read([PROMPTS[2]])
+    engine.step()  # the first one is captured
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -163,8 +166,8 @@ def compile_ahead_and_run(name: str, batch: int) -> None:
     assert compiled
     compiled.clear()
     engine = Engine(model, ModelCache(policy, config.n_layer, shape), greedy, prefill_chunk=128)
-    assert engine.graph is not None
     assert len(list(engine.generate([list(range(300))] * batch, 5))) == 5
+    assert engine.graph is not None
     assert compiled == [], compiled
 
 
