@@ -225,7 +225,7 @@ def run(job: Job, link: Link | None) -> None:
         print()
     with uninterrupted():
         if job.interactive:
-            saving.finish(transcript)
+            saving.finish(transcript, interrupted)
         timing = timing if job.interactive else engine.timing
         report = make_report(engine, job.checkpoint.name, timing, str(job.weights or 16))
         report |= startup(age, loading, timing) | {"start_s": marks()}

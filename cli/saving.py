@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from checkpoint import Share
 from cli.conversation import Conversation
 from cli.job import Job
 from common.errors import UserError
@@ -79,28 +80,30 @@ def start_saving(job: Job) -> tuple[Saving, Transcript]:
     is of something else.
     """
     path, saved = job.output.save_cache, job.saved
-    if job.ranks is not None and (path or saved):
-        raise UserError("--save_cache and --load_cache go with one rank: each of several has heads of its own")
+    share = job.checkpoint.share
     if path is not None:
-        require_writable(path, "--save_cache")
+        if share is None or share.rank == 0:
+            require_writable(path, "--save_cache")
         if is_special(path):  # the file that takes its place would end a device or a pipe
             raise UserError(f"--save_cache {path}: not a plain file")
         require_saveable(job.policy)
     if saved is None:
-        return Saving(path, None, [0] * len(job.prompts)), Transcript(chat=job.chat)
-    saved.require(job.checkpoint.config, job.policy, job.shape)
+        return Saving(path, None, [0] * len(job.prompts), share), Transcript(chat=job.chat)
+    saved.require(job.checkpoint.config if share is None else share.whole, job.policy, job.shape)
     if job.interactive:
         transcript = transcript_of(saved, job.chat, job.system, job.shape.capacity)
-        return Saving(path, saved, [len(transcript.ids)]), transcript
-    return Saving(path, saved, saved.kept(job.prompts, job.policy, job.shape)), Transcript()
+        return Saving(path, saved, [len(transcript.ids)], share), transcript
+    return Saving(path, saved, saved.kept(job.prompts, job.policy, job.shape), share), Transcript()
 
 
 class Saving:
     """What one run saves and loads. `hook` is told of an engine's events, and saves when prompts have been read."""
 
-    def __init__(self, path: Path | None, saved: SavedCache | None, kept: Sequence[int]) -> None:
-        """kept: tokens of each sequence that come from `saved`."""
-        self.path, self.saved, self.kept = path, saved, list(kept)
+    def __init__(
+        self, path: Path | None, saved: SavedCache | None, kept: Sequence[int], share: Share | None = None
+    ) -> None:
+        """kept: tokens of each sequence that come from `saved`. share: of the model, where several ranks hold it."""
+        self.path, self.saved, self.kept, self.share = path, saved, list(kept), share
         self.engine: Engine | None = None
         self.prompts: Sequence[Sequence[int]] = ()
         self.report: dict[str, Any] = {}
@@ -110,7 +113,7 @@ class Saving:
         if self.saved is None:
             return
         began = time.perf_counter()
-        self.saved.load(engine, self.kept)
+        self.saved.load(engine, self.kept, self.share)
         engine.synchronize()
         seconds = time.perf_counter() - began
         self.report["load_cache"] = {"file": self.saved.path.name, "tokens": self.kept, "seconds": seconds}
@@ -129,9 +132,12 @@ class Saving:
         if event == "read" and self.prompts and self.engine is not None and BAD not in self.engine.picked.tolist():
             self._save(self.prompts, None)
 
-    def finish(self, transcript: Transcript) -> None:
-        """Save a conversation at its end."""
+    def finish(self, transcript: Transcript, interrupted: bool = False) -> None:
+        """Save a conversation at its end. interrupted: by a Ctrl-C, which of several ranks only the first has seen."""
         if self.path is None:
+            return
+        if interrupted and self.share is not None:
+            say(f"--save_cache {self.path}: not written, for at a Ctrl-C ranks do not end together (Ctrl-D saves)")
             return
         if not transcript.ids or not transcript.whole:
             why = "nothing has been read" if transcript.whole else "the last reply was interrupted"
@@ -143,6 +149,6 @@ class Saving:
         if self.path is None or self.engine is None:
             return
         began = time.perf_counter()
-        n_byte = save_cache(self.path, self.engine, tokens, talk)
+        n_byte = save_cache(self.path, self.engine, tokens, talk, self.share)
         seconds = time.perf_counter() - began
         self.report["save_cache"] = {"file": self.path.name, "bytes": n_byte, "seconds": seconds}
