@@ -44,7 +44,8 @@ def _number(name: str, tensor: Tensor, share: Share | None) -> Tensor:
     if share is not None:
         spans = columns = None
         if name.endswith((".weight", ".bias")):
-            spans, columns = share.rows(name), share.columns(name)
+            tied = name == "output.weight" and share.whole.tied_embeddings  # the embedding, which is whole everywhere
+            spans, columns = None if tied else share.rows(name), share.columns(name)
             if spans is None and columns is None and share.rank:
                 return torch.zeros((), dtype=torch.int64)
         else:  # in fewer bits: a share's own numbers

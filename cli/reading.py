@@ -31,7 +31,7 @@ class ReadingBar:
             return
         self.share = 1 / engine.model.config.n_layer
         for block in engine.model.layers:
-            block.feed_forward.w2.register_forward_hook(self._layer)  # type: ignore[union-attr]
+            block.attention.wqkv.register_forward_hook(self._layer)  # type: ignore[union-attr]  # it sees every token
 
     def hook(self, event: str) -> None:
         if event == "prefill" and sys.stderr.isatty():
