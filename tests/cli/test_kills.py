@@ -15,6 +15,8 @@ import pytest
 from conftest import SENTENCES
 from forks import Forked
 
+from engine.saved import SavedCache
+
 N_KILL = 4  # of each program
 
 
@@ -32,7 +34,8 @@ def argv_of(program: str, tiny: Path, folder: Path) -> list[object]:
     ]
     return {
         "generate.py": ["--checkpoint_path", tiny, "--prompt", "The", "--ignore_eos", "--max_new_tokens", 60,
-                        "--json", out / "r.json", "quantize_kv", "--sink_size", 2, "--window_size", 8],
+                        "--json", out / "r.json", "--save_cache", out / "cache",
+                        "quantize_kv", "--sink_size", 2, "--window_size", 8],
         "evaluate.py": ["divergence", "--checkpoint_path", tiny, *score, "--json", out / "r.json"],
         "benchmark.py": ["--checkpoint_path", tiny, "--context", 60, "--rounds", 2, "--steps", 4, "--caches", "full",
                          "--json", out / "r.json"],
@@ -45,6 +48,9 @@ def whole(folder: Path) -> None:
     for file in folder.glob("*.json"):
         for line in file.read_text().splitlines() if file.name.startswith("r.") else [file.read_text()]:
             json.loads(line)
+    if (folder / "cache").exists():
+        saved = SavedCache(folder / "cache")
+        assert len(list(saved.file.read(saved.file.sums))) > 2
 
 
 @pytest.mark.parametrize("program", ["generate.py", "evaluate.py", "benchmark.py", "convert_hf_checkpoint.py"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -186,3 +187,36 @@ def test_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     done = subprocess.run([*torchrun, str(ROOT / "generate.py"), *argv], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == want and done.stderr.count("tokens/s") == 1
+
+
+def test_a_prompt_is_read_once_whoever_reads_it(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch saved by two ranks goes on with one and with two; a conversation too. Rank 0 alone says so."""
+    file, report = tmp_path / "cache", tmp_path / "r.json"
+    base = ["--checkpoint_path", tiny, "--prompt", "The red fox jumped", "--prompt", "A", "--max_new_tokens", 9]
+    base += [*QUANTIZE, "--json", report]
+    want = alone(capsys, *base)
+    assert finish(run(2, tmp_path / "save", *base, "--save_cache", file)) == [0, 0]
+    assert json.loads(report.read_text())["save_cache"]["bytes"] == file.stat().st_size
+    assert alone(capsys, *base, "--load_cache", file) == want
+    ranks = run(2, tmp_path / "load", *base, "--load_cache", file)
+    assert finish(ranks) == [0, 0] and ranks[0].out.read_text() == want
+    assert json.loads(report.read_text())["tokens_read"] == 0
+    assert ranks[0].err.read_text().count("loaded ") == 1 and ranks[1].err.read_text() == ""
+    ranks = run(2, tmp_path / "other", *base, "--num_samples", 2, "--load_cache", file)
+    assert finish(ranks) == [2, 2]
+    (line,) = "".join(rank.err.read_text() for rank in ranks).splitlines()
+    assert "it holds 2 sequences, and the run has 4" in line
+
+    talk = ["--checkpoint_path", tiny, "--interactive", "--max_new_tokens", 6, "--temperature", 0, "--ignore_eos"]
+    ranks = run(2, tmp_path / "all", *talk, stdin="The fox\nwent on\n")
+    assert finish(ranks) == [0, 0]
+    whole = ranks[0].out.read_text()
+    ranks = run(2, tmp_path / "first", *talk, "--save_cache", file, stdin="The fox\n")
+    assert finish(ranks) == [0, 0] and whole.startswith(ranks[0].out.read_text())
+    rest = whole.removeprefix(ranks[0].out.read_text())
+    ranks = run(2, tmp_path / "rest", *talk, "--load_cache", file, stdin="went on\n")
+    assert finish(ranks) == [0, 0] and ranks[0].out.read_text() == rest
+    monkeypatch.setattr("sys.stdin", io.StringIO("went on\n"))
+    assert alone(capsys, *talk, "--load_cache", file) == rest
