@@ -71,3 +71,7 @@ def check_flags(args: argparse.Namespace) -> None:
     require_device(args.device)
     if args.checkpoint_path is not None:
         require_there(args.checkpoint_path)
+    if args.load_cache is not None and not args.load_cache.exists():
+        raise UserError(f"{args.load_cache}: no such file")
+    if args.prompt_file is not None and str(args.prompt_file) != "-" and not args.prompt_file.exists():
+        raise UserError(f"--prompt_file {args.prompt_file}: No such file or directory")

@@ -112,20 +112,12 @@ class Engine:
 
     @torch.inference_mode()
     def _capture(self) -> None:
-        """Record a step, as the next one will be: a prompt's first token need not wait for it.
-
-        Warming up takes that very step, twice, and goes back: what it writes, the step itself will write there again.
-        """
-        lengths, tokens, random = self.cache.lengths.clone(), self.tokens.clone(), self.generator.get_state()
+        """Record the step that comes next: a prompt's first token need not wait for it."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):
-                self._step()
-                self.cache.lengths.copy_(lengths)
-                self.tokens.copy_(tokens)
+            self._warm_up()
         torch.cuda.current_stream().wait_stream(side)
-        self.generator.set_state(random)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         # NCCL's own thread may look at its events meanwhile, which only a capture of this thread alone allows.
@@ -134,6 +126,15 @@ class Engine:
         with torch.cuda.graph(graph, capture_error_mode=mode):
             self._step()
         self.graph, self.to_capture = graph, False
+
+    def _warm_up(self) -> None:
+        """Take the next step, twice, and go back each time: what it writes, the step itself writes there again."""
+        lengths, tokens, random = self.cache.lengths.clone(), self.tokens.clone(), self.generator.get_state()
+        for _ in range(2):
+            self._step()
+            self.cache.lengths.copy_(lengths)
+            self.tokens.copy_(tokens)
+        self.generator.set_state(random)
 
     def reset(self) -> None:
         """Forget every sequence and start the random numbers anew: the same prompt gives the same tokens."""

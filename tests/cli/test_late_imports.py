@@ -38,6 +38,8 @@ def imported(script: str, *argv: str) -> tuple[int, list[str], str]:
         ("generate.py", ("--temperature", "-1")),
         ("generate.py", ("--checkpoint_path", "nowhere/at/all")),
         ("generate.py", ("--system", "Say so.")),
+        ("generate.py", ("--load_cache", "nowhere")),
+        ("generate.py", ("--prompt_file", "nowhere")),
         ("generate.py", ("--weights", "int5")),
         ("generate.py", ("--dtype", "fp8", "--device", "cpu")),
         ("generate.py", ("--device", "gpu")),
