@@ -69,7 +69,7 @@ def layout(kind: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor | 
     return Layout(header, places, end)
 
 
-def write_tensors(path: Path, kind: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, kind: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor | Rows]) -> None:
     """Write a new file at `path`. kind: what the record is called in the metadata. Raises OSError.
 
     The tensors may lie on any device and have any strides.
