@@ -42,6 +42,7 @@ from common.errors import UserError
 from common.files import require_there
 from common.packages import require
 from common.program import importing, program
+from engine import gpu_start
 from engine.link import linked
 from engine.settings import SUMS
 from weights.setting import parse_weights, weights_help
@@ -122,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         load_plugin(argv)
         args = make_parser().parse(argv)
         check_flags(args)
+        gpu_start.begin(args.device, None if link is None else link.local_rank)
         with importing():
             from benchmark.command import run
         run(args, argv, link)

@@ -127,6 +127,11 @@ class Engine:
             self._step()
         self.graph, self.to_capture = graph, False
 
+    @property
+    def captures(self) -> bool:
+        """Whether its step is a CUDA graph, or will be one once it has been taken."""
+        return self.to_capture or self.graph is not None
+
     def _warm_up(self) -> None:
         """Take the next step, twice, and go back each time: what it writes, the step itself writes there again."""
         lengths, tokens, random = self.cache.lengths.clone(), self.tokens.clone(), self.generator.get_state()

@@ -24,6 +24,7 @@ from common.choices import require_device, require_dtype
 from common.errors import UserError
 from common.files import require_there
 from common.program import importing, program
+from engine import gpu_start
 from evaluation.ruler_tasks import TASKS
 
 # Before torch loads OpenMP: threads that spin long while they wait take the processor from whoever else needs it.
@@ -120,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         load_plugin(argv)
         args = make_parser().parse(argv)
         check_flags(args)
+        gpu_start.begin(args.device)
         with importing():
             from evaluation.command import run
         run(args, argv)

@@ -188,7 +188,7 @@ class Subject:
         written: list[list[int]] = [[] for _ in questions]
         going = set(range(len(questions)))
         engine = engines(policy)
-        rows = engine.generate(questions, n_new) if engine.graph is None else fed(engine, questions, n_new)
+        rows = fed(engine, questions, n_new) if engine.captures else engine.generate(questions, n_new)
         for row in rows:
             for b in [*going]:
                 token = row[b]
