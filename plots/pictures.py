@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from common.errors import UserError, printable
@@ -107,8 +107,10 @@ def draw_frontier(records: Iterable[Record]) -> Figure | None:
         axis.set(xscale="log", yscale="log")
         axis.margins(x=0.12, y=0.12)
         axis.tick_params(labelbottom=True)
-        axis.xaxis.set_major_formatter(plain)
-        axis.yaxis.set_major_formatter(plain)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # caches may all lie within one power of ten
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter(plain)
+            side.set_minor_formatter(NullFormatter())
         axis.set_xlabel("cache, MiB", fontsize=9)
         axis.grid(True, alpha=0.3)
     for axis in axes[:, 0]:

@@ -1,4 +1,4 @@
-"""README.md's tables of figures, written from the result files: python scripts/readme_tables.py [--check]
+"""The READMEs' tables of figures, written from the result files: python scripts/readme_tables.py [--check]
 
 Each stands between `<!-- NAME, by scripts/readme_tables.py -->` and `<!-- end -->`:
 
@@ -7,6 +7,7 @@ Each stands between `<!-- NAME, by scripts/readme_tables.py -->` and `<!-- end -
   llama.cpp  its caches and ours on the same file and window               smollm2/llama_cpp, smollm2/divergence-window
   ruler      RULER's kept tasks by length                                  smollm2/ruler-1 and -2
   bundled    all of the bundled model's figures                            perplexity, passkey, rouge
+  card       the same in its model card                                    perplexity, passkey
 
 Files are those of `results/`, whose records hold their commands. With --check nothing is written, and the program exits
 with 1 where a table is not what the files say.
@@ -24,12 +25,14 @@ from typing import Any
 from cli.options import Parser
 from common.errors import UserError
 from common.files import read_json, write_whole
+from common.messages import size
 from common.program import program
 from kv_cache import parse_policy
 from plots.records import Row, order, read, short
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
+FILES = (ROOT / "README.md", ROOT / "assets" / "demo" / "README.md")
 SPEED = "benchmark-h100.json"
 SHOWN = ("full", "quantize_kv 16/32", "quantize_kv K8V4 16/128", "quantize_kv K4V4 16/128", "quantize_kv K3V3 16/128",
          "quantize_kv K4V2 16/128", "quantize_kv K3V2 16/128", "compress_kv 16/32")  # fmt: skip
@@ -206,9 +209,19 @@ def bundled() -> str:
     return markdown(header, found)
 
 
+def card() -> str:
+    scores = [r for r in load("perplexity.json")["rows"] if r["text"].startswith("val_books")]
+    keys = {r["cache"]: r for r in load("passkey.json")["rows"]}
+    header = ["cache, sink / window", "cache bytes", "bits per byte", "passkeys"]
+    return markdown(header, [
+        [short(r["cache"]), size(r["cache_bytes"]), f"{r['bits_per_byte']:.4f}", f"{keys[r['cache']]['mean']:.1%}"]
+        for r in by_quality(scores)
+    ])  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "choose": choose, "texts": lambda: by_text("smollm2/perplexity.json"), "llama.cpp": beside_llama_cpp,
-    "ruler": ruler, "bundled": bundled, "bundled texts": lambda: by_text("perplexity.json"),
+    "ruler": ruler, "bundled": bundled, "bundled texts": lambda: by_text("perplexity.json"), "card": card,
 }  # fmt: skip
 
 
@@ -218,7 +231,7 @@ def filled(text: str) -> str:
     def block(found: re.Match[str]) -> str:
         name = found[1]
         if name not in TABLES:
-            raise UserError(f"README.md: no table is called {name!r}: there are {', '.join(TABLES)}")
+            raise UserError(f"no table is called {name!r}: there are {', '.join(TABLES)}")
         return f"{begin(name)}\n\n{TABLES[name]()}\n\n<!-- end -->"
 
     return re.sub(r"<!-- ([^,\n]+), by scripts/readme_tables\.py -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
@@ -233,10 +246,11 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--check", action="store_true", help="write nothing; exit with 1 where one is not as it should be")
     with program("readme_tables.py"):
         args = p.parse(sys.argv[1:] if argv is None else argv)
-        path = ROOT / "README.md"
-        before = path.read_text()
-        after = filled(before)
-        if args.check and after != before:
-            raise SystemExit("README.md's tables are not what results/ has: run scripts/readme_tables.py")
-        if after != before:
-            write_whole(path, after)
+        for path in FILES:
+            before = path.read_text()
+            after = filled(before)
+            if args.check and after != before:
+                name = path.relative_to(ROOT)
+                raise SystemExit(f"{name}: its tables are not what results/ has: run scripts/readme_tables.py")
+            if after != before:
+                write_whole(path, after)

