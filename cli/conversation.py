@@ -74,7 +74,8 @@ class Conversation:
             return frozenset()
         _, found, rest = written.rpartition("Goodbye")
         special = set(self.tokenizer.special_ids.values())
-        ids = self._encode(rest, begins=False)[:2] if found else []  # ids[0] may be a blank before it
+        # Nothing at all where a template marks no end; ids[0] may be a blank before the mark
+        ids = self.tokenizer.encode(rest, bos=False, special=True, begins=False)[:2] if found else []
         return frozenset([token for token in ids if token in special][:1])
 
     def _encode(self, text: str, begins: bool) -> list[int]:

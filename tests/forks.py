@@ -22,15 +22,16 @@ MODULES = {
     "convert_hf_checkpoint.py": "cli.convert",
     "plot.py": "plots.command",
     "sweep.py": "evaluation.sweep",
+    "train_demo.py": "training.command",
 }
 
 
 class Forked:
-    """A program under way. out: a file for both of its streams."""
+    """A program under way. out: a file for both of its streams. stdin: what it can read there."""
 
-    def __init__(self, program: str, argv: Sequence[object], out: Path) -> None:
+    def __init__(self, program: str, argv: Sequence[object], out: Path, stdin: str = os.devnull) -> None:
         self.main = importlib.import_module(MODULES[program]).main  # before the fork: the child imports nothing
-        self.out = out
+        self.out, self.stdin = out, stdin
         sys.stdout.flush()
         self.pid = os.fork()
         if not self.pid:
@@ -43,7 +44,7 @@ class Forked:
             handle = os.open(self.out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for number in (1, 2):
                 os.dup2(handle, number)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(os.open(self.stdin, os.O_RDONLY), 0)
             sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in enumerate("rww"))
             torch.set_num_threads(1)
             signal.signal(signal.SIGINT, signal.default_int_handler)

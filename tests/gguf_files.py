@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import sentencepiece
 import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
@@ -147,3 +148,25 @@ def llama3_factors(parameters: dict[str, Any], head_dim: int) -> Tensor:
     turns = parameters["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / parameters["factor"] + smooth)).float()
+
+
+def sentencepiece_metadata(data: bytes, /, **changes: Any) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a SentencePiece model."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=data)
+
+    def kind(n: int) -> int:
+        flags = model.is_unknown(n), model.is_control(n), False, model.is_unused(n), model.is_byte(n)
+        return flags.index(True) + 2 if any(flags) else 1
+
+    size = range(model.vocab_size())
+    values = {
+        "model": "llama",
+        "pre": "default",
+        "tokens": [model.id_to_piece(n) for n in size],
+        "scores": [model.get_score(n) for n in size],
+        "token_type": [kind(n) for n in size],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in (values | changes).items() if value is not None}

@@ -136,28 +136,6 @@ def test_begin_and_end_tokens() -> None:
         made(metadata_of(model, "llama-bpe", bos_token_id=None))
 
 
-def sentencepiece_metadata(data: bytes, /, **changes: Any) -> dict[str, Any]:
-    """What llama.cpp's converter writes of a SentencePiece model."""
-    model = sentencepiece.SentencePieceProcessor(model_proto=data)
-
-    def kind(n: int) -> int:
-        flags = model.is_unknown(n), model.is_control(n), False, model.is_unused(n), model.is_byte(n)
-        return flags.index(True) + 2 if any(flags) else 1
-
-    size = range(model.vocab_size())
-    values = {
-        "model": "llama",
-        "pre": "default",
-        "tokens": [model.id_to_piece(n) for n in size],
-        "scores": [model.get_score(n) for n in size],
-        "token_type": [kind(n) for n in size],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "unknown_token_id": 0,
-    }
-    return {f"tokenizer.ggml.{key}": value for key, value in (values | changes).items() if value is not None}
-
-
 @functools.cache
 def unigram() -> bytes:
     model = io.BytesIO()
@@ -170,7 +148,7 @@ def unigram() -> bytes:
 
 def assert_equals_the_original(data: bytes) -> None:
     original = sentencepiece.SentencePieceProcessor(model_proto=data)
-    tokenizer = made(sentencepiece_metadata(data))
+    tokenizer = made(gguf_files.sentencepiece_metadata(data))
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.drops_space) == (1, (2,), True)
     for text in texts():
         ids = tokenizer.encode(text)
@@ -191,10 +169,10 @@ def test_real_sentencepiece_equals_the_original(path: Path) -> None:
 
 def test_sentencepiece_settings() -> None:
     data = trained_sentencepiece()
-    no_prefix = made(sentencepiece_metadata(data, add_space_prefix=False, add_bos_token=False))
+    no_prefix = made(gguf_files.sentencepiece_metadata(data, add_space_prefix=False, add_bos_token=False))
     assert no_prefix.bos_id is None and not no_prefix.drops_space
     assert no_prefix.decode(no_prefix.encode(" the cat")) == " the cat"
-    metadata = sentencepiece_metadata(data)
+    metadata = gguf_files.sentencepiece_metadata(data)
     metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "<|im_start|>", "   "]
     metadata["tokenizer.ggml.scores"] = [*metadata["tokenizer.ggml.scores"], -1000.0, -1000.0]
     metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 3, 4]
@@ -240,7 +218,7 @@ def test_bad_sentencepiece() -> None:
         (dict(token_type=[3] * n), "not a SentencePiece or tiktoken model"),
     ):
         with pytest.raises(UserError, match=message):
-            made(sentencepiece_metadata(data, **changes))
+            made(gguf_files.sentencepiece_metadata(data, **changes))
 
 
 def test_through_a_file(tmp_path: Path) -> None:

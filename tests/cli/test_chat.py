@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import generate
 from checkpoint import load_tokenizer
 from cli import run, template_process
-from cli.chat_template import load_chat_template, template_variables
+from cli.chat_template import ChatTemplate, load_chat_template, template_variables
 from cli.conversation import Conversation, following
 from engine import Engine
 from selective_kv import FullCache
@@ -92,6 +92,14 @@ def test_every_turn_is_what_transformers_writes(
         messages.append({"role": "assistant", "content": reply})
     assert chat.begin().turn("Hello you").ids == chat.begin().turn("Hello you", "old").ids
     assert chat.end_of_turn() == {stop}
+
+
+@pytest.mark.parametrize("end", ["", "\n", "  "])
+def test_a_template_that_marks_no_end_of_a_reply(end: str, tiny: Path) -> None:
+    """Every turn of such a chat was "no token at all for this tokenizer"."""
+    template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}", {}, tiny)
+    chat = Conversation(template, load_tokenizer(tiny / "tokenizer.model"))
+    assert chat.end_of_turn() == frozenset() and chat.turn("Hello").ids
 
 
 def test_a_reply_that_was_cut_off_is_ended(made: tuple[Path, PreTrainedTokenizerFast, str]) -> None:
