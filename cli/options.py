@@ -9,7 +9,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -37,6 +37,8 @@ class Parser(argparse.ArgumentParser):
             flag = word.split("=")[0]
             if flag.startswith("--") and flag not in (*self._option_string_actions, "--"):
                 near = "" if len(flag.split()) > 1 else nearest(flag, self._option_string_actions)
+                if flag in ("--cache", "--caches") and any(a.dest == "cache" for a in self._actions):
+                    near = ": the cache is a word here, and its knobs are flags, as in: quantize_kv --bits 4"
                 self.error(f"unknown argument {flag}{near}{self._hint(before)}")
             if re.fullmatch(r"-[A-Za-z].*", word) and flag not in self._option_string_actions:
                 longer = [f"; did you mean {known}?" for known in self._option_string_actions if known[1:3] == word[:2]]
@@ -54,7 +56,11 @@ class Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
+            name, _, knobs = str(value).partition(":")
             near = nearest(str(value), [str(choice) for choice in action.choices or ()])
+            if knobs and name in (action.choices or ()):
+                flags = " ".join(f"--{knob.replace('=', ' ')}" for knob in knobs.split(","))
+                near = f"; knobs are flags here: {name} {flags}"
             if not near and not action.option_strings and "--prompt" in self._option_string_actions:
                 near = "; a text to continue is given as --prompt TEXT"
             raise argparse.ArgumentError(action, error.message + near) from None
@@ -77,6 +83,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def at_most(most: int) -> Callable[[str], int]:
+    """A type for argparse: `positive`, and no more than that."""
+
+    def parsed(text: str) -> int:
+        number = positive(text)
+        if number > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most:,}")
+        return number
+
+    return parsed
+
+
 def parse_size(text: str) -> int:
     """Bytes: "20GiB", "512 MiB", "1.5e9", "20GB"."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([KMGT])(i?)B?|B?)\s*", text, re.IGNORECASE)
@@ -89,6 +107,14 @@ def parse_size(text: str) -> int:
     if not 1 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 20GiB")
     return int(number)
+
+
+def require_name(name: str, flag: str = "--profile") -> None:
+    """Raises UserError unless `name` can only be a folder's inside another, and can be printed."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise UserError(f"{flag} {name!r}: a name for a folder in outputs/, not a path")
+    if not name.isprintable():  # control characters, and the bytes that are no UTF-8
+        raise UserError(f"{flag} {name!r}: not printable text")
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:

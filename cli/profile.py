@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from cli.options import require_name
 from common.errors import UserError
 from common.files import replaced_whole, require_writable, write_whole
 from common.messages import say
@@ -22,14 +23,6 @@ from common.program import undivided
 WARM_STEPS = 2
 TRACED_STEPS = 8
 TABLE_ROWS = 40
-
-
-def require_name(name: str) -> None:
-    """Raises UserError unless `name` can only be a folder's inside another, and can be printed."""
-    if name in ("", ".", "..") or "/" in name or "\\" in name:
-        raise UserError(f"--profile {name!r}: a name for a folder in outputs/, not a path")
-    if not name.isprintable():  # control characters, and the bytes that are no UTF-8
-        raise UserError(f"--profile {name!r}: not printable text")
 
 
 def new_folder(path: Path) -> Path:

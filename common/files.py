@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
+import lzma
 import math
 import os
 import re
@@ -43,6 +45,29 @@ def read_stream(path: Path, most: int) -> bytes:
     if len(data) > most:
         raise UserError(f"{path}: more than {most:,} bytes")
     return data
+
+
+LARGEST_TEXT = 1 << 28  # bytes: fifty long books
+
+
+def read_text_file(path: Path) -> str:
+    """A text of somebody's, decompressed if it is an .xz, or from a pipe. Raises UserError, also where it is too large:
+    a device has no end, and a few kilobytes of .xz may hold gigabytes.
+    """
+    if path.is_fifo():
+        say(f"{path}: reading from a pipe")
+    data = read_stream(path, LARGEST_TEXT)
+    try:
+        if path.suffix == ".xz":
+            with lzma.open(io.BytesIO(data)) as file:
+                data = file.read(LARGEST_TEXT + 1)
+            if len(data) > LARGEST_TEXT:
+                raise UserError(f"{path}: more than {LARGEST_TEXT:,} bytes when decompressed")
+        return data.decode("utf-8-sig")
+    except (lzma.LZMAError, EOFError) as error:
+        raise UserError(f"{path}: damaged, or not made by xz ({error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def first_bytes(path: Path, n: int) -> bytes:

@@ -19,7 +19,7 @@ import os
 import sys
 from pathlib import Path
 
-from cli.options import Parser, add_plugin_flag, check_cache_names, load_plugin, positive
+from cli.options import Parser, add_plugin_flag, at_most, check_cache_names, load_plugin, positive
 from common.choices import require_device, require_dtype
 from common.errors import UserError
 from common.files import require_there
@@ -41,6 +41,7 @@ CACHES_HELP = (
     f"(default: {' '.join(CACHES)})"
 )
 KEEP_FULL = "--keep_full"
+MOST_TRIALS = 10_000  # a cell: all prompts are made before the first is read
 SCORED = ("perplexity", "divergence")  # kinds that compare with a reference, token by token
 SETTINGS = {  # what a record names of the command line, defaults included
     "perplexity": ("context", "windows", "sequential", "batch"),
@@ -82,7 +83,9 @@ def make_parser() -> Parser:
     )  # fmt: skip
     p.add_argument("--lengths", nargs="+", type=positive, default=[1024, 2048, 4096])
     p.add_argument("--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
-    p.add_argument("--trials", type=positive, default=4, help="passkeys or RULER samples a cell (default: 4)")
+    p.add_argument(
+        "--trials", type=at_most(MOST_TRIALS), default=4, help="passkeys or RULER samples a cell (default: 4)"
+    )
     p.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"RULER's: {', '.join(TASKS)}")
     p.add_argument("--chat", action="store_true", help="RULER's prompts as a user's turn, by the checkpoint's template")
     p.add_argument("--documents", type=positive, default=25, help="rouge: how many (default: 25)")

@@ -6,7 +6,6 @@ import argparse
 import functools
 import hashlib
 import json
-import lzma
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,11 @@ from checkpoint import (
     parse_dtype,
     require_finite,
 )
+from cli.device import device_memory
 from cli.plan import require_suits
 from common.errors import UserError
-from common.messages import note, progress
+from common.files import read_text_file
+from common.messages import note, progress, size
 from engine import PREFILL_CHUNK, Engine, Sampling
 from engine.sampling import BAD
 from evaluation import scoring
@@ -39,6 +40,7 @@ from kv_cache import ModelCache, format_policy, parse_policy
 from selective_kv import FullCache, KVCache, Shape
 from tokenizer import Tokenizer
 
+MOST_SEQUENCES = 1 << 12  # that the model writes side by side
 T = TypeVar("T")
 Ids = Sequence[int]
 Enough = Callable[[int, list[int]], bool]  # of a sequence and what it has written
@@ -140,10 +142,13 @@ class Subject:
         start = [self.tokenizer.bos_id if self.tokenizer.bos_id is not None else 0]
 
         def write() -> dict[str, Tensor]:
-            engine = Engine(
-                self.model, ModelCache(FullCache(), self.config.n_layer, self.shape(context, n)),
-                Sampling(temperature=1.0, seed=self.args.seed),
-            )  # fmt: skip
+            shape, sampling = self.shape(context, n), Sampling(temperature=1.0, seed=self.args.seed)
+            need = sum(kv_cache.plan(FullCache(), self.config.n_layer, shape).values())
+            need += n * self.config.vocab_size * sampling.bytes_per_logit
+            if n > MOST_SEQUENCES or need > device_memory(self.device):
+                what = f"{n} texts of {context} tokens, which the model would write at once"
+                raise UserError(f"{what}: {size(need)}, and {size(device_memory(self.device))} are free")
+            engine = Engine(self.model, ModelCache(FullCache(), self.config.n_layer, shape), sampling)
             bar = progress(engine.generate([start] * n, context - 1), context - 1, "writing")
             return {"tokens": torch.tensor([row for row in bar], dtype=torch.int64).T.contiguous()}
 
@@ -287,13 +292,7 @@ def sha256_of(text: str) -> str:
 
 def read_plain(path: Path) -> str:
     """A file's text, decompressed if it is an .xz. Raises UserError, also where there is none in it."""
-    try:
-        data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (lzma.LZMAError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+    text = read_text_file(path)
     if not text.strip():
         raise UserError(f"{path}: an empty text")
     return text

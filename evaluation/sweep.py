@@ -14,9 +14,10 @@ from typing import Any
 
 from checkpoint import find_demo, open_checkpoint, parse_device, parse_dtype
 from cli.console import shown
+from cli.options import Parser
 from cli.provenance import FORMAT, made_from
 from common.errors import UserError
-from common.files import read_json, require_writable
+from common.files import is_special, read_json, require_writable
 from common.messages import progress, say
 from evaluation.kept import FLAG, without_flag
 from evaluation.sweep_flags import main, make_parser
@@ -59,6 +60,9 @@ class Task:
             raise UserError(f"{self.result} was made by another command, {' '.join(words)}: {another}")
         if found.get("made_from") != self.made_from:
             raise UserError(f"{self.result} was made from {self._difference(found.get('made_from'))}: {another}")
+        rows = found.get("rows", [])
+        if self.setting not in (found.get("setting"), *(row.get("cache") for row in rows if isinstance(row, dict))):
+            raise UserError(f"{self.result} holds no result of {self.setting}: {another}")
         return found
 
     def _difference(self, made_from: Any) -> str:
@@ -91,7 +95,7 @@ class Task:
 
 def what_tasks_are_made_from(args: argparse.Namespace) -> dict[str, Any]:
     """As the programs will record it. Raises UserError where what they are to read is not there."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own = Parser("sweep.py", add_help=False, allow_abbrev=False)
     own.add_argument("--text", nargs="+", type=Path, default=[])
     for name in ("checkpoint_path", "prompt_file", "load_cache"):
         own.add_argument(f"--{name}", type=Path, nargs="?")  # that it lacks its value, the program will say
@@ -103,6 +107,9 @@ def what_tasks_are_made_from(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = open_checkpoint(where, given.model)
     device = parse_device(given.device or "auto")
     files = [given.prompt_file] if args.kind == "speed" else given.text
+    for path in files:
+        if path is not None and is_special(path) and not path.is_dir():
+            raise UserError(f"{path}: a pipe or a device, and every task reads it anew: give a file")
     return made_from(
         where, [*files, args.plugin, given.load_cache], parse_dtype(given.dtype or "auto", checkpoint, device), device
     )

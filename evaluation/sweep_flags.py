@@ -15,16 +15,39 @@ A result is this sweep's where its command is, and what it was made from: weight
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
+from typing import NoReturn
 
-from cli.options import Parser, add_plugin_flag, load_plugin
+from cli.options import Parser, add_plugin_flag, load_plugin, require_name
+from common.errors import UserError
 from common.program import importing, program
+from evaluation.flags import KEEP_FULL
 from evaluation.tables import PRINTERS
+from selective_kv.settings import known_settings
+
+
+class SweepParser(Parser):
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unknown argument"):
+            message += "; flags for evaluate.py, or for generate.py where the kind is speed, stand behind --"
+        super().error(message)
+
+
+def require_free(args: argparse.Namespace) -> None:
+    """Raises UserError where what stands behind `--` sets what the sweep itself sets: the last of two would win."""
+    taken = {"--caches", "--json", "--plugin", KEEP_FULL}
+    if args.kind == "speed":
+        knobs = {f.name for cls in known_settings().values() for f in dataclasses.fields(cls)} | {"bits"}
+        taken |= {f"--{name}" for name in knobs} | {f"--no-{name}" for name in knobs}
+    for word in args.rest:
+        if word.partition("=")[0] in taken:
+            raise UserError(f"{word.partition('=')[0]} behind --: the sweep sets it, from what stands before")
 
 
 def make_parser() -> Parser:
-    p = Parser("sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = SweepParser("sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--name", required=True, help="results go to outputs/NAME/")
     p.add_argument("--kind", choices=(*PRINTERS, "speed"), default="divergence")
     p.add_argument(
@@ -47,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         load_plugin(argv[:cut])
         args = make_parser().parse(argv[:cut])
         args.rest = argv[cut + 1 :]
+        require_name(args.name, "--name")
+        require_free(args)
         with importing():
             from evaluation.sweep import run
         run(args)

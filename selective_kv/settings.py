@@ -14,6 +14,9 @@ from typing import Any, ClassVar
 BITS = (8, 4, 3, 2)  # of what is quantised
 
 
+MOST = 2**31 - 1  # of a knob: sizes of tensors are made of it
+
+
 def knob(default: Any, help: str, least: int | None = None, choices: Sequence[Any] = (), rare: bool = False) -> Any:
     """A dataclass field that becomes a command-line flag. least: the smallest value allowed; rare: a setting's
     name leaves it out where it has its default."""
@@ -31,6 +34,8 @@ class CacheSettings:
             value, least = getattr(self, f.name), f.metadata.get("least")
             if least is not None and value < least:
                 raise ValueError(f"--{f.name} must be at least {least}, not {value}")
+            if isinstance(value, int) and value > MOST:
+                raise ValueError(f"--{f.name} must be at most {MOST:,}, not {value}")
             if f.metadata.get("choices") and value not in f.metadata["choices"]:
                 raise ValueError(f"--{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, not {value}")
 

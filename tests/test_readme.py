@@ -179,7 +179,6 @@ GPU_LINES = [
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_commands_for_a_gpu(folder: Path) -> None:
     """One after another, as programs of their own; with several GPUs those for two, with hqq the peer's."""
     for line in GPU_LINES:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import read_stream
 from evaluation import passkey
 from tokenizer import SentencePieceTokenizer
 
@@ -36,6 +37,7 @@ FAR_SHARE = 0.10  # of the sequences need the far past
 SHORTEST_COPY = 48  # tokens of a passage that comes back; it takes a quarter of a sequence at most
 LEAST_CONTEXT = 4 * (SHORTEST_COPY + 1)
 MOST_PIECES = 1 << 16  # ids are kept as uint16
+LARGEST_INPUT = 1 << 30  # bytes of a file: texts are held whole, and their tokens
 Array = np.ndarray
 
 
@@ -77,10 +79,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
 
 def read_file(path: Path, role: str, files: list[str]) -> bytes:
     """Its bytes; and `files` gains a line that tells which file this was, without its folder. Raises UserError."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    data = read_stream(path, LARGEST_INPUT)
     files.append(f"`{path.name}` ({role}): {len(data):,} bytes, sha256 `{hashlib.sha256(data).hexdigest()}`")
     return data
 
@@ -89,9 +88,12 @@ def decode_text(path: Path, data: bytes) -> str:
     """The text in a file's bytes, plain or .xz. Raises UserError."""
     try:
         if path.suffix == ".xz":
-            data = lzma.decompress(data)
+            with lzma.open(io.BytesIO(data)) as file:
+                data = file.read(LARGEST_INPUT + 1)
+            if len(data) > LARGEST_INPUT:
+                raise UserError(f"{path}: more than {LARGEST_INPUT:,} bytes when decompressed")
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # any line's end becomes "\n"
-    except lzma.LZMAError as error:
+    except (lzma.LZMAError, EOFError) as error:
         raise UserError(f"{path}: damaged, or not made by xz ({error})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None

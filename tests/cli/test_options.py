@@ -192,6 +192,11 @@ def test_sizes() -> None:
     ("argv", "message"),
     [
         (["quantise_kv"], r"'quantise_kv' .*'quantize_kv'\); did you mean quantize_kv\?$"),
+        (["quantize_kv:bits=4,k_bits=8"], "; knobs are flags here: quantize_kv --bits 4 --k_bits 8$"),
+        (
+            ["--caches", "quantize_kv:bits=4"],
+            "--caches: the cache is a word here, .* quantize_kv --bits 4$",
+        ),
         (["--temp", "1"], r"unknown argument --temp; did you mean --temperature\?$"),
         (["--top", "1"], r"unknown argument --top; did you mean --top_[kp]\?$"),
         (["--prompt", "--5 apples"], r"^unknown argument --5 apples \(a value that .* given as --prompt=...\)$"),

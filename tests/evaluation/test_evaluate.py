@@ -378,6 +378,22 @@ def test_a_weight_that_is_not_finite_is_named(
     assert not list(out.parent.iterdir())
 
 
+def test_texts_and_numbers_without_bounds(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Devices without an end, kilobytes of .xz that hold gigabytes, more texts than memory: gigabytes were taken."""
+    bomb, cut, base = tmp_path / "b.xz", tmp_path / "c.xz", ["perplexity", "--checkpoint_path", tiny, "--context", 60]
+    bomb.write_bytes(lzma.compress(bytes(1 << 26)) * 5)  # several streams in a file are one text
+    cut.write_bytes(lzma.compress(TEXT.encode())[:-20])
+    for argv, message in (
+        ([*base, "--text", "/dev/zero"], "/dev/zero: more than 268,435,456 bytes"),
+        ([*base, "--text", bomb], "more than 268,435,456 bytes when decompressed"),
+        ([*base, "--text", cut], "damaged, or not made by xz"),
+        ([*base, "--windows", 99_999_999], "99999999 texts of 60 tokens, which the model would write at once: "),
+        (["passkey", "--trials", 10**9], "--trials: 1000000000 is more than 10,000"),
+        ([*base, "--caches", "quantize_kv:window_size=" + "9" * 20], "--window_size must be at most 2,147,483,647"),
+    ):
+        assert message in fails(capsys, *argv)
+
+
 def test_what_a_record_was_made_from(tiny: Path, tmp_path: Path, text: Path) -> None:
     argv = ["divergence", "--checkpoint_path", tiny, "--text", text, "--context", 60, "--windows", 1, *CACHES]
     r = record(tmp_path, *argv)

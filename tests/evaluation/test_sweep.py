@@ -200,6 +200,53 @@ def test_tasks_apart_are_the_sweep_together(
     assert exit_.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("kind", "behind", "message"),
+    [
+        ("divergence", ["--caches", "full"], "--caches behind --: the sweep sets it"),
+        ("divergence", ["--json=r.json"], "--json behind --"),
+        ("divergence", ["--keep_full", "x"], "--keep_full behind --"),
+        ("speed", ["--sink_size", "9"], "--sink_size behind --"),
+        ("speed", ["--no-rotate"], "--no-rotate behind --"),
+        ("divergence", ["--text"], "--text: expected at least one argument"),
+        ("divergence", ["--text", "/dev/zero"], "a pipe or a device, and every task reads it anew"),
+    ],
+)
+def test_what_stands_behind_cannot_take_the_sweeps_place(
+    kind: str, behind: list[str], message: str, base: list[str], capsys: pytest.CaptureFixture[str], ran: list[str]
+) -> None:
+    """Every task of `-- --caches full` was the full cache's, and its file bore another's name."""
+    with pytest.raises(SystemExit) as exit_:
+        sweep.main([*base, *NAMES, "--kind", kind, "--", *behind])
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2 and message in err and err.count("\n") == 1 and not ran
+
+
+def test_a_name_is_a_folders_and_flags_know_their_place(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, message in (
+        (["--name", "../up"], "--name '../up': a name for a folder"),
+        (["--text", "a.txt"], "stand behind --"),
+        (["--sinks", "9" * 20], "--sink_size must be at most 2,147,483,647"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            sweep.main([*base, *argv])
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_result_of_another_cache_is_told(
+    tiny: Path, tmp_path: Path, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*base, "--caches", "quantize_kv", "--sinks", "2", "--windows", "8", *rest(tiny, tmp_path)]
+    sweep.main(argv)
+    result = next((tmp_path / "out" / "s").glob("*quantize*"))
+    record = json.loads(result.read_text())
+    for rows in ([record["rows"][0]], [], [3]):
+        result.write_text(json.dumps(record | {"rows": rows}))
+        with pytest.raises(SystemExit) as exit_:
+            sweep.main(argv)
+        assert exit_.value.code == 2 and "holds no result of quantize_kv:" in capsys.readouterr().err
+
+
 def test_a_cache_may_bring_knobs_of_its_own(base: list[str]) -> None:
     cache = "quantize_kv:v_bits=4,k_bits=4,rotate=false"
     args = sweep.make_parser().parse([*base, "--kind", "speed", "--caches", cache, "--sinks", "2", "--windows", "8"])
