@@ -1,12 +1,13 @@
-"""transformers' generate() with its own caches and with ours, eager and compiled: speed of decoding, memory, start.
+"""transformers' generate() with its own caches and with ours: speed of decoding, memory, start.
 
   python scripts/bench_transformers.py                                               the bundled model, this machine
   python scripts/bench_transformers.py --random_weights --model llama-3.1-8b --context 16384 --json plugin.json
 
 The model is transformers', on this project's weights. A gate comes first: our full cache must give DynamicCache's
-logits, eager and (where something compiled is timed) compiled, or nothing is timed. Then each cache reads a random
-prompt and writes on, batch 1, greedy, as a user calls it; what is timed is the second call, with the cache forgotten,
-between the first new token and the last. `first` is the first call's whole time less the second's: compiling and
+logits in every mode that is timed, or nothing is. Then each cache reads a random prompt and writes on, batch 1, greedy,
+as a user calls it; what is timed is the second call, with the cache forgotten, between the first new token and the
+last. Eager: a cache that grows, and nothing else; captured: the same within captured_decoding; compiled: a cache of one
+size, which `generate` compiles by itself. `first` is the first call's whole time less the second's: compiling and
 capturing. Bytes are what the device holds more after a call than before the cache was made, and at most while it
 decodes.
 """
@@ -17,7 +18,9 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +38,32 @@ GATE_PROMPT, GATE_NEW = 300, 12
 ROUNDING = 0.1  # of bfloat16 through random layers: 0.05 was seen, 0.2 and more with a wrong attention
 
 
+MODES = ("eager", "captured", "compiled", "compiled, modules unguarded")
+
+
 @dataclass
 class Contender:
-    """A cache and how it is used. implementation: the attention that it needs."""
+    """A cache and how it is used. implementation: the attention that it needs; mode: of MODES, the last one compiled
+    without guards on the model's modules, which are 6,000 comparisons a step for 32 layers.
+    """
 
-    name: str
+    cache: str
     make: Callable[[], Any]
     implementation: str
-    compiled: bool
-    unguarded: bool = False  # compiled without guards on the model's modules: 6,000 comparisons a step for 32 layers
+    mode: str = "eager"
+
+    @property
+    def name(self) -> str:
+        return f"{self.cache}, {self.mode}"
+
+    @property
+    def compiled(self) -> bool:
+        return self.mode.startswith("compiled")
+
+    def around(self, model: Any) -> AbstractContextManager[None]:
+        from selective_kv.transformers import captured_decoding
+
+        return captured_decoding(model) if self.mode == "captured" else nullcontext()
 
 
 @dataclass
@@ -73,26 +93,33 @@ class Clock:
         return self.go_on
 
 
+def is_run(mode: str) -> bool:
+    return mode != "captured" or torch.cuda.is_available()
+
+
 def contenders(config: Any, length: int, only: list[str] | None) -> list[Contender]:
     from transformers import DynamicCache, QuantizedCache, StaticCache
 
     from selective_kv.transformers import NAME, FullKVCache, SelectiveKVCache
+
+    def full(fixed: bool) -> Any:
+        return FullKVCache(config, max_cache_len=length if fixed else None)
 
     def selective(bits: int, fixed: bool) -> Any:
         settings = dict(sink_size=16, window_size=128, k_bits=bits, v_bits=bits)
         return SelectiveKVCache(config, max_cache_len=length if fixed else None, **settings)
 
     made = [
-        Contender("transformers dynamic", lambda: DynamicCache(config=config), "sdpa", False),
-        Contender("transformers static", lambda: StaticCache(config, max_cache_len=length), "sdpa", True),
-        Contender("full", lambda: FullKVCache(config), NAME, False),
-        Contender("int8", lambda: selective(8, False), NAME, False),
-        Contender("K4V4", lambda: selective(4, False), NAME, False),
-        Contender("full", lambda: FullKVCache(config, max_cache_len=length), NAME, True),
-        Contender("int8", lambda: selective(8, True), NAME, True),
-        Contender("K4V4", lambda: selective(4, True), NAME, True),
-        Contender("K4V4", lambda: selective(4, True), NAME, True, unguarded=True),
+        Contender("transformers dynamic", lambda: DynamicCache(config=config), "sdpa"),
+        Contender("transformers static", lambda: StaticCache(config, max_cache_len=length), "sdpa", "compiled"),
     ]
+    ours: dict[str, Callable[[bool], Any]] = {
+        "full": full,
+        "int8": partial(selective, 8),
+        "K4V4": partial(selective, 4),
+    }
+    for name, make in ours.items():
+        made += [Contender(name, partial(make, m.startswith("compiled")), NAME, m) for m in MODES if is_run(m)]
     for backend, bits in (("hqq", 8), ("hqq", 4), ("quanto", 4)):
         try:
             QuantizedCache(backend, config, nbits=bits)
@@ -103,10 +130,7 @@ def contenders(config: Any, length: int, only: list[str] | None) -> list[Contend
         def quantized(backend: str = backend, bits: int = bits) -> Any:
             return QuantizedCache(backend, config, nbits=bits)
 
-        made.append(Contender(f"transformers {backend} {bits} bits", quantized, "sdpa", False))
-    for contender in made:
-        contender.name += ", compiled" if contender.compiled else ", eager"
-        contender.name += ", modules unguarded" if contender.unguarded else ""
+        made.append(Contender(f"transformers {backend} {bits} bits", quantized, "sdpa"))
     unknown = set(only or ()) - {c.name for c in made}
     if unknown:
         raise UserError(f"--only: there is no {sorted(unknown)[0]!r} (there are {', '.join(c.name for c in made)})")
@@ -122,7 +146,7 @@ def write(
     from transformers import CompileConfig
 
     clock = Clock(ids.device)
-    if contender.unguarded:
+    if contender.mode == MODES[-1]:
         options = {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         settings["compile_config"] = CompileConfig(mode=None, options=options)  # type: ignore[arg-type]
     out = model.generate(
@@ -135,7 +159,7 @@ def write(
     return out, clock.times
 
 
-def gate(model: Any, everyone: list[Contender], compiled: bool) -> dict[str, float]:
+def gate(model: Any, everyone: list[Contender], modes: set[str]) -> dict[str, float]:
     """The relative distance of our full cache's logits from DynamicCache's, over the tokens that both wrote alike.
 
     Raises UserError unless it is rounding.
@@ -144,13 +168,14 @@ def gate(model: Any, everyone: list[Contender], compiled: bool) -> dict[str, flo
     ids = torch.randint(model.config.vocab_size, (1, GATE_PROMPT), generator=generator).to(model.device)
 
     def logits(c: Contender) -> tuple[list[int], Tensor]:
-        out, _ = write(model, ids, c, c.make(), GATE_NEW, output_logits=True)
+        with c.around(model):
+            out, _ = write(model, ids, c, c.make(), GATE_NEW, output_logits=True)
         return out.sequences[0, GATE_PROMPT:].tolist(), torch.stack(out.logits).float()
 
     expected_ids, expected = logits(next(c for c in everyone if c.name == "transformers dynamic, eager"))
     errors = {}
     for c in everyone:
-        if c.name.startswith("full") and c.compiled <= compiled:
+        if c.cache == "full" and c.mode in modes:
             ids_of, found = logits(c)
             alike = next((i for i in range(GATE_NEW) if ids_of[i] != expected_ids[i]), GATE_NEW - 1) + 1
             errors[c.name] = ((found[:alike] - expected[:alike]).norm() / expected[:alike].norm()).item()
@@ -166,20 +191,21 @@ def measure(model: Any, contender: Contender, ids: Tensor, n_new: int) -> Row:
     gc.collect()
     cuda = ids.is_cuda
     before = torch.cuda.memory_allocated() if cuda else 0
-    cache = contender.make()
-    first = write(model, ids, contender, cache, n_new)[1]
-    if contender.compiled:
-        cache.reset()
-    else:
-        del cache
-        gc.collect()
+    with contender.around(model):
         cache = contender.make()
-    out, times = write(model, ids, contender, cache, n_new)
-    held = peak = 0
-    if cuda:
-        peak = torch.cuda.max_memory_allocated() - before
-        del out
-        held = torch.cuda.memory_allocated() - before
+        first = write(model, ids, contender, cache, n_new)[1]
+        if contender.mode == "eager":
+            del cache
+            gc.collect()
+            cache = contender.make()
+        else:
+            cache.reset()
+        out, times = write(model, ids, contender, cache, n_new)
+        held = peak = 0
+        if cuda:
+            peak = torch.cuda.max_memory_allocated() - before
+            del out
+            held = torch.cuda.memory_allocated() - before
     speed = (n_new - 1) / (times[-1] - times[1])
     return Row(contender.name, speed, (first[-1] - first[0]) - (times[-1] - times[0]), times[1] - times[0], held, peak)
 
@@ -213,7 +239,7 @@ def run(argv: list[str] | None = None) -> dict[str, Any]:
         "command": ["scripts/bench_transformers.py", *(sys.argv[1:] if argv is None else argv)],
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "torch": torch.__version__, "transformers": transformers.__version__, "dtype": str(dtype).split(".")[-1],
-        "gate": gate(model, everyone, any(c.compiled for c in timed)), "rows": [],
+        "gate": gate(model, everyone, {c.mode for c in timed if c.implementation != "sdpa"}), "rows": [],
     }  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, args.context), generator=generator).to(device)

@@ -9,7 +9,8 @@
 transformers lets a cache store keys and values and return them to an attention function, dense. Here nothing is
 dense: `update` hands the new keys on together with the layer they belong to, and the attention function lets that
 layer's `KVCache` take them in and attend, in one call, as this project's own model does. `cache.py` has the caches,
-`sequences.py` where each sequence stands, `attention.py` what is registered and what is refused, `rope.py` positions.
+`sequences.py` where each sequence stands, `attention.py` what is registered and what is refused, `rope.py` positions,
+`decoding.py` and `captured.py` steps recorded as CUDA graphs: all of a step, or attention a layer at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from selective_kv.transformers.cache import (  # noqa: E402
     SelectiveKVCache,
     SinkWindowKVCache,
 )
+from selective_kv.transformers.decoding import captured_decoding  # noqa: E402
 
 register()
 
-__all__ = ["NAME", "FullKVCache", "PolicyKVCache", "SelectiveKVCache", "SinkWindowKVCache"]
+__all__ = ["NAME", "FullKVCache", "PolicyKVCache", "SelectiveKVCache", "SinkWindowKVCache", "captured_decoding"]

@@ -5,7 +5,8 @@ The function is registered as attn_implementation="selective_kv". It never recei
 
 Compiled (`generate` does so by itself on a GPU where the cache says `is_compileable`), a layer's attention is one
 opaque operator, so that any `KVCache` goes through it, a user's own too. The memory it writes to is not among its
-arguments: it finds it by a number. `counts`, which it really changes, keeps the operators in order.
+arguments: it finds it by a number. `counts`, which it really changes, keeps the operators in order. `cut` makes several
+CUDA graphs of one compiled step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from selective_kv.transformers.sequences import by_handle
+from selective_kv.transformers.sequences import CUT_BEFORE, by_handle
 
 if TYPE_CHECKING:
     from selective_kv.transformers.cache import Layer
@@ -89,6 +90,8 @@ def attention(
             layer.index, query, key.keys, value, sequences.counts, attention_mask, eager=True, module=module
         )  # fmt: skip
     elif query.shape[2] == 1 and attention_mask is None:
+        if layer.index in CUT_BEFORE:
+            cut(sequences.counts)
         out = decode(query, key.keys, value, sequences.counts, sequences.handle, layer.index)
     else:
         out = chunk(query, key.keys, value, sequences.counts, attention_mask, sequences.handle, layer.index)
@@ -117,25 +120,31 @@ def refuse(
 
 def padding_mask(
     q_length: int,
+    kv_length: int,
     attention_mask: Tensor | None = None,
     mask_function: Any = causal_mask_function,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask interface. attention_mask: bool [batch, column so far and in this pass], or None.
+    """transformers' mask interface. attention_mask: bool [batch, column so far and in this pass], or None; kv_length:
+    the most columns that it may have (`Layer.get_mask_sizes`).
 
-    Returns it as it is where the pass may hold padding: the cache stores and reads each sequence's tokens by it. None
-    for a step whose tokens are all real; what came before is known to the cache.
+    `generate` calls this before each compiled step: it is where the host sees that a cache is full. Returns the mask as
+    it is where the pass may hold padding: the cache stores and reads each sequence's tokens by it. None for a step
+    whose tokens are all real; what came before is known to the cache.
     """
     if mask_function is not causal_mask_function:
         raise ValueError("this model's mask is more than causal, which the caches of selective_kv do not support")
     if attention_mask is None or attention_mask.dim() != 2:
         return attention_mask
+    n_column = attention_mask.shape[1]
+    if n_column > kv_length > q_length:
+        raise ValueError(f"{n_column} tokens do not fit a cache made with max_cache_len={kv_length}")
     if q_length > 1:
         return attention_mask
     if torch.compiler.is_compiling():  # the host must not look: `generate` has, before it called the compiled model
         torch._assert_async(attention_mask[:, -1].bool().all(), "a compiled step cannot read padding")
         return None
-    return None if bool(attention_mask[:, -1].all()) else attention_mask
+    return None if all(attention_mask[:, -1].tolist()) else attention_mask
 
 
 @torch.library.custom_op("selective_kv::decode", mutates_args=("counts",))
@@ -148,6 +157,16 @@ def decode(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, handle: int, layer: 
 def chunk(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, mask: Tensor | None, handle: int, layer: int) -> Tensor:
     """`Sequences.attend` of several tokens a sequence, or with padding: the host reads the lengths."""
     return by_handle[handle].attend(layer, q, k, v, counts, mask)
+
+
+@torch.library.custom_op("selective_kv::cut", mutates_args=("counts",), tags=(torch.Tag.cudagraph_unsafe,))
+def cut(counts: Tensor) -> None:
+    """Does nothing, outside of CUDA graphs: so one ends before it, and the next one is launched while that runs."""
+
+
+@cut.register_fake
+def _(counts: Tensor) -> None:
+    return None
 
 
 @decode.register_fake

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,19 @@ from selective_kv.sink_window import SinkWindowCache
 from selective_kv.transformers.attention import Taken
 from selective_kv.transformers.sequences import Sequences
 
+_compiling_nothing = 0  # how many blocks are open
+
+
+@contextmanager
+def compiling_nothing() -> Iterator[None]:
+    """Within it no cache says that it is compileable."""
+    global _compiling_nothing
+    _compiling_nothing += 1
+    try:
+        yield
+    finally:
+        _compiling_nothing -= 1
+
 
 class Layer(CacheLayerMixin):
     """One layer as transformers sees it. Keys and values are not here: `sequences` has all layers' memory."""
@@ -27,9 +42,13 @@ class Layer(CacheLayerMixin):
     def __init__(self, sequences: Sequences, index: int, compileable: bool) -> None:
         super().__init__()
         self.sequences, self.index = sequences, index
-        self.is_compileable = compileable
+        self._compileable = compileable
         seen = sequences.policy.sees()
         self.is_croppable = seen is not None and seen.window_size is None
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        return self._compileable and (torch.compiler.is_compiling() or not _compiling_nothing)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         if self.sequences.shape is None:
@@ -43,9 +62,8 @@ class Layer(CacheLayerMixin):
         return Taken(self, key_states), value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Only the mask functions of others ask for lengths; `padding_mask` does not."""
-        past = 0 if self.sequences.fixed else self.sequences.n_column
-        return past + query_length, 0
+        """How many columns fit, as StaticCache has it: `padding_mask` compares. Without a limit, query_length."""
+        return self.sequences.max_length or query_length, 0
 
     def get_seq_length(self) -> Any:
         """Columns read, padding included: a number, or a tensor where memory is fixed (as StaticCache's)."""

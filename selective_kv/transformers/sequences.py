@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -26,6 +28,10 @@ ROOM = 512  # tokens more than are needed, where a cache grows by itself: one co
 # one for each place in memory that a cache has ever had.
 by_handle: WeakValueDictionary[int, Sequences] = WeakValueDictionary()
 _handles = itertools.count(2)  # a compiler takes 0 and 1 for constants
+
+# A step that is replayed is cut into several graphs before these layers: launching one takes a microsecond a kernel, in
+# which the device waits if it has nothing before it. So the first are short, and each is long enough for the next.
+CUT_BEFORE = frozenset((2, 8, 32))
 
 
 @dataclass
@@ -50,7 +56,7 @@ class Sequences:
         self.policy = policy
         self.shape: Shape | None = None
         self.counts = torch.zeros(1, dtype=torch.int64)
-        self.n_column = 0  # as `counts` has it; not kept where memory is `fixed`: replayed steps run no Python
+        self.n_column = 0  # as `counts` has it, or fewer after compiled steps, which run no Python when replayed
         self.last_padding = 0  # columns up to the last one that is padding in some sequence
         self.empty = True
         self.under_way = False  # between a forward pass's first layer and its last
@@ -60,6 +66,7 @@ class Sequences:
         self.handle = -1  # what a compiled graph knows the memory by
         self.captured: CapturedSteps | None = None  # of an eager model; for the memory as it is
         self.replays = False  # whether this pass, if it is a step, goes by those
+        self.cut: Callable[[], None] | None = None  # while a whole step is recorded: ends a graph, begins the next
         self._frequencies: Tensor | None = None
         # Each layer's bias of keys and RoPE's frequencies, as its cache was told; None before the first pass. What that
         # pass does not tell is never told: steps may have been captured without it.
@@ -129,9 +136,10 @@ class Sequences:
             return self.policy.n_exact + 1
         return n_column + ROOM
 
-    def _make_room(self, n_column: int) -> None:
-        """Raises ValueError if there is none for n_column columns and none can be made."""
+    def make_room(self, n: int) -> None:
+        """For n more columns. Raises ValueError if there is none and none can be made."""
         assert self.shape is not None
+        n_column = self.n_column + n
         if n_column <= self.shape.capacity or self.policy.endless:
             return
         if self.max_length is not None:
@@ -215,6 +223,15 @@ class Sequences:
 
     # A forward pass
 
+    @contextmanager
+    def recorded(self, cut: Callable[[], None]) -> Iterator[None]:
+        """Within it a step is recorded, with room for it, and cut into several graphs."""
+        self.cut = cut
+        try:
+            yield
+        finally:
+            self.cut = None
+
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, counts: Tensor, mask: Tensor | None, eager: bool = False,
         module: Any = None,
@@ -231,6 +248,8 @@ class Sequences:
             self.replays = eager and self.layers[0].capturable and not torch.cuda.is_current_stream_capturing()
         elif not self.under_way:
             raise ValueError("a forward pass must begin with the model's first layer")
+        if self.cut is not None and layer in CUT_BEFORE:
+            self.cut()
         cache = self.layers[layer]
         if self.first_pass and self.biases is not None and self.biases[layer] is None:
             told = self.biases[layer] = turned_bias(module, self.config)
@@ -281,21 +300,20 @@ class Sequences:
 
     def _room_for_a_step(self, counts: Tensor) -> None:
         assert self.shape is not None
-        if not self.fixed:
-            if counts.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise ValueError("a captured step needs memory that stays in its place: give the cache max_cache_len")
-            self._make_room(self.n_column + 1)
-        elif not self.policy.endless:
-            if counts.is_cuda:  # the host does not look: the step may be under capture
-                torch._assert_async((counts[-1] < self.shape.capacity), "the KV cache is full (max_cache_len)")
-            else:
-                self._make_room(int(counts[-1]) + 1)
+        if self.cut is None and not self.fixed and counts.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError("a captured step needs memory that stays in its place: give the cache max_cache_len")
+        self.make_room(1)
+        # Of compiled steps that are replayed the host knows nothing: `padding_mask` counts for `generate`, and this is
+        # for whoever calls a compiled model without a mask.
+        if counts.is_cuda and self.fixed and not self.policy.endless:
+            torch._assert_async((counts[-1] < self.shape.capacity), "the KV cache is full (max_cache_len)")
 
     def _begin_chunk(self, n: int, counts: Tensor, mask: Tensor | None) -> None:
         """n columns, whose tokens follow what each sequence has."""
         assert self.shape is not None
         *lengths, n_column = counts.tolist()
-        self._make_room(n_column + n)
+        self.n_column = n_column
+        self.make_room(n)
         if mask is None:
             if any(length != n_column for length in lengths):
                 raise ValueError(
