@@ -63,7 +63,8 @@ class Layer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many columns fit, as StaticCache has it: `padding_mask` compares. Without a limit, query_length."""
-        return self.sequences.max_length or query_length, 0
+        limit = None if self.sequences.policy.endless else self.sequences.max_length
+        return limit or query_length, 0
 
     def get_seq_length(self) -> Any:
         """Columns read, padding included: a number, or a tensor where memory is fixed (as StaticCache's)."""

@@ -36,10 +36,10 @@ def captured_decoding(model: Any) -> Iterator[None]:
         with captured_decoding(model):
             model.generate(**inputs, past_key_values=SelectiveKVCache(model.config))
 
-    `generate` compiles nothing meanwhile. The first step of a cache runs as ever, the second is recorded (again if the
-    cache has moved to more memory); a cache that is kept and `reset()` keeps its recording. The model must stay as it
-    is: its Python does not run in a replayed step. What is no single token with its position, on a CPU all of it, runs
-    as without this.
+    `generate` compiles nothing meanwhile. The first step of a cache runs as ever, the second is recorded, and so again
+    where the cache has moved to more memory; a cache that is kept and `reset()` keeps its recording. The model must
+    stay as it is: its Python does not run in a replayed step. What is no single token with its position, and on a CPU
+    everything, runs as without this.
 
     Raises ValueError, at a step, for a model with forward hooks (they would not be called), or one whose step looks at
     the device from the host, and for a cache whose step does.
@@ -60,7 +60,8 @@ class CapturedForward:
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
         self.model, self.forward = model, forward
-        self.steps: WeakKeyDictionary[Sequences, CapturedStep | None] = WeakKeyDictionary()  # None: has run once
+        self.ran: WeakKeyDictionary[Sequences, int] = WeakKeyDictionary()  # in which memory, by `handle`
+        self.steps: WeakKeyDictionary[Sequences, CapturedStep] = WeakKeyDictionary()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
@@ -72,16 +73,17 @@ class CapturedForward:
         if mask is not None and not (mask.dim() == 2 and all(mask[:, -1].tolist())):
             return self.forward(**kwargs)
         sequences = cache.sequences
-        if sequences not in self.steps:  # compiles the kernels
-            self.steps[sequences] = None
-            return self.forward(**kwargs)
         sequences.make_room(1)
+        if self.ran.get(sequences) != sequences.handle:  # a step as ever compiles the kernels, which recording cannot
+            self.ran[sequences] = sequences.handle
+            self.steps.pop(sequences, None)
+            return self.forward(**kwargs)
         settings = {name: value for name, value in rest.items() if value is not cache}
-        bound = sequences.handle, {name: tensor.shape for name, tensor in inputs.items()}, settings
-        step = self.steps[sequences]
+        bound = {name: tensor.shape for name, tensor in inputs.items()}, settings
+        step = self.steps.get(sequences)
         if step is None or step.bound != bound:
             refuse_hooks(self.model)
-            self.steps[sequences] = None  # what was recorded before gives its memory back first
+            self.steps.pop(sequences, None)  # gives its memory back before the new one takes its own
             step = self.steps[sequences] = CapturedStep(bound, sequences, self.forward, inputs, rest)
         sequences.n_column += 1
         return step.replay(inputs, cache)
@@ -119,8 +121,14 @@ def refuse_hooks(model: nn.Module) -> None:
             )
 
 
+@functools.cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps 32 MiB for each stream that it was ever called on."""
+    return torch.cuda.Stream(device)
+
+
 class CapturedStep:
-    """One step, recorded. bound: what it was recorded for; inputs: what it copies, by name; rest: constants."""
+    """One step, recorded. bound: what it was recorded for; inputs: what is copied, by name; rest: constants."""
 
     def __init__(
         self,
@@ -156,7 +164,7 @@ class CapturedStep:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # of what is cached a graph's own pool can use nothing
         try:
-            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), sequences.recorded(cut):
+            with torch.cuda.device(device), torch.cuda.stream(recording_stream(device)), sequences.recorded(cut):
                 cut()
                 try:
                     out = step()

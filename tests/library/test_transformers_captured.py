@@ -114,7 +114,7 @@ def test_a_whole_step(name: str, beams: int, request: pytest.FixtureRequest) -> 
             assert not cache.is_compileable
             assert write(model, ids, cache, 30, **settings).equal(expected)
             once = list(RememberedStep.recorded)
-            assert once == ([121, -1] if policy.endless or fixed else [121, -1, 132, -1, 145, -1])
+            assert once == ([121, -1] if policy.endless or fixed else [121, -1, 133, -1, 146, -1])
             cache.reset()
             assert write(model, ids, cache, 30, **settings).equal(expected)
         assert int(cache.get_seq_length()) == cache.sequences.n_column == 149

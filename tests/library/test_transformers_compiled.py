@@ -112,10 +112,10 @@ def test_captured_on_a_gpu(name: str) -> None:
     one = PolicyKVCache(model.config, policy, max_cache_len=700)
     alone = write(model, prompts[2][None].cuda(), one, 40, disable_compile=True)
     assert alone[0, 300:].equal(eager[2, 600:])
-    # a step that does not fit is an error of the host's, and not the device's: the card goes on
-    with pytest.raises(ValueError, match="701 tokens do not fit a cache made with max_cache_len=700"):
-        write(model, ids, cache, 120, attention_mask=mask)
-    cache.reset()
+    if not policy.endless:  # a step that does not fit is an error of the host's, not the device's: the card goes on
+        with pytest.raises(ValueError, match="701 tokens do not fit a cache made with max_cache_len=700"):
+            write(model, ids, cache, 120, attention_mask=mask)
+        cache.reset()
     assert write(model, ids, cache, 40, attention_mask=mask).equal(eager)
 
 
