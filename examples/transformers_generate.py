@@ -8,7 +8,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selective_kv.transformers import SelectiveKVCache
+from selective_kv.transformers import SelectiveKVCache, captured_decoding
 
 path, prompt = sys.argv[1], " ".join(sys.argv[2:]) or "Once upon a time"
 tokenizer = AutoTokenizer.from_pretrained(path)
@@ -16,8 +16,8 @@ model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="selectiv
 model = model.to("cuda" if torch.cuda.is_available() else "cpu")
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
 
-# max_cache_len: memory is allocated once, and on a GPU the decode step is compiled and captured.
-cache = SelectiveKVCache(model.config, sink_size=16, window_size=128, v_bits=4, max_cache_len=512)
-written = model.generate(**inputs, past_key_values=cache, max_new_tokens=100, do_sample=False)
+cache = SelectiveKVCache(model.config, sink_size=16, window_size=128, v_bits=4)
+with captured_decoding(model):  # on a GPU steps become CUDA graphs; on a CPU it changes nothing
+    written = model.generate(**inputs, past_key_values=cache, max_new_tokens=200, do_sample=False)
 print(tokenizer.decode(written[0], skip_special_tokens=True))
 print("bytes by region:", cache.nbytes())
