@@ -62,9 +62,12 @@ class Layer(CacheLayerMixin):
         return Taken(self, key_states), value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many columns fit, as StaticCache has it: `padding_mask` compares. Without a limit, query_length."""
-        limit = None if self.sequences.policy.endless else self.sequences.max_length
-        return limit or query_length, 0
+        """How many columns fit, as StaticCache has it: `padding_mask` compares, before a compiled step and not in it,
+        which would be compiled for one limit only. Without a limit, query_length.
+        """
+        if torch.compiler.is_compiling() or self.sequences.policy.endless:
+            return query_length, 0
+        return self.sequences.max_length or query_length, 0
 
     def get_seq_length(self) -> Any:
         """Columns read, padding included: a number, or a tensor where memory is fixed (as StaticCache's)."""

@@ -42,7 +42,7 @@ def test_one_graph_for_every_step() -> None:
     ids, mask = padded([LONG[0, :125], LONG[1, :4]])
     for made, policy in enumerate((SelectiveCache(sink_size=2, window_size=6), FullCache(), SinkWindowCache(2, 6))):
         eager = write(model, ids, PolicyKVCache(model.config, policy), 20, attention_mask=mask)
-        cache = PolicyKVCache(model.config, policy, max_cache_len=150)
+        cache = PolicyKVCache(model.config, policy, max_cache_len=150 + made)
         assert cache.is_compileable
         for _ in range(2):
             out = write(model, ids, cache, 20, attention_mask=mask, compile_config=GRAPH)
