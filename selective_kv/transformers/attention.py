@@ -92,9 +92,9 @@ def attention(
     elif query.shape[2] == 1 and attention_mask is None:
         if layer.index in CUT_BEFORE:
             cut(sequences.counts)
-        out = decode(query, key.keys, value, sequences.counts, sequences.handle, layer.index)
+        out = decode(query, key.keys, value, sequences.counts, sequences.number.shape[0], layer.index)
     else:
-        out = chunk(query, key.keys, value, sequences.counts, attention_mask, sequences.handle, layer.index)
+        out = chunk(query, key.keys, value, sequences.counts, attention_mask, sequences.number.shape[0], layer.index)
     return out.transpose(1, 2), None
 
 

@@ -52,6 +52,7 @@ class Sequences:
 
     def __init__(self, policy: KVCache, config: Any, max_length: int | None) -> None:
         self.config, self.max_length = config, max_length
+        self.fixed = max_length is not None or policy.endless  # memory stays where it is, so a step may be captured
         self.layers = [dataclasses.replace(policy) for _ in range(config.num_hidden_layers)]
         self.policy = policy
         self.shape: Shape | None = None
@@ -64,6 +65,7 @@ class Sequences:
         self.parts: list[Part] = []  # of a chunk; `whole`: there is one, and it is all of the pass
         self.whole = False
         self.handle = -1  # what a compiled graph knows the memory by
+        self.number = torch.empty(0)  # [handle, 0]: to a compiler sizes may vary, where other numbers are constants
         self.captured: CapturedSteps | None = None  # of an eager model; for the memory as it is
         self.replays = False  # whether this pass, if it is a step, goes by those
         self.cut: Callable[[], None] | None = None  # while a whole step is recorded: ends a graph, begins the next
@@ -75,11 +77,6 @@ class Sequences:
         seen = policy.sees()
         if seen is not None and seen.within:
             self.frequencies()  # raises now where they are not known, and not in the middle of a text
-
-    @property
-    def fixed(self) -> bool:
-        """Whether memory stays where it is, so that a step may be captured."""
-        return self.max_length is not None or self.policy.endless
 
     @property
     def lengths(self) -> Tensor:
@@ -125,8 +122,10 @@ class Sequences:
         self.handle = next(_handles)
         by_handle[self.handle] = self
         self.captured = None
+        self.number = torch.empty(self.handle, 0, device=self.counts.device)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.counts)
+            torch._dynamo.mark_dynamic(self.number, 0)
 
     def _capacity(self, n_column: int) -> int:
         """How many tokens to make room for, when a sequence will have n_column of them."""
