@@ -272,7 +272,10 @@ class Sequences:
         cache, turn = self.layers[layer], self.turn
         assert turn is not None
         if not self.replays:
-            return cache.attend(q, k, v, Chunk(counts[:-1][:, None]), turn)
+            out = cache.attend(q, k, v, Chunk(counts[:-1][:, None]), turn)
+            if layer + 1 in CUT_BEFORE:  # what it has made belongs to a graph that ends here
+                self.turn = Turn(self.frequencies, counts[:-1][:, None])
+            return out
 
         def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             positions = counts[:-1][:, None]
