@@ -37,7 +37,7 @@ def anew() -> None:
 
 
 def test_one_graph_for_every_step() -> None:
-    """fullgraph: nothing breaks it. A second text compiles nothing, nor does another cache, of another policy and size."""
+    """fullgraph: nothing breaks it. A second text compiles nothing, nor does a cache of another policy and size."""
     model = tiny("llama3")
     ids, mask = padded([LONG[0, :125], LONG[1, :4]])
     for made, policy in enumerate((SelectiveCache(sink_size=2, window_size=6), FullCache(), SinkWindowCache(2, 6))):
