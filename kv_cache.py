@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kv_settings import format_policy, make_settings, parse_settings
 from selective_kv import Chunk, KVCache, Shape, caches
+from selective_kv.score_error import layer_errors
 
 __all__ = ["ModelCache", "format_policy", "make_policy", "parse_policy", "plan", "require_slides"]
 
@@ -92,6 +93,10 @@ class ModelCache:
             found |= {f"layers.{i}.{name}": view for name, view in views.items()}
         return found
 
+    def score_errors(self, k_bits: int | None = None) -> list[float] | None:
+        """`KVCache.score_error` of every layer, over all sequences. Waits for the device. None: nothing to measure."""
+        return layer_errors(self.layers, self.lengths.tolist(), self.row, k_bits)
+
     def nbytes(self) -> dict[str, int]:
         """Bytes by region, over all layers."""
         total: dict[str, int] = {}
@@ -116,6 +121,15 @@ def plan(policy: KVCache, n_layer: int, shape: Shape) -> dict[str, int]:
     layer = dataclasses.replace(policy)
     layer.allocate(dataclasses.replace(shape, device=torch.device("meta")))
     return {region: n * n_layer for region, n in layer.nbytes().items()}
+
+
+def bits_per_element(policy: KVCache, head_dim: int) -> dict[str, float] | None:
+    """Of what a cache stores in fewer bits, scales included, by "keys" and "values". None: it stores nothing so, or
+    does not say."""
+    seen = policy.sees()
+    if seen is None or seen.formats is None:
+        return None
+    return {name: f.bits_per_element(head_dim) for name, f in zip(("keys", "values"), seen.formats, strict=True)}
 
 
 def make_policy(name: str, knobs: Mapping[str, Any]) -> KVCache:

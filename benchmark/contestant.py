@@ -252,6 +252,7 @@ class Timed:
 
     path = ""
     cache_bytes: int | None = None
+    bits: dict[str, float] | None = None  # an element of what is quantised, as kv_cache.bits_per_element has them
     prefill_seconds = 0.0  # 0: no prompt was read
     store_seconds: float | None = None  # of those, storing keys and values
 
@@ -292,6 +293,7 @@ class Timed:
             "step_ms_max": max(self.seconds) * 1e3,
             "tokens_per_s": self.batch / step,
             "cache_bytes": self.cache_bytes,
+            "bits_per_element": self.bits,
             "read_bytes_per_s": read and read / step,
             "share_of_ceiling": read and read / step / ceiling,
             "prefill_s": self.prefill_seconds,
@@ -322,6 +324,7 @@ class Contestant(Timed):
                 fill(self.engine, context)
         held = dataclasses.replace(shape, capacity=context, device=torch.device("meta"))
         self.cache_bytes = sum(kv_cache.plan(policy, model.config.n_layer, held).values()) or None
+        self.bits = kv_cache.bits_per_element(policy, shape.head_dim)
         self.path = f"{self.engine.cache.layers[0].path}, {self.engine.step_path}"
 
     def read(self, vocab_size: int) -> None:

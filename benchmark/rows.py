@@ -60,6 +60,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         "tok/s",
         "vs first",
         "cache",
+        "bits K, V",
         "ceiling",
         "peak",
     ]
@@ -68,12 +69,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     cells = []
     for r in rows:
         base = next(b for b in rows if (b["batch"], b["context"]) == (r["batch"], r["context"]))
-        told = r["cache_bytes"] is not None
+        told, bits = r["cache_bytes"] is not None, r.get("bits_per_element")
         cells.append([
             *([r["weights"]] if several else []), r["cache"], str(r["batch"]), str(r["context"]), f"{r['step_ms']:.3f}",
             f"{r['step_ms_min']:.2f}-{r['step_ms_max']:.2f}", f"{r['tokens_per_s']:.1f}",
             f"{base['step_ms'] / r['step_ms']:.3f}x" if base["cache"] == rows[0]["cache"] else "",
-            size(r["cache_bytes"]) if told else "not told", f"{r['share_of_ceiling']:.1%}" if told else "",
+            size(r["cache_bytes"]) if told else "not told",
+            f"{bits['keys']:.3g}, {bits['values']:.3g}" if bits else "", f"{r['share_of_ceiling']:.1%}" if told else "",
             size(r["peak_memory_bytes"]) if r["peak_memory_bytes"] else "",
         ])  # fmt: skip
         if with_prefill:

@@ -9,6 +9,7 @@ import torch
 
 import kv_cache
 from cli.device import peak_memory
+from cli.fidelity import fidelity_line
 from cli.plan import bytes_read, parameter_bytes
 from cli.provenance import device_name
 from common.messages import size
@@ -51,6 +52,7 @@ def make_report(engine: Engine, name: str, timing: Timing, weight_setting: str =
         "prefill_s": timing.prefill_seconds,
         "decode_s": timing.decode_seconds,
         "decode_tokens_per_s": timing.decode_tokens_per_second,
+        "bits_per_element": kv_cache.bits_per_element(policy, shape.head_dim),
         "cache_bytes": cache.nbytes(),
         "full_cache_bytes": sum(kv_cache.plan(FullCache(), n_layer, shape).values()),
         "cache_bytes_held": sum(held(policy, n) for n in lengths),
@@ -99,6 +101,7 @@ def report_lines(r: dict[str, Any]) -> list[str]:
         f"decode {r['decode_tokens_per_s']:.2f} tokens/s, {r['tokens_written']} tokens written",
         *_saving_lines(r),
         *([f"cache {allocated}", f"cache {held}"] if r["cache_bytes"] else ["cache bytes: this cache does not say"]),
+        *fidelity_line(r),
         f"peak memory {size(r['peak_memory_bytes'])} ({where}), weights {size(r['weight_bytes'])} of it; "
         f"bandwidth {r['bandwidth_bytes_per_s'] / 1e9:.2f} GB/s, weights and cache",
         *(rank_lines(r["ranks"]) if "ranks" in r else []),

@@ -23,6 +23,7 @@ from checkpoint import (
 from cli.chat_template import chat_template_of, template_variables
 from cli.console import Printer, encode_prompt, read_prompts
 from cli.conversation import Conversation
+from cli.fidelity import KeyCheck
 from cli.flags import chosen_knobs, sampling_of
 from cli.interactive import converse
 from cli.job import Job, Output
@@ -202,10 +203,11 @@ def run(job: Job, link: Link | None) -> None:
     if job.dry_run:
         return
     profiler = make_profiler(output.profile, job.shape.device, link)
-    bar = ReadingBar()
-    hooks = [saving.hook, bar.hook] if profiler is None else [profiler.hook, saving.hook, bar.hook]
+    bar, check = ReadingBar(), KeyCheck(job.policy)
+    hooks = [*([] if profiler is None else [profiler.hook]), saving.hook, bar.hook, check.hook]
     engine, loading = build(job, hooks, saving)
     bar.watch(engine)
+    check.watch(engine)
     if link is not None:
         link.answer = lambda: rank_part(engine)
     printer = Printer(job.tokenizer, job.prompts, job.echo)
@@ -229,7 +231,7 @@ def run(job: Job, link: Link | None) -> None:
         timing = timing if job.interactive else engine.timing
         report = make_report(engine, job.checkpoint.name, timing, str(job.weights or 16))
         report |= startup(age, loading, timing) | {"start_s": marks()}
-        report |= saving.report
+        report |= saving.report | ({"score_error": check.report} if check.report else {})
         report |= {"finished": not interrupted, "texts": turns or printer.texts, "command": output.command}
         if link is not None and first:
             report["ranks"] = link.reports()

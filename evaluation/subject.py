@@ -112,10 +112,9 @@ class Subject:
         """Bytes of a sequence's cache, and bits per element of what is quantised, scales included."""
         regions = kv_cache.plan(policy, self.config.n_layer, self.shape(n_token))
         held = {"cache_bytes": float(sum(regions.values()))}
-        seen = policy.sees()
-        if regions.get("quantised") and seen is not None and seen.formats is not None:
-            bits = [f.bits_per_element(self.config.head_dim) for f in seen.formats]
-            held["bits_per_quantised_element"] = sum(bits) / 2
+        bits = kv_cache.bits_per_element(policy, self.config.head_dim)
+        if regions.get("quantised") and bits is not None:
+            held["bits_per_quantised_element"] = sum(bits.values()) / 2
         return held
 
     def encode(self, text: str) -> list[int]:

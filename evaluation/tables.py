@@ -20,8 +20,10 @@ def name_of(row: Row) -> str:
 
 
 def held(row: Row) -> str:
-    """A cache's bytes; a cache of the user's may not say."""
-    return size(row["cache_bytes"]) if row["cache_bytes"] else "not told"
+    """A cache's bytes (a cache of the user's may not say), and bits an element of what it quantises."""
+    bits = row.get("bits_per_quantised_element")
+    quantised = f", {bits:.3g} bits" if bits else ""
+    return size(row["cache_bytes"]) + quantised if row["cache_bytes"] else "not told"
 
 
 def named(row: Row) -> str:

@@ -183,6 +183,15 @@ class KVCache(CacheSettings):
         """
         return None
 
+    def score_error(self, row: int, n_token: int, k_bits: int | None = None) -> Tensor | None:
+        """How far scores are off over keys as this layer stores them, in nats, float32 []: the root mean square for the
+        last query of the chunk that was read last, over the last keys of sequence `row`, which holds n_token tokens.
+        More than `score_error.BOUND` is a lot. k_bits: as if they were stored in so many.
+
+        None: this cache stores no keys in fewer bits, or there is nothing to measure it by.
+        """
+        return None
+
     def forgets(self, n_token: int) -> bool:
         """Whether a sequence of n_token tokens no longer holds all of them as they came. If it does, it can go back to
         any shorter beginning of itself: `held` of that is then the beginning of what `held` is now.

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from selective_kv.cache import Chunk, KVCache, RopeLike, Shape, wide
-from selective_kv.formats import TILE, Format, require_finite, rotation_matrix
+from selective_kv.formats import TILE, Format, key_format, require_finite, rotation_matrix
 from selective_kv.kernels import AttentionKernels, attention_kernels, chunk_attention
 from selective_kv.key_bias import key_bias
 from selective_kv.regions import Regions
+from selective_kv.score_error import LEAST, score_error
 
 
 @dataclass
@@ -22,6 +23,8 @@ class RegionCache(KVCache):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._reference = False
+        self._last_q: dict[int, Tensor] = {}  # of a sequence, [n_head, head_dim]: the last of the chunk read last
+        self._bias: tuple[Tensor, Tensor] | None = None
 
     def sizes(self, capacity: int) -> tuple[int, int]:
         """sink_size and window_size."""
@@ -57,6 +60,7 @@ class RegionCache(KVCache):
 
     def expect_bias(self, bias: Tensor, frequencies: Tensor) -> None:
         r = self.regions
+        self._bias = bias, frequencies
         if r.k_tiles is not None:
             with torch.inference_mode(False):
                 kept_out = key_bias(bias.to(r.k.device), frequencies, r.sink_size, r.k_tiles.codes.shape[2])
@@ -76,6 +80,9 @@ class RegionCache(KVCache):
     @property
     def capturable(self) -> bool:
         return not self._reference and self.regions.k.is_cuda and self.kernels.captures
+
+    def reset(self) -> None:
+        self._last_q.clear()
 
     def storage(self) -> list[Tensor] | None:
         return [*self.regions.tensors().values()]
@@ -108,10 +115,27 @@ class RegionCache(KVCache):
             return None
         return self.regions.held(row, n_token)
 
+    def score_error(self, row: int, n_token: int, k_bits: int | None = None) -> Tensor | None:
+        formats, q = self.formats(), self._last_q.get(row)
+        if formats is None or q is None:
+            return None
+        r = self.regions
+        first = r.sink_size + r.n_left(n_token)  # of the tile that is stored next
+        n = min(n_token - first, TILE)
+        if n < LEAST:
+            return None
+        k = r.k[row, :, [r.slot(p) for p in range(first, first + n)]]
+        kept_out = key_bias(*self._bias, first, 1) if self._bias is not None else None
+        bias = None if kept_out is None else kept_out.dense(slice(0, 1), k.shape[2])[:, 0].to(k.device)
+        form = formats[0] if k_bits is None else key_format(k_bits, formats[0].rotated or formats[0].bits == 8)
+        return score_error(q, k, form, bias)
+
     def forgets(self, n_token: int) -> bool:
         return self.regions.n_left(n_token) > 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, rope: RopeLike) -> Tensor:
+        if k.shape[2] > 1 and self.regions.k_tiles is not None and not q.is_meta:
+            self._last_q |= {chunk.row + b: last.clone() for b, last in enumerate(q[:, :, -1])}
         if self._reference:
             return super().attend(q, k, v, chunk, rope)
         regions = self.regions.sequences(chunk.row, q.shape[0])

@@ -46,11 +46,25 @@ def bias_terms(by_u, by_w, turned, tile, WARPS: tl.constexpr):
 
 
 @triton.jit
-def bias_scores(terms, within, token):
-    """The bias' part of the scores of the tokens `token` [WARPS, ROWS] of a tile: float32 [WARPS, ROWS, N]."""
+def load_within(within, token, TERMS: tl.constexpr):
+    """Cosines and sines of the tokens `token` [WARPS, ROWS] of a tile: float16 [WARPS, ROWS, TERMS]."""
+    return tl.load(within + token[:, :, None] * TERMS + tl.arange(0, TERMS)[None, None, :])
+
+
+@triton.jit
+def all_within(within, WARPS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, TERMS: tl.constexpr):
+    """The same of all tokens of a tile, as blocks of a whole tile have them: a tuple of PARTS."""
+    token = (tl.arange(0, WARPS) * ROWS)[:, None] + tl.arange(0, ROWS)[None, :]
+    found = ()
+    for j in tl.static_range(PARTS):
+        found = found + (load_within(within, token + j * (WARPS * ROWS), TERMS),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def bias_scores(terms, cos_sin):
+    """The bias' part of scores: float32 [WARPS, ROWS, N]."""
     high, low = terms
-    TERMS: tl.constexpr = high.shape[1]
-    cos_sin = tl.load(within + token[:, :, None] * TERMS + tl.arange(0, TERMS)[None, None, :])
     return tl.dot(cos_sin, low, tl.dot(cos_sin, high))
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from selective_kv.kernels.basics import INTERPRET, in_order
-from selective_kv.kernels.bias import bias_queries
+from selective_kv.kernels.bias import all_within, bias_queries
 from selective_kv.kernels.decode_config import Plan, cuts, fitting, merging, plan, processor, sharing
 from selective_kv.kernels.hadamard import butterfly
 from selective_kv.kernels.launch import launch
@@ -121,11 +121,16 @@ def tile_share(
     if K_ROTATION > 1:
         query = butterfly(query, K_ROTATION, HEADS)
         scale *= K_ROTATION**-0.5
+    # Where a block is a tile, all blocks meet the same cosines and sines: the loop need not load them, through memory
+    # that would leave room for one program less.
+    WITHIN: tl.constexpr = PAIRS > 0 and PARTS == 4 and WARPS * SLICE == TILE
+    if WITHIN:
+        by_bias = by_bias + all_within(bias_within, WARPS, SLICE // PARTS, PARTS, 2 * PAIRS)
     state = new_state(WARPS, SLICE // PARTS, DIM, HEADS)
     for start in tl.range(lo, hi, WARPS * SLICE, num_stages=STAGES):
         state = add_block(
             state, query, scale, k, v, k_scale, v_scale, k_factor, by_bias, bias_within, bias_turned, lo * 0 + start,
-            HEAD_DIM, HEADS, WARPS, SLICE // PARTS, PARTS, K_BITS, V_BITS, BALANCED, PAIRS, INTERPRET,
+            HEAD_DIM, HEADS, WARPS, SLICE // PARTS, PARTS, K_BITS, V_BITS, BALANCED, PAIRS, WITHIN, INTERPRET,
         )  # fmt: skip
     even, odd = weighted_values(state, V_BITS)
     if V_ROTATION > 1:  # bit 0 of a dim, then the others

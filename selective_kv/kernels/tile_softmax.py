@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from selective_kv.kernels.bias import bias_scores, bias_terms
+from selective_kv.kernels.bias import bias_scores, bias_terms, load_within
 from selective_kv.kernels.unpack import (
     key_bytes_2,
     key_bytes_3,
@@ -169,13 +169,14 @@ def new_state(WARPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, N: tl.
 def add_block(
     state, query, log2_scale, k, v, k_scale, v_scale, k_factor, by_bias, bias_within, bias_turned, start,
     HEAD_DIM: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, PAIRS: tl.constexpr, WITHIN: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Add WARPS * ROWS * PARTS tokens, the first of which is `start` counted over all tiles, to the softmax.
 
     query: float32 [DIM, N], rotated where the keys are; log2_scale: from q·k to log2 units. k, v (as int16), their
     scales and factors: of one KV head of one sequence. by_bias: what `bias_queries` returns, where PAIRS of channels
-    have a bias that is not in the tiles.
+    have a bias that is not in the tiles, and WITHIN what `all_within` does.
     """
     top, total, unit, even, odd, bases = state
     DIM: tl.constexpr = query.shape[0]
@@ -219,7 +220,11 @@ def add_block(
         terms = bias_terms(by_bias[0], by_bias[1], bias_turned, tile, WARPS)
         without, scores = scores, ()
         for j in tl.static_range(PARTS):
-            scores = scores + (without[j] + bias_scores(terms, bias_within, row + j * (TILE // PARTS)),)  # noqa: RUF005
+            if WITHIN:  # noqa: SIM108, Triton decides it when it compiles
+                cos_sin = by_bias[2 + j]
+            else:
+                cos_sin = load_within(bias_within, row + j * (TILE // PARTS), 2 * PAIRS)
+            scores = scores + (without[j] + bias_scores(terms, cos_sin),)  # noqa: RUF005
 
     new_top = top
     new_unit = unit

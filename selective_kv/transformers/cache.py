@@ -128,6 +128,16 @@ class PolicyKVCache(Cache):
                 total[region] = total.get(region, 0) + n
         return total
 
+    def score_errors(self, k_bits: int | None = None) -> list[float] | None:
+        """How far the scores of the last keys are off in each layer by being stored in fewer bits, in nats, measured
+        by the last query of the prompt: call it when one has been read. More than `selective_kv.score_error.BOUND`
+        in a layer: a bad choice of bits for this model. k_bits: as if keys were stored in so many. Waits for the
+        device.
+
+        None: the cache stores no keys in fewer bits, or there is nothing to measure.
+        """
+        return self.sequences.score_errors(k_bits)
+
     def reset(self) -> None:
         """Forget everything. Memory stays, for the next text."""
         self.sequences.reset()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from selective_kv.cache import Chunk, KVCache, Shape
+from selective_kv.score_error import layer_errors
 from selective_kv.transformers.captured import CapturedSteps
 from selective_kv.transformers.rope import Turn, rope_frequencies, turned_bias
 
@@ -219,6 +220,10 @@ class Sequences:
             raise ValueError(f"cannot remove the last {n} columns: some of them hold padding in some sequence")
         self.counts -= n
         self.n_column = counts[-1] - n
+
+    def score_errors(self, k_bits: int | None) -> list[float] | None:
+        """See `PolicyKVCache.score_errors`."""
+        return None if self.empty else layer_errors(self.layers, self.lengths.tolist(), 0, k_bits)
 
     # A forward pass
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers_models import LONG
 
 import selective_kv.transformers.sequences as sequences
+from selective_kv.score_error import BOUND
 from selective_kv.transformers import NAME, SelectiveKVCache
 
 
@@ -68,3 +69,22 @@ def test_memory_that_grows_and_a_second_text_keep_the_bias_out() -> None:
     assert all(layer.regions.key_bias is not None for layer in short.sequences.layers)  # type: ignore[attr-defined]
     cache.reset()
     assert torch.equal(last_logits(model, cache), once)
+
+
+def test_a_cache_tells_how_far_scores_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = biased(), torch.ones(3, 189, dtype=torch.int64)
+    batch[1, :30] = 0  # padding
+
+    def errors(k_bits: int | None = None) -> list[float]:
+        cache = SelectiveKVCache(model.config, sink_size=2, window_size=6, k_bits=3, v_bits=8)
+        assert cache.score_errors() is None
+        with torch.no_grad():
+            model(LONG[:, :-1], attention_mask=batch, past_key_values=cache)
+        found = cache.score_errors(k_bits)
+        assert found is not None and len(found) == 2
+        return found
+
+    eight, three = errors(8), errors()
+    assert max(eight) < BOUND and max(eight) < min(three)
+    monkeypatch.setattr(sequences, "turned_bias", lambda module, config: None)
+    assert min(errors()) > 1.5 * max(three)
