@@ -17,7 +17,7 @@ from selective_kv.cache import Chunk
 from selective_kv.formats import TILE
 from selective_kv.score_error import BOUND
 
-COARSE = ("quantize_kv", "--sink_size", "2", "--window_size", "8", "--k_bits", "2")
+COARSE = ("quantize_kv", "--sink_size", "2", "--window_size", "16", "--k_bits", "2")
 TEXT = " ".join(["The red fox jumped over the river."] * 3)
 
 
