@@ -100,6 +100,4 @@ def chunk_attention(
         if q.device.type == "cpu" and group > 1:  # there, enable_gqa leaves the fast kernel
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    held, held_lse = kernels.history_attention(q, regions, start, sink_rope)
-    own, own_lse = attend(q, k, v, causal)
-    return kernels.merge(held, held_lse, own, own_lse, q.dtype)[0]
+    return kernels.history_attention(q, regions, start, attend(q, k, v, causal), sink_rope)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from selective_kv.regions import Regions
@@ -47,12 +46,18 @@ class DecodeAttention(Protocol):
 
 class HistoryAttention(Protocol):
     def __call__(
-        self, q: Tensor, regions: Regions, start: int, sink_rope: SinkRotation | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of a chunk that begins at position `start` over what the cache held before it (`evict` came first).
+        self,
+        q: Tensor,
+        regions: Regions,
+        start: int,
+        own: tuple[Tensor, Tensor],
+        sink_rope: SinkRotation | None = None,
+    ) -> Tensor:
+        """Attention of a chunk that begins at position `start` over itself and over what the cache held before it
+        (`evict` came first).
 
-        q: [batch, n_head, token, head_dim]. Returns the output, float32 or q's dtype and shaped like q, and the
-        log-sum-exp of its scores, float32 [batch, n_head, token]; -inf where nothing was seen.
+        q: [batch, n_head, token, head_dim]; own: the output over the chunk itself, like q, and the log-sum-exp of its
+        scores, float32 [batch, n_head, token], -inf where nothing was seen. Returns like q.
         """
         ...
 
@@ -72,18 +77,6 @@ class StoreChunk(Protocol):
         ...
 
 
-class Merge(Protocol):
-    def __call__(
-        self, out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
-        """Attention over two sets of keys from that over each, by the log-sum-exps of their scores.
-
-        out, more: [batch, n_head, token, head_dim]; lse, more_lse: float32 [batch, n_head, token], -inf where nothing
-        was seen. Returns the output in `dtype`, which may be `out` itself, and the log-sum-exp.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class AttentionKernels:
     """One implementation. `name` is what a report shows; captures: a decode step of it may be in a CUDA graph."""
@@ -95,4 +88,3 @@ class AttentionKernels:
     history_attention: HistoryAttention
     evict: Evict
     store_chunk: StoreChunk
-    merge: Merge

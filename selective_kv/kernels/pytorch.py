@@ -179,15 +179,18 @@ def _sum_tiles(prob: Tensor, tiles: Tiles, form: Format, n_tile: int) -> Tensor:
 
 
 def history_attention(
-    q: Tensor, regions: Regions, start: int, sink_rope: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention of a chunk that begins at position `start` over what the cache held before it.
+    q: Tensor,
+    regions: Regions,
+    start: int,
+    own: tuple[Tensor, Tensor],
+    sink_rope: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention of a chunk that begins at position `start` over itself, which is `own`, and what the cache held before.
 
-    q: [batch, n_head, token, head_dim]. What `start` pushes out of the window has left (`evict` came first).
-    sink_rope: as for `decode_attention`, of the token at `start`. Returns the output, float32 and shaped like q, and
-    the log-sum-exp of its scores, float32 [batch, n_head, token].
+    q: [batch, n_head, token, head_dim]. What `start` pushes out of the window has left (`evict` came first). own: the
+    output over the chunk, like q, and the log-sum-exp of its scores, float32 [batch, n_head, token]. Returns like q.
     """
-    seen = torch.zeros(q.shape, device=q.device), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    seen = own
     n_left = regions.n_left(start + 1)
     for i, part in enumerate(regions.exact_slots(start, 1)):
         queries = q
@@ -198,16 +201,16 @@ def history_attention(
         if k.shape[2]:
             seen = merge(*seen, *attend(queries, k, v))
     if regions.k_tiles is None or n_left == 0:
-        return seen
+        return seen[0].to(q.dtype)
     keys, values = regions.stored()
     rotated = keys.format.rotate(q).to(q.dtype)
-    stored = torch.zeros_like(seen[0]), torch.full_like(seen[1], float("-inf"))
+    stored = torch.zeros(q.shape, device=q.device), q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     for lo in range(0, n_left // TILE, BLOCK_TILES):
         part = slice(lo, min(lo + BLOCK_TILES, n_left // TILE))
         # [batch, n_kv_head, token, head_dim]
         k, v = (x.stored(x.tiles.part(part), part).flatten(2, 3).to(q.dtype) for x in (keys, values))
         stored = merge(*stored, *attend(rotated, k, v))
-    return merge(*seen, values.format.rotate(stored[0]), stored[1])
+    return merge(*seen, values.format.rotate(stored[0]), stored[1], q.dtype)[0]
 
 
 PYTORCH = AttentionKernels(
@@ -218,5 +221,4 @@ PYTORCH = AttentionKernels(
     history_attention=history_attention,
     evict=evict,
     store_chunk=store_chunk,
-    merge=merge,
 )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from selective_kv.kernels.contract import AttentionKernels
 from selective_kv.kernels.decode import decode_attention
 from selective_kv.kernels.history import history_attention
-from selective_kv.kernels.merge import merge
 from selective_kv.kernels.store import append, evict, store_chunk
 
-__all__ = ["TRITON", "append", "decode_attention", "evict", "history_attention", "merge", "store_chunk"]
+__all__ = ["TRITON", "append", "decode_attention", "evict", "history_attention", "store_chunk"]
 
 TRITON = AttentionKernels(
     name="Triton kernels",
@@ -18,5 +17,4 @@ TRITON = AttentionKernels(
     history_attention=history_attention,
     evict=evict,
     store_chunk=store_chunk,
-    merge=merge,
 )

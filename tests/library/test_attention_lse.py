@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from selective_kv.formats import rotate, rotation_matrix
 from selective_kv.kernels import attention_lse
 from selective_kv.kernels.merge import merge as triton_merge
 
@@ -81,7 +82,7 @@ def test_long_keys_go_to_cudnn_in_blocks_and_are_one() -> None:
     blocks = list(attention_lse.key_blocks(q, k))
     assert blocks[0].start == 0 and blocks[-1].stop == 45000
     assert all(a.stop == b.start for a, b in pairwise(blocks))
-    got, lse = over_dense(q, k, v)
+    got, lse = triton_merge(over_dense(q, k, v), q.dtype)
     some = slice(1000, 1064)
     want, want_lse = reference(q[:, :, some], k, v, False)
     assert (got[:, :, some].double() - want).norm() / want.norm() < 6e-3
@@ -103,21 +104,27 @@ def test_two_sets_of_keys_are_one(cut: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [16, 96])
-def test_merging_in_triton_is_merging(head_dim: int, dtype: torch.dtype) -> None:
-    """Strides as they come, lengths off the blocks' borders, parts that have seen nothing, and float32 in place."""
+@pytest.mark.parametrize(("n_part", "head_dim"), [(1, 16), (2, 96), (3, 16), (7, 24), (12, 16)])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_merging_in_triton_is_merging(rotated: bool, n_part: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Strides as they come, a length off the blocks' border, parts that have seen nothing, more parts than a launch
+    takes, and parts that are still rotated."""
     torch.manual_seed(2)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = torch.randn(2, 37, 6, head_dim, device=device).to(dtype).transpose(1, 2)
-    more = torch.randn(2, 6, 37, head_dim, device=device).to(dtype)
-    lse, more_lse = torch.randn(2, 2, 6, 64, device=device)[..., :37] * 3
-    lse[:, 1], more_lse[:, 2] = float("-inf"), float("-inf")
-    want = attention_lse.merge(out.double(), lse, more.double(), more_lse, torch.float64)
-    for kind in (torch.float32, dtype):
-        got = triton_merge(out.clone(), lse, more, more_lse, kind)
-        assert got[0].dtype == kind and got[1].dtype == torch.float32
-        assert torch.allclose(got[0].double(), want[0], atol=1e-5 if kind == torch.float32 else 2e-2)
-        assert torch.allclose(got[1], want[1].float(), atol=1e-5)
-    blind = torch.full_like(lse, float("-inf"))
-    got = triton_merge(torch.zeros_like(out), blind, torch.zeros_like(more), blind)
-    assert (got[0] == 0).all() and (got[1] == float("-inf")).all()
+    parts = []
+    for i in range(n_part):
+        out = torch.randn(2, 37, 6, head_dim, device=device).to(dtype)
+        out = out.transpose(1, 2) if i % 2 else out.transpose(1, 2).contiguous()
+        lse = torch.randn(2, 6, 64, device=device)[..., :37] * 3
+        lse[:, i % 6], lse[:, 5] = float("-inf"), float("-inf")  # of the last head no part has seen anything
+        parts.append((out, lse))
+    for out, lse in parts:
+        out[lse == float("-inf")] = 0
+    lses = torch.stack([lse.double() for _, lse in parts])
+    outs = [out.double() if i == 0 or not rotated else rotate(out.double()) for i, (out, _) in enumerate(parts)]
+    want = (lses.softmax(0).nan_to_num()[..., None] * torch.stack(outs)).sum(0), lses.logsumexp(0)
+    matrix = rotation_matrix(head_dim, torch.device(device)).to(dtype) if rotated else None
+    got = triton_merge(parts, dtype, matrix)
+    assert got[0].dtype == dtype and got[1].dtype == torch.float32
+    assert torch.allclose(got[0].double(), want[0], atol=1e-5 if dtype == torch.float32 else 5e-2)
+    assert torch.allclose(got[1].double(), want[1].double(), atol=1e-5)
