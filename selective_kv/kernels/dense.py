@@ -88,7 +88,7 @@ def copy_one(
     slots, out, rotation, one, n_kv_head, slot, at, seen, slot_stride_b, slot_stride_h, n_token,
     HEAD_DIM: tl.constexpr, ROTATION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """The tokens in the slots `slot` [N] of K or of V to the places `at` of a dense block; rotated, with ROTATION > 1."""
+    """The tokens in the slots `slot` [N] of K or V to the places `at` of a dense block; rotated, with ROTATION > 1."""
     d = tl.arange(0, triton.next_power_of_2(max(HEAD_DIM, 16)))
     there = d < HEAD_DIM
     slots += one // n_kv_head * slot_stride_b + one % n_kv_head * slot_stride_h
