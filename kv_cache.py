@@ -35,6 +35,7 @@ class ModelCache:
             layer.allocate(shape)
         self.lengths = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
         self.row = 0
+        self.start: int | None = None  # how long the sequences are, where that need not be asked of the device
 
     def expect_biases(self, biases: Sequence[Tensor | None], frequencies: Tensor) -> None:
         """`KVCache.expect_bias` of every layer whose keys have one. Waits for the device."""
@@ -47,8 +48,10 @@ class ModelCache:
         """Whether a sequence may be longer than the model's context."""
         return self.policy.endless_with(self.shape.reach)
 
-    def slot(self, b: int) -> ModelCache:
+    def slot(self, b: int, start: int | None = None) -> ModelCache:
+        """start: the sequence's length, where the caller knows it."""
         view = copy.copy(self)
+        view.start = start
         view.lengths = self.lengths[b : b + 1]
         view.row = self.row + b
         return view
@@ -61,7 +64,7 @@ class ModelCache:
         """
         if n_token == 1:
             return Chunk(self.lengths[:, None], self.row)
-        lengths = self.lengths.tolist()
+        lengths = [self.start] if self.start is not None else self.lengths.tolist()
         if len(set(lengths)) > 1:
             raise ValueError("sequences of different lengths read their chunks one by one, by slot()")
         self.check_room(lengths[0] + n_token)
@@ -75,6 +78,7 @@ class ModelCache:
 
     def advance(self, chunk: Chunk) -> None:
         self.lengths += chunk.positions.shape[1]
+        self.start = None
 
     def reset(self) -> None:
         self.lengths.zero_()

@@ -11,6 +11,7 @@ i + head_dim/2 (the layout of Hugging Face checkpoints; `checkpoint` permutes ot
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -228,6 +229,13 @@ class Rope:
         """x: [batch, head, token, head_dim], any float dtype; the products are float32."""
         half = x.shape[-1] // 2
         return torch.addcmul(x * self.cos, x.roll(half, -1), self.sin).to(x.dtype)
+
+    def part(self, tokens: slice) -> Rope:
+        """Of some of the tokens alone."""
+        part = copy.copy(self)
+        part.positions, part.cos, part.sin = self.positions[:, tokens], self.cos[:, :, tokens], self.sin[:, :, tokens]
+        part._back = {}
+        return part
 
     def back_to(self, last: int) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [batch, head_dim], of the turn that takes each sequence's first position here back to

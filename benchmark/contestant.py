@@ -328,12 +328,13 @@ class Contestant(Timed):
         self.path = f"{self.engine.cache.layers[0].path}, {self.engine.step_path}"
 
     def read(self, vocab_size: int) -> None:
-        """A random prompt, timed; a part of it once before, because the first call of a kernel compiles it."""
-        ids = torch.randint(vocab_size, (self.context,), generator=torch.Generator().manual_seed(0)).tolist()
-        self.engine.read([ids[:WARM_TOKENS]] * self.batch)
+        """Random prompts, timed; a part of them once before, because the first call of a kernel compiles it."""
+        generator = torch.Generator().manual_seed(0)  # a prompt a sequence: the same one would be read once
+        ids = torch.randint(vocab_size, (self.batch, self.context), generator=generator).tolist()
+        self.engine.read([prompt[:WARM_TOKENS] for prompt in ids])
         self.engine.reset()
         with StoreClock(self.engine.cache) as clock:
-            self.prefill_seconds = timed(lambda: self.engine.read([ids] * self.batch), self.device)
+            self.prefill_seconds = timed(lambda: self.engine.read(ids), self.device)
         self.store_seconds = clock.seconds()
 
     def result(self, model: Transformer, ceiling: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from checkpoint.quantised import skeleton
 from common.errors import UserError
 from common.messages import say, size
 from engine import Sampling
+from engine.packing import most_at_once
 from kv_cache import format_policy
 from model import Config, Transformer
 from quantize import WeightSetting
@@ -94,14 +95,15 @@ def make_plan(
     config: Config, policy: KVCache, shape: Shape, chunk: int, weights: WeightSetting | None = None,
     sampling: Sampling | None = None,
 ) -> Plan:  # fmt: skip
-    """chunk: the most prompt tokens read at once. sampling: None: greedy."""
+    """chunk: the most tokens of a prompt read at once. sampling: None: greedy."""
     chosen = sampling or Sampling(temperature=0)
     logits = shape.batch * config.vocab_size * chosen.bytes_per_logit
+    n_token = max(most_at_once([shape.capacity] * shape.batch, chunk), shape.batch)
     return Plan(
         weights=weight_bytes(config, shape.dtype, weights),
         cache=kv_cache.plan(policy, config.n_layer, shape),
         full_cache=sum(kv_cache.plan(FullCache(), config.n_layer, shape).values()),
-        activations=activation_bytes(config, shape, max(min(chunk, shape.capacity), shape.batch)) + logits,
+        activations=activation_bytes(config, shape, n_token) + logits,
         capacity=shape.capacity,
         batch=shape.batch,
         dense_weights=weight_bytes(config, shape.dtype),

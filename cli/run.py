@@ -41,6 +41,7 @@ from common.phases import mark, marks, process_age
 from common.program import uninterrupted
 from engine import Engine, Sampling, Timing
 from engine.link import Link
+from engine.packing import most_at_once
 from engine.parallel import connect, rank_device
 from engine.precompile import compiled_ahead
 from engine.saved import SavedCache
@@ -116,7 +117,7 @@ def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None)
         ends,
         prompts,
         n_new,
-        min(args.prefill_chunk, longest or capacity),
+        most_at_once(map(len, prompts), args.prefill_chunk) if prompts else min(args.prefill_chunk, capacity),
         args.echo and chat is None and not all(text.isdecimal() for text in texts),
         chat,
         ranks,

@@ -1,6 +1,6 @@
 """Prefill and decoding: tokens through a model and its cache, and the clock beside them.
 
-Prompts are read a sequence at a time, each into its own slot (no padding, so every sequence is exact);
+Prompts are read each into its own slot, short ones together (packing.py: no padding, so every sequence is exact);
 the batch then decodes together, a token per sequence and step. On a CUDA device one captured graph
 serves every length: sampling is in it, lengths live on the device, and the host only replays it and
 picks up tokens that are already there, `LAG` steps behind.
@@ -13,6 +13,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,12 @@ from common.errors import UserError
 from engine.fused import FusedStep, use_kernels
 from engine.fused_chunk import FusedChunk
 from engine.kernels import PYTORCH, step_kernels
+from engine.packing import PACK_TOKENS, PackedCache, Part, copy_sequences, packs, read_once
 from engine.parallel import Parallel
 from engine.sampling import BAD, Sampling
 from engine.settings import PREFILL_CHUNK
 from kv_cache import ModelCache
-from model import Transformer
+from model import Cache, Transformer
 from selective_kv import KVCache
 
 LAG = 2  # steps that the host may be ahead of the tokens it has seen: enough to never let the GPU wait
@@ -89,7 +91,7 @@ class Engine:
         self.tokens = torch.zeros(self.cache.shape.batch, 1, dtype=torch.int64, device=device)  # fed next
         self.picked = torch.zeros(self.cache.shape.batch, dtype=torch.int64, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.read_chunk: Callable[[Tensor, ModelCache], Tensor] = self._read_chunk
+        self.read_chunk: Callable[[Tensor, Any, Tensor | None], Tensor] = self._read_chunk
         self.step_path = "eager step"
         self.cache.expect_biases(self.model.key_biases(), self.model.frequencies)
         kernels = step_kernels(device)
@@ -171,31 +173,46 @@ class Engine:
         else:
             self._step()
 
-    def _read_chunk(self, tokens: Tensor, cache: ModelCache) -> Tensor:
-        """The logits after the last of `tokens`, int64 [batch, token]."""
-        return self.model(tokens, cache, last_only=True)
+    def _read_chunk(self, tokens: Tensor, cache: Cache, last: Tensor | None = None) -> Tensor:
+        """As `FusedChunk`, by the model itself."""
+        x = self.model.read(tokens, cache)
+        return self.model.head(x[:, -1:] if last is None else x[:, last])
 
     @torch.inference_mode()
     def read(self, prompts: Sequence[Sequence[int]]) -> None:
         """Prefill: append each prompt to its sequence and choose every sequence's next token. A prompt without tokens
-        goes on where its sequence stands, with `logits`.
+        goes on where its sequence stands, with `logits`. Short prompts are read together, and the same one once.
         """
         self._notify("prefill")
+        assert self.logits is not None or all(prompts), "nothing has been read yet"
         chunk = chunk_size(self.cache.policy, self.model.config.context, self.prefill_chunk, self.cache.shape.reach)
-        last = []
-        for b, prompt in enumerate(prompts):
-            if not prompt:
-                assert self.logits is not None, "nothing has been read yet"
-                last.append(self.logits[b : b + 1])
-                continue
-            ids = torch.tensor([list(prompt)], dtype=torch.int64).to(self.device)
-            slot = self.cache.slot(b)
-            for part in ids.split(chunk, dim=1):
-                logits = self.read_chunk(part, slot)
-                self.timing.n_read += part.shape[1]
-            last.append(logits[:, -1])
-        self.logits = torch.cat(last)
+        starts = self.cache.lengths.tolist()
+        sources = read_once(prompts, starts, self.cache)
+        ends = [
+            start + len(prompt) * (source == row)
+            for row, (start, prompt, source) in enumerate(zip(starts, prompts, sources, strict=True))
+        ]
+        planned = packs(starts, ends, chunk, min(PACK_TOKENS, self.prefill_chunk))
+        parts = [part for pack in planned for part in pack]
+        ids = [t for row, start, n in parts for t in prompts[row][start - starts[row] : start - starts[row] + n]]
+        tokens = torch.tensor(ids, dtype=torch.int64).to(self.device)
+        last = {} if self.logits is None else {b: self.logits[b : b + 1] for b in range(len(prompts))}
+        sizes = [sum(part.n_token for part in pack) for pack in planned]
+        for pack, pack_tokens in zip(planned, tokens.split(sizes), strict=True):
+            logits = self._read_pack(pack_tokens[None], pack)
+            self.timing.n_read += len(pack_tokens)
+            for i, part in enumerate(pack):
+                last[part.row] = logits[:, i]
+        copy_sequences(self.cache, sources)
+        self.logits = torch.cat([last[source] for source in sources])
         self._choose(self.logits)
+
+    def _read_pack(self, tokens: Tensor, pack: Sequence[Part]) -> Tensor:
+        """tokens: int64 [1, token]. Returns the logits after each part, [1, part, vocab_size]."""
+        if len(pack) == 1:
+            return self.read_chunk(tokens, self.cache.slot(pack[0].row, pack[0].start), None)
+        packed = PackedCache(self.cache, pack)
+        return self.read_chunk(tokens, packed, packed.last)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[int | None]]:
         """Yield, per step, each sequence's new token; None once it has ended. End tokens are yielded.

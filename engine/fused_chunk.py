@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 from torch.nn import RMSNorm
 
-from kv_cache import ModelCache
-from model import Attention, Block, Transformer
+from model import Attention, Block, Cache, LayerCache, Transformer
 
 if TYPE_CHECKING:
     from engine.kernels.contract import HeadNorms
+
+
+class ChunkLayer(LayerCache, Protocol):
+    @property
+    def attends_to_last(self) -> bool: ...
+
+
+class ChunkCache(Cache, Protocol):
+    """A `ModelCache`, or parts of several of its sequences."""
+
+    @property
+    def layers(self) -> Sequence[ChunkLayer]: ...
 
 
 class FusedChunk:
@@ -30,8 +42,9 @@ class FusedChunk:
     def __init__(self, model: Transformer) -> None:
         self.model = model
 
-    def __call__(self, tokens: Tensor, cache: ModelCache) -> Tensor:
-        """tokens: int64 [batch, token]. Returns the logits after the last one, [batch, 1, vocab_size]."""
+    def __call__(self, tokens: Tensor, cache: ChunkCache, last: Tensor | None = None) -> Tensor:
+        """tokens: int64 [batch, token]. Returns the logits after the last one, [batch, 1, vocab_size]; with `last`,
+        int64 [part], after those of the one row of tokens, [1, part, vocab_size]."""
         from engine.kernels.prefill import rotate_qk, swiglu
 
         model, config = self.model, self.model.config
@@ -51,13 +64,16 @@ class FusedChunk:
             heads = qkv.view(batch, n_token, -1, config.head_dim).transpose(1, 2)
             q, k, v = heads.split([config.n_head, config.n_kv_head, config.n_kv_head], 1)
             if block is blocks[-1] and layer_cache.attends_to_last:  # nobody asks what the other tokens become
-                q, x = q[:, :, -1:], x.view(batch, n_token, -1)[:, -1].contiguous()
+                q = q[:, :, -1:] if last is None else q[:, :, last]
+                x = x.view(batch, n_token, -1)[:, -1].contiguous() if last is None else x[last]
             y = layer_cache.attend(q, k, v, step, rope).transpose(1, 2).reshape(len(x), -1)
             del qkv, heads, q, k, v
             x, normed = self._add(x, attention.wo(y), next(after))
             h = swiglu(feed_forward.w13(normed))
             x, normed = self._add(x, feed_forward.w2(h), next(after))
         cache.advance(step)
+        if last is not None:
+            return model.head((x if len(x) == len(last) else x[last])[None])
         return model.head(x.view(batch, -1, x.shape[1])[:, -1:])
 
     def _add(self, x: Tensor, y: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
