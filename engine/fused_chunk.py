@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import RMSNorm
 
-from model import Attention, Block, Cache, LayerCache, Transformer
+from model import Attention, Block, Transformer
 
 if TYPE_CHECKING:
     from engine.kernels.contract import HeadNorms
-
-
-class ChunkLayer(LayerCache, Protocol):
-    @property
-    def attends_to_last(self) -> bool: ...
-
-
-class ChunkCache(Cache, Protocol):
-    """A `ModelCache`, or parts of several of its sequences."""
-
-    @property
-    def layers(self) -> Sequence[ChunkLayer]: ...
 
 
 class FusedChunk:
@@ -42,9 +29,9 @@ class FusedChunk:
     def __init__(self, model: Transformer) -> None:
         self.model = model
 
-    def __call__(self, tokens: Tensor, cache: ChunkCache, last: Tensor | None = None) -> Tensor:
-        """tokens: int64 [batch, token]. Returns the logits after the last one, [batch, 1, vocab_size]; with `last`,
-        int64 [part], after those of the one row of tokens, [1, part, vocab_size]."""
+    def __call__(self, tokens: Tensor, cache: Any, last: Tensor | None = None) -> Tensor:
+        """tokens: int64 [batch, token]; cache: a `ModelCache` or a `PackedCache`. Returns the logits after the last
+        token, [batch, 1, vocab_size]; with `last`, int64 [part], after those of the one row, [1, part, vocab_size]."""
         from engine.kernels.prefill import rotate_qk, swiglu
 
         model, config = self.model, self.model.config
