@@ -32,7 +32,10 @@ from engine.kernels.small_gemm_integers import tokens_integers_kernel
 from selective_kv.formats import rotation_size
 from selective_kv.kernels.decode import combine_kernel, split_kernel
 from selective_kv.kernels.decode_config import cuts, fitting, merging, plan
-from selective_kv.kernels.history import dequantize_kernel, history_kernel
+from selective_kv.kernels.dense import copy_slots_kernel, dequantize_kernel, rotate_heads_kernel
+from selective_kv.kernels.history import history_kernel
+from selective_kv.kernels.history_8bit import QUERIES, attend_kernel, quantize_queries_kernel, requantize_kernel
+from selective_kv.kernels.merge import merge_kernel
 from selective_kv.kernels.store import append_kernel, close_kernel, slots_kernel
 
 TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "then": "*bf16",
@@ -241,6 +244,21 @@ def compiles(k_bits: int, v_bits: int, rotated: bool, pairs: int = 0) -> None:
     compile_kernel(close_kernel, STORE_TYPES, shared | {"BLOCKS": 8})
     dense = {name: shared[name] for name in ("HEAD_DIM", "K_BITS", "V_BITS", "BALANCED")} | {"BLOCK": 32}
     compile_kernel(dequantize_kernel, STORE_TYPES, dense)
+    rotations = {name: shared[name] for name in ("HEAD_DIM", "K_ROTATION", "V_ROTATION", "INTERPRET")}
+    slots = STORE_TYPES | {"k_slots": "*bf16", "v_slots": "*bf16"}
+    compile_kernel(copy_slots_kernel, slots, rotations | {"BLOCK": 32})
+    if max(k_bits, v_bits) <= 4 and rotated:
+        types = STORE_TYPES | {"k": "*i8", "v": "*fp8e4nv", "k_step": "*fp32", "v_step": "*fp32"}
+        compile_kernel(requantize_kernel, types, {name: dense[name] for name in dense if name != "BLOCK"}, 8)
+
+
+def compile_attend_kernel(head_dim: int) -> dict[str, int] | None:
+    """Registers, spills and 8-bit products of `history_8bit`'s attention; None if the tools are missing."""
+    types = {"q": "*i8", "k": "*i8", "v": "*fp8e4nv", "rotation": "*bf16", "out": "*bf16"}
+    types |= {name: "*fp32" for name in ("q_scale", "k_step", "v_step", "lse")}
+    constants = {"HEAD_DIM": head_dim, "QUERIES": QUERIES, "ROTATION": head_dim, "STAGES": 3, "INTERPRET": False}
+    names, found = disassembled(compile_kernel(attend_kernel, types, constants, aligned=True))
+    return names and {"int8": names.count("IGMMA"), "float8": names.count("QGMMA"), "stack": found}
 
 
 def compile_kernel(
@@ -297,8 +315,18 @@ def compile_the_rest() -> None:
         dense = {"ints": ints, "unit": "*fp32", "pairs": "*fp16", "out": "*bf16"}
         compile_kernel(dense_kernel, dense, {"K": 4000, "GROUP": group, "ROWS": 4, "COLUMNS": 1024})
     compile_kernel(slots_kernel, types, {"HEAD_DIM": 128, "BLOCK": 16})
+    for rotation in (1, 128):
+        merged = {f"{name}{i}": kind for i in range(7) for name, kind in (("out", "*bf16"), ("lse", "*fp32"))}
+        merged |= {"merged": "*bf16", "merged_lse": "*fp32", "rotation": "*bf16"}
+        constants = {"HEAD_DIM": 128, "TOKENS": 32, "N": 7, "ROTATION": rotation, "INTERPRET": False}
+        compile_kernel(merge_kernel, merged, constants)
+    queries = {"HEAD_DIM": 128, "ROTATION": 128, "BLOCK": 128, "INTERPRET": False}
+    compile_kernel(rotate_heads_kernel, types | {"rotation": "*bf16"}, queries, 8)
+    rounded = {"q": "*bf16", "out": "*i8", "scales": "*fp32", "rotation": "*bf16", "softmax_scale": "fp32"}
+    compile_kernel(quantize_queries_kernel, rounded, queries, 8)
+    own = types | {"own": "*bf16", "own_lse": "*fp32", "out_lse": "*fp32"}
     for turn in (False, True):
-        compile_kernel(history_kernel, types, {
+        compile_kernel(history_kernel, own, {
             "HEAD_DIM": 128, "QUERIES": 128, "KEYS": 64, "STAGES": 3, "TURN_SINKS": turn, "INTERPRET": False,
         })  # fmt: skip
 

@@ -34,14 +34,11 @@ def load_plane(plane, token, d, mask, BITS: tl.constexpr, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
-def dequantize_one(
-    codes, scales, factors, out, one, first_tile, n_tile, n_token,
-    HEAD_DIM: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, BALANCED: tl.constexpr, BLOCK: tl.constexpr,
+def dequantized(
+    codes, scales, factors, tile, token,
+    HEAD_DIM: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, BALANCED: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens of K or of V; `one` counts sequences and KV heads."""
-    n = tl.program_id(0) * BLOCK
-    tile = one * n_tile + first_tile + n // TILE
-    token = n % TILE + tl.arange(0, BLOCK)  # within the tile
+    """The tokens `token` [N] of a tile of keys or of values, still rotated if they are: float32 [N, D]."""
     d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     mask = (token < TILE)[:, None] & (d < HEAD_DIM)[None, :]
     codes += tile * (TILE * HEAD_DIM * BITS // 8)
@@ -61,8 +58,22 @@ def dequantize_one(
     if BALANCED:
         low, high = scale_and_base(tl.load(factors + tile * (TILE // 2) + token % (TILE // 2)))
         x *= tl.where(token < TILE // 2, low, high)[:, None]
+    return x
+
+
+@triton.jit
+def dequantize_one(
+    codes, scales, factors, out, one, first_tile, n_tile, n_token,
+    HEAD_DIM: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, BALANCED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of tokens of K or of V; `one` counts sequences and KV heads."""
+    n = tl.program_id(0) * BLOCK
+    token = n % TILE + tl.arange(0, BLOCK)  # within the tile
+    d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
+    tile = one * n_tile + first_tile + n // TILE
+    x = dequantized(codes, scales, factors, tile, token, HEAD_DIM, BITS, KEYS, BALANCED)
     at = out + (one * n_token + n + tl.arange(0, BLOCK))[:, None] * HEAD_DIM + d[None, :]
-    tl.store(at, x.to(out.dtype.element_ty), mask)
+    tl.store(at, x.to(out.dtype.element_ty), (token < TILE)[:, None] & (d < HEAD_DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["first_tile", "n_tile", "n_token"])

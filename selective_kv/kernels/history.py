@@ -7,19 +7,24 @@ like them. So the blocks have the same few sizes whatever the cache keeps (cuDNN
 history takes no more calls than the full cache's. The chunk's attention over itself and that over each block are
 merged in one pass, which also rotates back.
 
+Tiles of at most 4 bits are attended to in 8 (history_8bit.py), which is faster still.
+
 Where the middle is dropped there are few slots, and sinks may be seen by turned queries: a kernel of our own (flash
 attention, Dao 2023, arXiv:2307.08691) goes on with the softmax of the chunk over itself.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from selective_kv.formats import TILE
 from selective_kv.kernels.attention_lse import LARGEST_BLOCK, attend, key_blocks
 from selective_kv.kernels.basics import INTERPRET
 from selective_kv.kernels.dense import dense_history, rotated_heads
+from selective_kv.kernels.history_8bit import attend_8bit, quantize_queries, takes_8bit
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.merge import Part, merge, room
 from selective_kv.kernels.online_softmax import NEGATIVE, UNSEEN, apply_rope, at_slot
@@ -49,7 +54,7 @@ def add_slots(state, q, step, k, v, slot, seen, HEAD_DIM: tl.constexpr, INTERPRE
 
 @triton.jit(do_not_specialize=COUNTS)
 def history_kernel(
-    q, k, v, cos, sin, own, own_lse, out, q_stride_b, q_stride_h, q_stride_t, slot_stride_b, slot_stride_h,
+    q, k, v, cos, sin, own, own_lse, out, out_lse, q_stride_b, q_stride_h, q_stride_t, slot_stride_b, slot_stride_h,
     stride_b, stride_h, stride_t, group, n_token, sink_size, n_held, oldest, n_slot, softmax_scale,
     HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr,
@@ -96,9 +101,10 @@ def history_kernel(
     for start in tl.range(first, n_held, KEYS, num_stages=STAGES):
         slot = at_slot(key + start, sink_size, oldest, n_slot)
         state = add_slots(state, queries, log2_scale, k, v, slot, key + start < n_held, HEAD_DIM, INTERPRET)
-    _top, total, sums = state
+    top, total, sums = state
     y = sums / tl.where(total == 0, 1.0, total)[:, None]  # a query that saw nothing gets zeros
     tl.store(out + row, y.to(out.dtype.element_ty), there)
+    tl.store(out_lse + at, (top + tl.log2(total)) * 0.6931471805599453, token < n_token)
 
 
 def over_dense(q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
@@ -106,13 +112,12 @@ def over_dense(q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
     return [attend(q, k[:, :, block], v[:, :, block]) for block in key_blocks(q, k)]
 
 
-def slot_attention(
-    q: Tensor, regions: Regions, start: int, own: Part, sink_rope: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """`history_attention` where there are no tiles."""
+def slot_attention(q: Tensor, regions: Regions, start: int, own: Part, sink_rope: tuple[Tensor, Tensor] | None) -> Part:
+    """`history_attention` without tiles, and its log-sum-exp."""
     batch, n_head, n_token, head_dim = q.shape
     n_left = regions.n_left(start + 1)
     out, (y, lse) = room(q, q.dtype), own
+    out_lse = torch.empty(batch, n_head, n_token, dtype=torch.float32, device=q.device)
     if y.stride() != out.stride():
         y = room(q, y.dtype).copy_(y)
     turn = sink_rope is not None and n_left > 0
@@ -121,13 +126,13 @@ def slot_attention(
     wide = head_dim > 128 or q.element_size() > 2
     queries = 64 if wide else 128
     launch(history_kernel, (triton.cdiv(n_token, queries), n_head, batch))(
-        q, regions.k, regions.v, cos, sin, y, lse.contiguous(), out,
+        q, regions.k, regions.v, cos, sin, y, lse.contiguous(), out, out_lse,
         *q.stride()[:3], *regions.k.stride()[:2], *out.stride()[:3], n_head // regions.k.shape[1], n_token,
         regions.sink_size, start - n_left, n_left % max(1, regions.ring_size), regions.k.shape[2], head_dim**-0.5,
         HEAD_DIM=head_dim, QUERIES=queries, KEYS=32 if wide else 64, STAGES=2 if wide else 3,
         TURN_SINKS=turn, INTERPRET=INTERPRET, num_warps=4 if wide else 8,
     )  # fmt: skip
-    return out
+    return out, out_lse
 
 
 def history_attention(
@@ -145,7 +150,13 @@ def history_attention(
     if n_left == 0 and start > 0:  # nothing has left: the slots are dense keys
         return merge([own, *over_dense(q, regions.k[:, :, :start], regions.v[:, :, :start])], q.dtype)[0]
     if regions.k_tiles is None or n_left == 0:
-        return slot_attention(q, regions, start, own, sink_rope)
+        return slot_attention(q, regions, start, own, sink_rope)[0]
+    if takes_8bit(q, regions) and regions.rotation is not None:
+        parts = [slot_attention(q, regions, start, own, sink_rope)]
+        queries, most = quantize_queries(q, regions.rotation), LARGEST_BLOCK // TILE
+        for first in range(0, n_left // TILE, most):
+            parts.append(attend_8bit(queries, regions, first, min(first + most, n_left // TILE)))
+        return merge(parts, q.dtype)[0]
     keys, values = regions.stored()
     rotated = q if regions.rotation is None or not keys.format.rotated else rotated_heads(q, regions.rotation)
     parts = [own]
