@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from benchmark import attention_kernels as bench_kernels
+from benchmark import first_token, peers
 from benchmark import layer as bench_attention
-from benchmark import peers
 from benchmark.clock import read_ceiling
 from benchmark.contestant import Contestant, gate
 from benchmark.flags import DEFAULT_CACHES, DEFAULT_STEPS, main, make_parser
@@ -181,14 +181,28 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
         for policy in policies:
             # The largest batch is not known yet: 32 sequences take the kernels' plan for many.
             batches = [1, 32] if args.largest_batch else args.batch
-            worst = max(gate(made, policy, replace(shape, batch=n)) for n in batches)
+            if args.first_token:
+                worst = first_token.gate(made, policy, shape)
+            else:
+                worst = max(gate(made, policy, replace(shape, batch=n)) for n in batches)
             of = f", weights {weights or 16}," if len(settings) > 1 else ""
             print(f"gate: {format_policy(policy)}{of} within {worst:.2g} of its reference", file=sys.stderr)
+    of = f"{str(dtype).removeprefix('torch.')}, weights {', '.join(model.weights for model in models)}"
+    about = {
+        "model": checkpoint.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device_name(device),
+        "world_size": 1 if args.ranks is None else args.ranks.size,
+    }
+    if args.first_token:
+        rows = first_token.compare(models, policies, args.batch, args.context, args.rounds, shape, args.ranks)
+        print(f"{printable(checkpoint.name, 80)}, {of}")
+        first_token.print_rows(rows)
+        return [about | {"weights": m.weights, "rows": [r for r in rows if r["weights"] == m.weights]} for m in models]
     note("measuring the read ceiling, then steps")
     ceiling = read_ceiling(device)
     measure = fill_card if args.largest_batch else compare
     rows = measure(models, config, policies, args, shape, ceiling)
-    of = f"{str(dtype).removeprefix('torch.')}, weights {', '.join(model.weights for model in models)}"
     print(f"{printable(checkpoint.name, 80)}, {of}; read ceiling {ceiling / 1e9:.0f} GB/s")
     print_table(rows)
     for r in rows if args.largest_batch else ():
@@ -199,13 +213,10 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     else:
         slopes = {}
     return [
-        {
-            "model": checkpoint.name,
-            "dtype": str(dtype).removeprefix("torch."),
+        about
+        | {
             "weights": model.weights,
-            "device": device_name(device),
             "read_ceiling_bytes_per_s": ceiling,
-            "world_size": 1 if args.ranks is None else args.ranks.size,
             "rows": [r for r in rows if r["weights"] == model.weights],
             "slope_us_per_1000_tokens": slopes.get(model.weights, {}),
         }

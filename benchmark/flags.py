@@ -4,6 +4,7 @@
   python scripts/benchmark.py --random_weights --model llama-3.1-8b --batch 1 8 --context 256 8192 32768
   python scripts/benchmark.py --random_weights --model llama-3.1-8b --weights 16 int8 int4   weights beside each other
   python scripts/benchmark.py --peer transformers                          its caches beside ours
+  python scripts/benchmark.py --first_token --context 8192 32768           how long prompts take to read
   python scripts/benchmark.py --kernels                                    one layer's decode attention alone
   python scripts/benchmark.py --largest_batch --context 8000               how many sequences fit
   torchrun --standalone --nproc_per_node 2 scripts/benchmark.py ...        one model on two GPUs
@@ -19,6 +20,8 @@ slower than the first.
 Filling writes random values instead of reading a prompt: the time of a step does not depend on them.
 `--prefill` reads a real (random) prompt of the context's length instead, and reports how long that took
 and the share of it that went into storing keys and values (quantising them, where a cache does).
+`--first_token` times nothing but that: each cache in turn, after its kernels have been compiled and planned
+by reading the prompt with the model's first layers.
 """
 
 from __future__ import annotations
@@ -79,6 +82,7 @@ def make_parser() -> Parser:
     p.add_argument("--steps", type=positive, help=f"decode steps timed at a time (default: {DEFAULT_STEPS})")
     p.add_argument("--rounds", type=positive, default=5, help="(default: 5)")
     p.add_argument("--prefill", action="store_true", help="read a prompt instead of filling with random values")
+    p.add_argument("--first_token", action="store_true", help="time the reading of prompts, and no decoding")
     p.add_argument("--peer", choices=("transformers",), help="run its dynamic and quantised caches beside ours")
     p.add_argument("--sums", choices=SUMS, default="auto", help="of several ranks: how a step's sums go between them")
     p.add_argument("--kernels", action="store_true", help="decode attention of one layer alone, beside SDPA's")
@@ -93,7 +97,10 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError about what the flags say by themselves."""
     if args.random_weights and args.model is None:
         raise UserError("--random_weights needs --model NAME")
-    others = args.peer or args.largest_batch or args.png or args.prefill or args.caches or args.steps
+    others = args.peer or args.largest_batch or args.png or args.prefill or args.steps
+    if args.first_token and (others or args.load_cache or args.kernels):
+        raise UserError("--first_token goes with the model, --caches, --batch, --context, --rounds and --json alone")
+    others = others or args.caches
     if args.kernels and (others or args.weights or args.dtype != "auto"):
         raise UserError("--kernels goes with the model, --device, --batch, --context, --rounds and --json alone")
     if args.memory_budget and not args.largest_batch:

@@ -60,7 +60,7 @@ def plans(
     for batch in args.batch:
         for context in args.context:
             at = replace(shape, batch=batch, capacity=context + args.steps + 2)
-            chunk = PREFILL_CHUNK if args.prefill else 1
+            chunk = PREFILL_CHUNK if args.prefill or args.first_token else 1
             found[batch, context] = [make_plan(config, p, at, chunk, weights) for p in policies]
             if args.peer:
                 theirs = make_plan(config, FullCache(), at, chunk, weights)

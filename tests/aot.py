@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -257,22 +258,31 @@ def compile_attend_kernel(head_dim: int) -> dict[str, int] | None:
     types = {"q": "*i8", "k": "*i8", "v": "*fp8e4nv", "rotation": "*bf16", "out": "*bf16"}
     types |= {name: "*fp32" for name in ("q_scale", "k_step", "v_step", "lse")}
     constants = {"HEAD_DIM": head_dim, "QUERIES": QUERIES, "ROTATION": head_dim, "STAGES": 3, "INTERPRET": False}
-    names, found = disassembled(compile_kernel(attend_kernel, types, constants, aligned=True))
-    return names and {"int8": names.count("IGMMA"), "float8": names.count("QGMMA"), "stack": found}
+    compiled = compile_kernel(attend_kernel, types, constants, aligned=True, even=("n_key",))
+    found, code = counted(compiled), disassembled(compiled)
+    if found is None or code is None:
+        return None
+    names = instructions(code[0])
+    return found | {
+        "int8": sum(n.startswith("IGMMA") for n in names),
+        "float8": sum(n.startswith("QGMMA") for n in names),
+    }
 
 
 def compile_kernel(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4, aligned: bool = False
-) -> Any:
-    """For Hopper. types: of the arguments that are no int32; aligned: pointers and strides are multiples of 16."""
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4, aligned: bool = False,
+    even: Sequence[str] = (),
+) -> Any:  # fmt: skip
+    """For Hopper. types: of the arguments that are no int32; aligned: pointers and strides are multiples of 16, and
+    what `even` names."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    even = [n for n in names if aligned and ("stride" in n or signature[n].startswith("*"))]
+    sixteens = [n for n in names if n in even or (aligned and ("stride" in n or signature[n].startswith("*")))]
     source = ASTSource(
         kernel,
         signature=signature,
         constexprs={(names.index(n),): c for n, c in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in even},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in sixteens},
     )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 

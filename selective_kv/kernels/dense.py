@@ -156,7 +156,9 @@ def dense_history(regions: Regions, start: int, first: int, end: int) -> tuple[T
         )  # fmt: skip
         if regions.key_bias is not None and regions.k_format is not None and not k.is_meta:
             which = slice(first // TILE_TOKENS, (first + n_stored) // TILE_TOKENS)
-            k[:, :, :n_stored] += regions.k_format.rotate(regions.key_bias.dense(which, head_dim)).flatten(1, 2).to(k.dtype)
+            k[:, :, :n_stored] += (
+                regions.k_format.rotate(regions.key_bias.dense(which, head_dim)).flatten(1, 2).to(k.dtype)
+            )
     if n_exact := end - first - n_stored:
         launch(copy_slots_kernel, (triton.cdiv(n_exact, SLOTS), batch * n_kv_head, 2))(
             regions.k, regions.v, regions.k if regions.rotation is None else regions.rotation, k, v,

@@ -117,10 +117,10 @@ def requantize_kernel(
     else:
         x = dequantized(v_codes, v_scale, k_factor, tile, token, HEAD_DIM, V_BITS, False, False)
         largest = tl.max(tl.max(tl.abs(x), 1), 0)
-        step = tl.where(largest > 0, largest / 448.0, 1.0)
+        unit = tl.where(largest > 0, largest / 448.0, 1.0)
         where = v + (one * HEAD_DIM + d)[:, None] * (n_dense * TILE) + index * TILE + token[None, :]
-        tl.store(where, tl.trans(x / step).to(v.dtype.element_ty))
-        tl.store(v_step + one * n_dense + index, step)
+        tl.store(where, tl.trans(x / unit).to(v.dtype.element_ty))
+        tl.store(v_step + one * n_dense + index, unit)
 
 
 def requantize(regions: Regions, first: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,7 +147,8 @@ def attend_kernel(
     HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, ROTATION: tl.constexpr, STAGES: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of queries, head, sequence). n_key: whole tiles (specialised: loads are 16 bytes wide). Strides: of out's sequences, heads, tokens."""
+    """Program (block of queries, head, sequence). n_key: whole tiles; specialised, so that loads are 16 bytes wide.
+    Strides: of out's sequences, heads, tokens."""
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n_head = tl.num_programs(1)
     one = batch * (n_head // group) + head // group
