@@ -29,6 +29,7 @@ SCORES = 1 << 24  # of one sequence at a time, in `plain`
 LARGEST_BLOCK = 32768
 BLOCK_SIZES = (LARGEST_BLOCK, 8192)  # keys that cuDNN is given at once
 WORTH_A_PLAN = 2e11  # multiply-adds of a call from which on a model's layers save more than a plan takes
+OLDEST_CUDNN = 90000  # that returns log-sum-exps here
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -84,7 +85,13 @@ def takes_cudnn(q: Tensor, k: Tensor, causal: bool) -> bool:
 
 @functools.cache
 def has_cudnn(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0) and (torch.backends.cudnn.version() or 0) >= 90000
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    version = torch.backends.cudnn.version() or 0
+    if version < OLDEST_CUDNN:
+        found = f"cuDNN {version}" if version else "no cuDNN"
+        _warn_once(f"{found} where {OLDEST_CUDNN} or later has the fastest attention: long prompts take a third longer")
+    return version >= OLDEST_CUDNN
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from itertools import pairwise
 
 import kernel_reference  # noqa: F401  (chooses the interpreter)
@@ -87,6 +89,54 @@ def test_long_keys_go_to_cudnn_in_blocks_and_are_one() -> None:
     want, want_lse = reference(q[:, :, some], k, v, False)
     assert (got[:, :, some].double() - want).norm() / want.norm() < 6e-3
     assert torch.allclose(lse[:, :, some].double(), want_lse, atol=1e-3)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is warned of, each time that it is logged; nothing has been said before."""
+    lines: list[str] = []
+    monkeypatch.setattr(logging.getLogger("selective_kv"), "warning", lines.append)
+    for cached in (attention_lse._warn_once, attention_lse.has_cudnn):
+        cached.cache_clear()
+    yield lines
+    for cached in (attention_lse._warn_once, attention_lse.has_cudnn):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("version", [None, 8907, 91900])
+def test_an_old_or_missing_cudnn_is_said_once(
+    version: int | None, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    q = torch.empty(1, 32, 8192, 128, dtype=torch.bfloat16, device="meta")
+    taken = [attention_lse.takes_cudnn(q, q[:, :8], causal) for causal in (True, False)]
+    assert taken == [version == 91900] * 2
+    assert len(said) == (version != 91900) and all("long prompts" in line for line in said)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_that_refuse_are_replaced_and_named_once(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("No valid execution plans built.\nand more")
+
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, 300, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, 2, 300, 64, device="cuda", dtype=torch.bfloat16)
+    want, want_lse = reference(q, k, v, True)
+    monkeypatch.setattr(attention_lse, "takes_cudnn", lambda q, k, causal: True)
+    monkeypatch.setattr(attention_lse, "cudnn", refuse)
+    for kernels in (("flash",), ("flash", "efficient")):  # where cuDNN refuses; where the other two do, too
+        for _ in range(2):
+            out, lse = attention_lse.attend(q, k, v, True)
+            assert (out.double() - want).norm() / want.norm() < 6e-3
+            assert torch.allclose(lse.double(), want_lse, atol=1e-3)
+        monkeypatch.setattr(attention_lse, "takes_flash", lambda device, head_dim: False)
+        monkeypatch.setattr(attention_lse, "efficient", refuse)
+        assert len(said) == len(kernels)
+    assert "cuDNN's attention refuses 4 heads of 64 in bfloat16 over 2" in said[0] and "and more" not in said[0]
+    assert "no attention kernel takes" in said[1]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 20, 53])
