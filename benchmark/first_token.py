@@ -17,7 +17,7 @@ from benchmark.contestant import GATE_ERROR, Peak, StoreClock, distance
 from benchmark.room import Model
 from cli.plan import parameter_bytes
 from common.errors import UserError
-from common.messages import size
+from common.messages import say, size
 from common.tables import table
 from engine import Engine, Sampling
 from engine.parallel import Parallel
@@ -69,6 +69,7 @@ def warm(engine: Engine, prompts: list[list[int]]) -> None:
     model, cache = copy.copy(engine.model), copy.copy(engine.cache)
     model._modules = {**engine.model._modules, "layers": engine.model.layers[:WARM_LAYERS]}
     cache.layers = cache.layers[:WARM_LAYERS]
+    model.config = dataclasses.replace(model.config, n_layer=len(cache.layers))
     shallow = Engine(model, cache, engine.sampling, capture=False, ranks=engine.ranks)
     shallow.read(prompts)
     engine.reset()
@@ -98,13 +99,14 @@ def compare(
     rows = []
     for batch, context in product(batches, contexts):
         generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(models[0].model.config.vocab_size, (batch, context), generator=generator).tolist()
+        prompts = torch.randint(models[0].transformer.config.vocab_size, (batch, context), generator=generator).tolist()
         at = dataclasses.replace(shape, batch=batch, capacity=context + 1)
         contestants = list(product(models, policies))
         found: list[list[dict[str, Any]]] = [[] for _ in contestants]
         for turn in range(rounds):
             for (made, policy), readings in zip(contestants, found, strict=True):
-                readings.append(read(made.model, policy, at, prompts, turn > 0, ranks))
+                readings.append(read(made.transformer, policy, at, prompts, turn > 0, ranks))
+                say(f"{format_policy(policy)}, {batch} x {context} tokens: {readings[-1]['seconds']:.3f} s")
                 gc.collect()
                 if shape.device.type == "cuda":
                     torch.cuda.empty_cache()

@@ -30,6 +30,7 @@ from selective_kv.kernels.merge import Part, merge, room
 from selective_kv.kernels.online_softmax import NEGATIVE, UNSEEN, apply_rope, at_slot
 from selective_kv.regions import Regions
 
+QUERIES = 64  # of a program
 COUNTS = ("group", "n_token", "sink_size", "n_held", "oldest", "n_slot")
 
 
@@ -123,14 +124,11 @@ def slot_attention(q: Tensor, regions: Regions, start: int, own: Part, sink_rope
     turn = sink_rope is not None and n_left > 0
     cos, sin = sink_rope if sink_rope is not None and turn else (lse, lse)  # the latter is never looked at
     assert cos.is_contiguous() and sin.is_contiguous()
-    wide = head_dim > 128 or q.element_size() > 2
-    queries = 64 if wide else 128
-    launch(history_kernel, (triton.cdiv(n_token, queries), n_head, batch))(
+    launch(history_kernel, (triton.cdiv(n_token, QUERIES), n_head, batch))(
         q, regions.k, regions.v, cos, sin, y, lse.contiguous(), out, out_lse,
         *q.stride()[:3], *regions.k.stride()[:2], *out.stride()[:3], n_head // regions.k.shape[1], n_token,
         regions.sink_size, start - n_left, n_left % max(1, regions.ring_size), regions.k.shape[2], head_dim**-0.5,
-        HEAD_DIM=head_dim, QUERIES=queries, KEYS=32 if wide else 64, STAGES=2 if wide else 3,
-        TURN_SINKS=turn, INTERPRET=INTERPRET, num_warps=4 if wide else 8,
+        HEAD_DIM=head_dim, QUERIES=QUERIES, KEYS=32, STAGES=2, TURN_SINKS=turn, INTERPRET=INTERPRET, num_warps=4,
     )  # fmt: skip
     return out, out_lse
 

@@ -2,11 +2,11 @@
 probabilities and values.
 
 The recipe is SageAttention's (Zhang et al. 2024, arXiv:2411.10958). After the Hadamard rotation no channel of a query
-or key stands out, so an int8 scale each suffices; values are float8 (e4m3) under a scale a tile, which goes into the
-running sum when it changes. On the bundled model it adds an error of 0.009 to the 0.041 that 4 bits themselves make in
-attention's output; to 8 bits' 0.0025 it would add more than there is, so those are attended to in 16 bits (LOG.md).
-Matrix units are twice as fast in 8 bits and take less power, by which a long prompt on an H100 is limited: 720 TFLOP/s
-where cuDNN's bfloat16 kernel sustains 600 to 630.
+or key stands out, so an int8 scale of a query and one of a tile of keys suffice (one of each key made the loop a tenth
+slower); values are float8 (e4m3) under a scale of a tile. On the bundled model it adds an error of 0.009 to the 0.041
+that 4 bits themselves make in attention's output; to 8 bits' 0.0025 it would add more than there is, so those are
+attended to in 16 bits (LOG.md). Matrix units are twice as fast in 8 bits and take less power, by which a long prompt on
+an H100 is limited: 720 TFLOP/s where cuDNN's bfloat16 kernel sustains 600 to 630.
 
 The products of a tile are summed by themselves: matrix units add fp8 products in some 14 bits.
 """
@@ -39,10 +39,12 @@ LOG2_LARGEST = tl.constexpr(8.0)  # probabilities are below 2**8
 
 
 def takes_8bit(q: Tensor, regions: Regions) -> bool:
-    """Whether a chunk's queries meet these tiles in 8 bits: rotated ones of at most 4 bits, on a GPU that has fp8
-    products (and where this was measured), if there are enough of them."""
+    """Whether a chunk's queries meet these tiles in 8 bits: rotated ones of at most 4 bits, from which no key bias was
+    taken, on a GPU that has fp8 products (and where this was measured), if there are enough queries."""
     formats = regions.k_format, regions.v_format
-    if any(form is None or form.bits > MOST_BITS or not form.rotated for form in formats):
+    if regions.key_bias is not None or any(
+        form is None or form.bits > MOST_BITS or not form.rotated for form in formats
+    ):
         return False
     if q.shape[2] < LEAST_TOKENS or q.shape[3] not in HEAD_DIMS or q.element_size() > 2:
         return False
@@ -103,17 +105,18 @@ def requantize_kernel(
     k_codes, v_codes, k_scale, v_scale, k_factor, k, k_step, v, v_step, first_tile, n_tile, n_dense,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, sequence and KV head, 0 for K and 1 for V): of n_dense tiles, k int8 [one, token, HEAD_DIM] with
-    k_step [one, token], v float8 [one, HEAD_DIM, token] with v_step [one, tile]."""
+    """Program (tile, sequence and KV head, 0 for K and 1 for V): of n_dense tiles, k int8 [one, token, HEAD_DIM] and
+    v float8 [one, HEAD_DIM, token]; k_step, v_step: their scales, [one, tile]."""
     one, index = tl.program_id(1).to(tl.int64), tl.program_id(0)
     tile = one * n_tile + first_tile + index
     token, d = tl.arange(0, TILE), tl.arange(0, HEAD_DIM)
     at = one * n_dense * TILE + index * TILE
     if tl.program_id(2) == 0:
         x = dequantized(k_codes, k_scale, k_factor, tile, token, HEAD_DIM, K_BITS, True, BALANCED)
-        step = int8_step(x)
-        tl.store(k + (at + token)[:, None] * HEAD_DIM + d[None, :], rounded(x / step[:, None]))
-        tl.store(k_step + at + token, step)
+        steps = int8_step(x)
+        step = tl.max(steps, 0) + tl.sum(steps * 0.0, 0)  # NaN where one is
+        tl.store(k + (at + token)[:, None] * HEAD_DIM + d[None, :], rounded(x / step))
+        tl.store(k_step + one * n_dense + index, step)
     else:
         x = dequantized(v_codes, v_scale, k_factor, tile, token, HEAD_DIM, V_BITS, False, False)
         largest = tl.max(tl.max(tl.abs(x), 1), 0)
@@ -124,14 +127,13 @@ def requantize_kernel(
 
 
 def requantize(regions: Regions, first: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The tiles first to end - 1, rotated as they are: keys int8 [batch, n_kv_head, token, head_dim] and a scale of
-    each; values float8 [batch, n_kv_head, head_dim, token] and a scale of each tile."""
+    """The tiles first to end - 1, rotated as they are: keys int8 [batch, n_kv_head, token, head_dim] and the tiles'
+    scales; values float8 [batch, n_kv_head, head_dim, token] and the tiles' scales."""
     batch, n_kv_head, _, head_dim = regions.k.shape
     n, device = end - first, regions.k.device
     k = torch.empty(batch, n_kv_head, n * TILE_TOKENS, head_dim, dtype=torch.int8, device=device)
     v = torch.empty(batch, n_kv_head, head_dim, n * TILE_TOKENS, dtype=FLOAT8, device=device)
-    k_step = torch.empty(batch, n_kv_head, n * TILE_TOKENS, device=device, dtype=torch.float32)
-    v_step = torch.empty(batch, n_kv_head, n, device=device, dtype=torch.float32)
+    k_step, v_step = (torch.empty(batch, n_kv_head, n, device=device, dtype=torch.float32) for _ in "kv")
     k_bits, v_bits = stored_bits(regions)
     stored = tile_operands(regions)
     launch(requantize_kernel, (n, batch * n_kv_head, 2))(
@@ -158,7 +160,7 @@ def attend_kernel(
     queries = tl.load(q + row[:, None] * HEAD_DIM + d[None, :], there[:, None], 0)
     scale = tl.load(q_scale + row, there, 0.0)
     k += one * n_key * HEAD_DIM
-    k_step += one * n_key
+    k_step += one * (n_key // TILE)
     v += one * n_key * HEAD_DIM
     v_step += one * (n_key // TILE)
     top = tl.full((QUERIES,), NEGATIVE, tl.float32)
@@ -166,12 +168,12 @@ def attend_kernel(
     sums = tl.zeros((QUERIES, HEAD_DIM), tl.float32)
     for first in tl.range(0, n_key, TILE, num_stages=STAGES):
         keys = tl.load(k + (first + key)[:, None] * HEAD_DIM + d[None, :])
-        step = tl.load(k_step + first + key)
+        step = scale * tl.load(k_step + first // TILE)
         values = tl.load(v + d[:, None] * n_key + (first + key)[None, :])
-        score = tl.dot(queries, tl.trans(keys)).to(tl.float32) * step[None, :]
-        new_top = tl.maximum(top, tl.max(score, 1) * scale)
+        score = tl.dot(queries, tl.trans(keys)).to(tl.float32)
+        new_top = tl.maximum(top, tl.max(score, 1) * step)
         # below 2**8, where float8 ends soon
-        prob = tl.exp2(score * scale[:, None] - (new_top - LOG2_LARGEST)[:, None])
+        prob = tl.exp2(score * step[:, None] - (new_top - LOG2_LARGEST)[:, None])
         keep = tl.exp2(top - new_top)
         total = total * keep + tl.sum(prob, 1)
         met = tl.dot(prob.to(values.dtype), tl.trans(values), input_precision="ieee")

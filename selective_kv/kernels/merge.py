@@ -117,8 +117,9 @@ def _merge(parts: Sequence[Part], dtype: torch.dtype, rotation: Tensor | None) -
     for each in (outs, lses):
         each += each[:1] * (MOST - len(parts))  # never looked at
     size = 1 if rotation is None else rotation_size(head_dim)
-    launch(merge_kernel, (triton.cdiv(n_token, TOKENS), n_head, batch))(
+    tokens = TOKENS if rotation is None else 2 * TOKENS  # each program reads the matrix
+    launch(merge_kernel, (triton.cdiv(n_token, tokens), n_head, batch))(
         *outs, *lses, merged, merged_lse, merged if rotation is None else rotation, n_token, *stride[:3],
-        HEAD_DIM=head_dim, TOKENS=TOKENS, N=len(parts), ROTATION=size, INTERPRET=INTERPRET, num_warps=4,
+        HEAD_DIM=head_dim, TOKENS=tokens, N=len(parts), ROTATION=size, INTERPRET=INTERPRET, num_warps=4,
     )  # fmt: skip
     return merged, merged_lse
