@@ -57,11 +57,13 @@ def store_chunk(regions: Regions, k: Tensor, v: Tensor, start: int) -> None:
     sink, end = regions.sink_size, start + k.shape[2]
     n_left = regions.n_left(end)
     _close_tiles(regions, regions.n_left(start + 1), n_left, k, v, start)
-    kept = [*range(start, min(sink, end)), *range(max(start, sink + n_left), end)]
-    slots = torch.tensor([regions.slot(pos) for pos in kept], device=k.device)
-    index = torch.tensor([pos - start for pos in kept], device=k.device)
-    regions.k[:, :, slots] = k[:, :, index].to(regions.k.dtype)
-    regions.v[:, :, slots] = v[:, :, index].to(regions.v.dtype)
+    for first, last in ((start, min(sink, end)), (max(start, sink + n_left), end)):
+        while first < last:  # as far as slots go on without a break
+            slot = regions.slot(first)
+            n = min(last - first, (sink if first < sink else regions.k.shape[2]) - slot)
+            for slots, chunk in ((regions.k, k), (regions.v, v)):
+                slots[:, :, slot : slot + n] = chunk[:, :, first - start : first - start + n].to(slots.dtype)
+            first += n
 
 
 def _close_tiles(regions: Regions, first: int, end: int, k: Tensor, v: Tensor, start: int) -> None:
