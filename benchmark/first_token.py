@@ -27,7 +27,7 @@ from selective_kv import Chunk, KVCache, Shape
 
 WARM_LAYERS = 2  # of the model that reads the prompt once before: all kernels and plans of the real one, in little time
 GATE_CHUNKS = (1500, 700)  # tokens: enough for every kernel that a GPU has for a chunk
-GATE_8BIT = 3e-2  # what attention in 8 bits to history in 4 may be off by (LOG.md: a quarter of what 4 bits are)
+GATE_8BIT = 3e-2  # what attention in 8 bits to history in 4 may be off by (a fourth of what 4 bits are: LOG.md)
 
 
 @torch.inference_mode()

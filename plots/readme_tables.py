@@ -8,6 +8,7 @@ Each stands between `<!-- NAME, by scripts/readme_tables.py -->` and `<!-- end -
   ruler      RULER's kept tasks by length                                  smollm2/ruler-1 and -2
   bundled    all of the bundled model's figures                            perplexity, passkey, rouge
   card       the same in its model card                                    perplexity, passkey
+  prompts    time to the first token by length                             h100/first-token
 
 Files are those of `results/`, whose records hold their commands. With --check nothing is written, and the program exits
 with 1 where a table is not what the files say.
@@ -219,9 +220,27 @@ def card() -> str:
     ])  # fmt: skip
 
 
+def prompts() -> str:
+    """Seconds, and over the full cache's; then the peaks of the longest."""
+    rows = load("h100/first-token.json")["rows"]
+    found = {(r["context"], r["cache"]): r for r in rows}
+    settings = by_quality({r["cache"]: r for r in rows}.values())
+    names = [r["cache"] for r in settings]
+    cells = []
+    for context in dict.fromkeys(r["context"] for r in rows):
+        full = found[context, "full"]["first_token_s"]
+        seconds = [found[context, name]["first_token_s"] for name in names]
+        shares = ["", *(f" ({s / full:.2f}x)" for s in seconds[1:])]
+        told = (f"{s:.{3 if s < 1 else 2}f}{share}" for s, share in zip(seconds, shares, strict=True))
+        cells.append([f"{context:,}", *told])
+    peaks = [size(found[context, name]["peak_memory_bytes"]) for name in names]
+    return markdown(["prompt", *map(flags, names)], [*cells, [f"peak memory at {context:,}", *peaks]])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "choose": choose, "texts": lambda: by_text("smollm2/perplexity.json"), "llama.cpp": beside_llama_cpp,
     "ruler": ruler, "bundled": bundled, "bundled texts": lambda: by_text("perplexity.json"), "card": card,
+    "prompts": prompts,
 }  # fmt: skip
 
 

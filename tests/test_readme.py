@@ -34,7 +34,7 @@ SHORT = {  # what makes a command short
     "evaluate.py": "--context 64 --windows 1 --documents 1 --max_new_tokens 4 --trials 1 --device cpu",
     "passkey": "--lengths 200 --depths 0.5",
     "ruler": "--lengths 700 --tasks niah_single",
-    "benchmark.py": "--context 60 --rounds 1 --steps 1 --device cpu",
+    "benchmark.py": "--context 60 --rounds 1 --device cpu",
     "--largest_batch": "--memory_budget 90MiB --context 1000 --caches full quantize_kv",
     "plot.py": "",
     "train_demo.py": "--vocab_size 400 --dim 32 --n_layer 1 --n_head 2 --n_kv_head 1 --ffn_dim 48 --context 256 "
@@ -42,7 +42,7 @@ SHORT = {  # what makes a command short
 }  # fmt: skip
 ON_A_GPU = {
     "generate.py": "--max_new_tokens 20",
-    "benchmark.py": "--rounds 1 --steps 2",
+    "benchmark.py": "--rounds 1",
     "llama-3.1-8b": "--context 256",
     "--largest_batch": "--context 4000",
     "bench_kernels.py": "--rounds 2 --shapes 1x8192 8x2048",

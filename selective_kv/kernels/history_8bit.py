@@ -3,9 +3,9 @@ probabilities and values.
 
 The recipe is SageAttention's (Zhang et al. 2024, arXiv:2411.10958). After the Hadamard rotation no channel of a query
 or key stands out, so an int8 scale of a query and one of a tile of keys suffice (one of each key made the loop a tenth
-slower); values are float8 (e4m3) under a scale of a tile. On the bundled model it adds an error of 0.009 to the 0.041
-that 4 bits themselves make in attention's output; to 8 bits' 0.0025 it would add more than there is, so those are
-attended to in 16 bits (LOG.md). Matrix units are twice as fast in 8 bits and take less power, by which a long prompt on
+slower); values are float8 (e4m3) under a scale of a tile. On the bundled model it adds an error of 0.010 to the 0.043
+that 4 bits themselves make in attention's output, which comes to 0.044; 8 bits' own is 0.0026, so those are attended
+to in 16 bits (LOG.md). Matrix units are twice as fast in 8 bits and take less power, by which a long prompt on
 an H100 is limited: 720 TFLOP/s where cuDNN's bfloat16 kernel sustains 600 to 630.
 
 The products of a tile are summed by themselves: matrix units add fp8 products in some 14 bits.
