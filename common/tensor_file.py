@@ -11,6 +11,7 @@ of the SHA-256s of a tensor's rows. A tensor of one dimension is one row.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -86,8 +87,13 @@ def make_room(path: Path, size: int) -> None:
     of an older one.
     """
     with open(path, "wb") as file:
-        if hasattr(os, "posix_fallocate"):
+        if not hasattr(os, "posix_fallocate"):
+            return
+        try:
             os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system that takes none ahead
+                raise
 
 
 def write_rows(path: Path, where: Layout, tensors: Mapping[str, Tensor | Rows]) -> Digests:

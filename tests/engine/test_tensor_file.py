@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,20 @@ def test_rows_that_were_changed_or_are_missing(tmp_path: Path) -> None:
     path.write_bytes(whole[:-5])  # by somebody else, after it was opened
     with pytest.raises(UserError, match="cut short while it was read"):
         file.load({"t": torch.zeros(3, 4)})
+
+
+def test_room_is_taken_before_the_work_where_a_file_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(number: int) -> None:
+        def fallocate(file: int, start: int, n_byte: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "posix_fallocate", fallocate)
+
+    tensors = {"t": made((3, 4), torch.float32, 0, False)}
+    refuses(errno.EOPNOTSUPP)
+    write_tensors(tmp_path / "f", "kind", {}, tensors)
+    assert torch.equal(load_file(tmp_path / "f")["t"], tensors["t"])
+    refuses(errno.ENOSPC)
+    monkeypatch.setattr(tensor_file, "write_rows", None)
+    with pytest.raises(OSError, match="No space left"):
+        write_tensors(tmp_path / "g", "kind", {}, tensors)
