@@ -33,8 +33,9 @@ _HOMES = {  # the rest: engine.engine
     "Sampling": "sampling",
 }
 
+if not TYPE_CHECKING:  # a type checker is to know these names, and no others
 
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"engine.{_HOMES.get(name, 'engine')}"), name)
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"engine.{_HOMES.get(name, 'engine')}"), name)

@@ -36,6 +36,7 @@ from engine.parallel import Parallel
 from kv_cache import make_policy
 from model import Config
 from selective_kv import KVCache, Shape
+from weights.modules import quantized
 
 KIND = "selective_kv_cache"
 WHAT = "a saved cache"
@@ -209,7 +210,8 @@ class SavedCache:
         """
         ranks, config = engine.ranks, engine.model.config if share is None else share.whole
         if self.record["weights"] != fingerprint_of(engine, share):
-            raise UserError(f"{self.path}: {WHAT} of other weights, for a model of the same shape")
+            more = " (in 8 or 4 bits they differ with the number of ranks)" if any(quantized(engine.model)) else ""
+            raise UserError(f"{self.path}: {WHAT} of other weights, for a model of the same shape{more}")
         views: dict[str, Tensor] = {}
         for b, n in enumerate(kept):
             views |= {f"sequences.{b}.{part}": view for part, view in engine.cache.held(b, n).items()} if n else {}

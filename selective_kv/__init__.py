@@ -34,11 +34,12 @@ __all__ = [
 ]
 _HOMES = {"FullCache": "full", "SelectiveCache": "selective", "SinkWindowCache": "sink_window"}  # the rest: cache
 
+if not TYPE_CHECKING:  # a type checker is to know these names, and no others
 
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'cache')}"), name)
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'cache')}"), name)
 
 
 def __dir__() -> list[str]:
