@@ -70,6 +70,8 @@ def test_a_run_asks_for_no_binary_that_was_not_compiled_ahead() -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    biased = found.pop("biased")  # which layers will keep a key bias out of tiles is not known ahead
+    assert len(biased["run"]) >= 9 and set(biased["run"]) <= set(biased["ahead"])
     assert len(found) == 12
     for case, keys in found.items():
         assert len(keys["run"]) >= 9, case
