@@ -102,3 +102,11 @@ def test_a_conversation_is_measured_once_it_has_tokens_enough(
     monkeypatch.setattr("sys.stdin", io.StringIO(f"The\n{TEXT}\n{TEXT}\n"))
     report, err = run(capsys, loud, *COARSE, "--interactive", "--context", "250", n=3)
     assert err.count("warning: 2-bit keys") == 1 and max(report["score_error"]["layers"]) > BOUND
+
+
+def test_the_warning_comes_before_the_text(loud: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("cli.fidelity.say", lambda line: said.append(line))
+    monkeypatch.setattr("cli.console.Printer.push", lambda *args: said.append("text"))
+    generate.main(["--checkpoint_path", str(loud), "--max_new_tokens", "120", *COARSE, "--prompt", TEXT])
+    assert said[0].startswith("warning") and said[1] == "text"
