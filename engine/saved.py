@@ -40,7 +40,10 @@ from weights.modules import quantized
 
 KIND = "selective_kv_cache"
 WHAT = "a saved cache"
-VERSION = 3  # 2: tiles of keys do not hold their bias; 3: sums of rows, a fingerprint that ranks add up to
+VERSION = (
+    4  # 2: tiles of keys do not hold their bias; 3: sums of rows, a fingerprint that ranks add up to; 4: keys of 8
+)
+# bits are rotated, 3 bits are packed in other planes
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,13 @@ Tokens are stored a tile of `TILE` = 128 at a time, [128, head_dim] per KV head.
    arXiv:2606.03458, which alternates between columns and rows; one division did as well here: LOG.md.)
 3. Scale and base. Of keys, one pair for a channel, over the 128 tokens of the tile; of values, one for a token:
    value = base + scale * u with u from 0 to 2**bits - 1. Both are bfloat16, whose range is float32's: base is rounded
-   down and scale up, so that the levels cover all elements.
-4. Packing. Integers of b = 8, 4, 2 or 1 bits form a plane: [128 * b / 8, head_dim] bytes, byte (row, d) holds element d
-   of the tokens row, row + n_row, row + 2 * n_row, ... in its bits 0 to b - 1, b to 2b - 1, ... 3 bits are a plane of
-   the two lower bits and then one of the upper. 8 bits are kept as u - 128, a signed byte.
+   down and scale up. The lowest level is `INSET` steps above the least element, the highest as far below the largest:
+   of few levels all come closer together, and the extremes lose less than the others win.
+4. Packing. Integers of b = 8, 4 or 2 bits form a plane: [128 * b / 8, head_dim] bytes, byte (row, d) holds element d of
+   the tokens row, row + n_row, row + 2 * n_row, ... in its bits 0 to b - 1, b to 2b - 1, ... 8 bits are kept as
+   u - 128, a signed byte. 3 bits form three planes of [32, head_dim / 2] bytes: byte (row, i) of plane j has the
+   elements 2 i and 2 i + 1 of token row + 32 j in its lower six bits. Those of token row + 96 are six bits too, and
+   stand in the upper two bits of the three planes, the lowest in plane 0.
 
 Bits per element, with all scales, at head_dim D (in brackets 64; 128):
 
@@ -36,10 +39,14 @@ from selective_kv.settings import BITS
 TILE = 128  # tokens
 
 
+INSET = {(4, True): 0.15, (3, True): 0.3, (2, True): 0.3, (3, False): 0.15, (2, False): 0.3}
+"""By bits and whether a scale belongs to a channel, in steps; 0 elsewhere. Found on a real model (LOG.md)."""
+
+
 class Tiles(NamedTuple):
     """Quantised tiles. n_vector: what has a scale, head_dim channels (keys) or TILE tokens (values)."""
 
-    codes: Tensor  # uint8 [..., n_tile, TILE * head_dim * bits / 8]: the planes, one after the other
+    codes: Tensor  # uint8 [..., n_tile, n_byte]: the planes, one after the other
     scales: Tensor  # bfloat16 [..., n_tile, n_vector, 2]: scale and base
     factors: Tensor | None  # bfloat16 [..., n_tile, TILE / 2, 2], where balanced: of the tokens i and i + TILE / 2
 
@@ -75,9 +82,9 @@ class Format:
             raise ValueError(f"a format has {', '.join(map(str, BITS))} bits, not {self.bits}")
 
     @property
-    def planes(self) -> tuple[int, ...]:
-        """Bits of each plane, the lowest bits first."""
-        return (2, 1) if self.bits == 3 else (self.bits,)
+    def inset(self) -> float:
+        """Steps between the least element and the lowest level."""
+        return INSET.get((self.bits, self.per_channel), 0.0)
 
     def n_vector(self, head_dim: int) -> int:
         """Scales of a tile."""
@@ -122,11 +129,14 @@ class Format:
             x = x / factors[..., None]
         axis = -2 if self.per_channel else -1
         low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
-        base = rounded_down(low)
         # by a tensor: by a number a GPU would multiply with its inverse, and now and then be off in the last bit
-        scale = rounded_up((high - base) / torch.full_like(high, 2**self.bits - 1))
+        base, most = low, 2**self.bits - 1
+        if self.inset:
+            base = low + (high - low) / torch.full_like(low, (most + 2 * self.inset) / self.inset)
+        base = rounded_down(base)
+        scale = rounded_up((high - base) / torch.full_like(high, most + self.inset))
         scale, base = (t.masked_fill(~(high - low).isfinite(), float("nan")) for t in (scale, base))
-        u = ((x - base) / scale).round().clamp(0, 2**self.bits - 1).nan_to_num(0).to(torch.uint8)
+        u = ((x - base) / scale).round().clamp(0, most).nan_to_num(0).to(torch.uint8)
         scales = torch.stack((scale, base), -1).flatten(-3, -2).bfloat16()
         if factors is not None:
             factors = factors.unflatten(-1, (2, -1)).transpose(-1, -2).contiguous().bfloat16()
@@ -146,15 +156,16 @@ class Format:
         """u: uint8 [..., TILE, head_dim]. Returns the planes, uint8 [..., n_byte]."""
         if self.bits == 8:
             return (u ^ 128).flatten(-2)
-        planes, shift = [], 0
-        for bits in self.planes:
-            part = ((u >> shift) & (2**bits - 1)).unflatten(-2, (8 // bits, -1))  # [..., tokens of a byte, row, d]
-            byte = part[..., 0, :, :].clone()
-            for i in range(1, 8 // bits):
-                byte |= part[..., i, :, :] << (bits * i)
-            planes.append(byte.flatten(-2))
-            shift += bits
-        return torch.cat(planes, -1)
+        if self.bits == 3:
+            six = u.unflatten(-2, (4, -1)).unflatten(-1, (-1, 2))
+            six = six[..., 0] | six[..., 1] << 3  # [..., 4, row, byte]
+            last = six[..., 3, :, :]
+            return torch.stack([six[..., j, :, :] | (last >> 2 * j) << 6 for j in range(3)], -3).flatten(-3)
+        part = u.unflatten(-2, (8 // self.bits, -1))  # [..., tokens of a byte, row, d]
+        byte = part[..., 0, :, :].clone()
+        for i in range(1, 8 // self.bits):
+            byte |= part[..., i, :, :] << (self.bits * i)
+        return byte.flatten(-2)
 
     def unpack(self, codes: Tensor) -> Tensor:
         """What `pack` was given: uint8 [..., TILE, head_dim]."""
@@ -167,25 +178,31 @@ class Format:
         """Write what `pack` was given (of 8 bits less 128) into out [..., TILE, head_dim], of any dtype. Returns it."""
         if self.bits == 8:
             return out.copy_(codes.view(torch.int8).unflatten(-1, (TILE, -1)))
-        first, value = 0, 1
-        for bits in self.planes:
-            n_row = TILE * bits // 8
-            byte = codes[..., first : first + n_row * out.shape[-1]].unflatten(-1, (n_row, -1))
-            for i in range(8 // bits):
-                part = ((byte >> (bits * i)) & (2**bits - 1)).view(torch.int8)  # of which conversion is faster
-                rows = out[..., i * n_row : (i + 1) * n_row, :]
-                rows.copy_(part) if value == 1 else rows.add_(part, alpha=value)
-            first, value = first + n_row * out.shape[-1], value << bits
+        if self.bits == 3:
+            planes = codes.unflatten(-1, (3, 32, -1))
+            upper = planes >> 6
+            last = upper[..., 0, :, :] | upper[..., 1, :, :] << 2 | upper[..., 2, :, :] << 4
+            for j in range(4):
+                six = last if j == 3 else planes[..., j, :, :] & 63
+                rows = out[..., 32 * j : 32 * (j + 1), :]
+                rows[..., 0::2].copy_((six & 7).view(torch.int8))  # of which conversion is faster
+                rows[..., 1::2].copy_((six >> 3).view(torch.int8))
+            return out
+        n_row = TILE * self.bits // 8
+        byte = codes.unflatten(-1, (n_row, -1))
+        for i in range(8 // self.bits):
+            part = (byte >> (self.bits * i)) & (2**self.bits - 1)
+            out[..., i * n_row : (i + 1) * n_row, :].copy_(part.view(torch.int8))
         return out
 
 
 def key_format(bits: int, rotated: bool = True) -> Format:
-    """A key's scale belongs to a channel. At 8 bits balancing wins nothing and rotating next to nothing (LOG.md)."""
-    return Format(bits, per_channel=True, rotated=rotated and bits < 8, balanced=bits < 8)
+    """A key's scale belongs to a channel. At 8 bits balancing wins nothing (LOG.md)."""
+    return Format(bits, per_channel=True, rotated=rotated, balanced=bits < 8)
 
 
 def value_format(bits: int, rotated: bool = True) -> Format:
-    """A value's scale belongs to a token."""
+    """A value's scale belongs to a token. At 8 bits rotating wins next to nothing, and costs time in decoding."""
     return Format(bits, per_channel=False, rotated=rotated and bits < 8)
 
 

@@ -92,7 +92,7 @@ class SelectiveSettings(CacheSettings):
     v_bits: int = knob(8, "bits of the values between them", choices=BITS, rare=True)
     rotate: bool = knob(
         True,
-        "rotate what has fewer than 8 bits by a Hadamard matrix, which spreads outliers: costs no memory",
+        "rotate keys, and values of fewer than 8 bits, by a Hadamard matrix, which spreads outliers: costs no memory",
         rare=True,
     )
 

@@ -178,8 +178,8 @@ def instructions(sass: str) -> list[str]:
 def stored_as(head_dim: int, k_bits: int, v_bits: int, rotated: bool = True, pairs: int = 0) -> dict[str, Any]:
     """What kernels are told of the formats, and of how many pairs of channels the bias is not in the tiles."""
     turn = rotation_size(head_dim) if rotated and k_bits else 1
-    return {"K_BITS": k_bits, "V_BITS": v_bits, "BALANCED": 0 < k_bits < 8, "K_ROTATION": turn, "V_ROTATION": turn,
-            "PAIRS": pairs}  # fmt: skip
+    return {"K_BITS": k_bits, "V_BITS": v_bits, "BALANCED": 0 < k_bits < 8, "K_ROTATION": turn,
+            "V_ROTATION": turn if v_bits < 8 else 1, "PAIRS": pairs}  # fmt: skip
 
 
 STORE_TYPES = {name: "*bf16" for name in ("chunk_k", "chunk_v", "k_new", "v_new", "k", "v", "rotation")} | {

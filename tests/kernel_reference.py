@@ -165,7 +165,8 @@ def same_tiles(mine: Regions, theirs: Regions, b: int, n_tile: int) -> None:
         step = size * {8: 0.02, 4: 0.2, 3: 0.4, 2: 1.0}[got.format.bits]
         assert ((values - expected).abs() <= step).all()
         assert ((values - expected).abs() > 1e-2 * size).float().mean() < 0.01
-        assert (got_tiles.codes != want_tiles.codes).float().mean() < 0.02
+        # a scale that tips is a 256th off, which of 8 bits moves many
+        assert (got_tiles.codes != want_tiles.codes).float().mean() < (0.2 if got.format.bits == 8 else 0.02)
 
 
 def error(out: Tensor, expected: Tensor) -> float:

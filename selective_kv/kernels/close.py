@@ -10,8 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from selective_kv.formats import INSET
 from selective_kv.kernels.bias import less_bias
 from selective_kv.kernels.tile_softmax import ROUND, TILE
+
+# `Format.inset` by bits, of keys and of values
+KEY_INSETS = tl.constexpr(tuple(INSET.get((bits, True), 0.0) for bits in range(9)))
+VALUE_INSETS = tl.constexpr(tuple(INSET.get((bits, False), 0.0) for bits in range(9)))
 
 PART = 16  # channels of keys, or tokens of values, that a program quantises at a time
 
@@ -32,11 +37,14 @@ def one_word(scale, base):
 
 
 @triton.jit
-def levels(x, low, high, bad, BITS: tl.constexpr):
+def levels(x, low, high, bad, BITS: tl.constexpr, INSET: tl.constexpr):
     """The scale and base of vectors of x: low and high are their least and largest elements, `bad` says where one is
     not finite. Returns them, which broadcast with x, and the integers: int32."""
-    base = to_bfloat16_down(low)
-    scale = -to_bfloat16_down(-tl.div_rn(high - base, tl.full(low.shape, 2.0**BITS - 1.0, tl.float32)))
+    base = low
+    if INSET > 0:
+        base += tl.div_rn(high - low, tl.full(low.shape, (2.0**BITS - 1.0 + 2.0 * INSET) / INSET, tl.float32))
+    base = to_bfloat16_down(base)
+    scale = -to_bfloat16_down(-tl.div_rn(high - base, tl.full(low.shape, 2.0**BITS - 1.0 + INSET, tl.float32)))
     scale, base = tl.where(bad, float("nan"), scale), tl.where(bad, float("nan"), base)
     ratio = tl.div_rn(x - base, tl.broadcast_to(scale, x.shape))
     ratio = tl.where(ratio == ratio, ratio, 0.0)
@@ -130,14 +138,13 @@ def close_keys(
             bits = (tl.reshape(factor, (2, TILE // 2)).to(tl.int32, bitcast=True) >> 16) & 0xFFFF
             tl.store(factors + tl.arange(0, TILE // 2), tl.sum(bits << (16 * half), 0))
     low, high = tl.min(x, 0, keep_dims=True), tl.max(x, 0, keep_dims=True)
-    scale, base, u = levels(x, low, high, not_finite(x, 0), BITS)
+    scale, base, u = levels(x, low, high, not_finite(x, 0), BITS, KEY_INSETS[BITS])
     there = column < HEAD_DIM
     tl.store(scales + column, tl.reshape(one_word(scale, base), (16,)), there)
     if BITS == 8:
         store_plane(u ^ 128, codes, token, column, 8, 1, 16, HEAD_DIM)
     elif BITS == 3:
-        store_plane(u & 3, codes, token, column, 2, 4, 16, HEAD_DIM)
-        store_plane(u >> 2, codes + 32 * HEAD_DIM, token, column, 1, 8, 16, HEAD_DIM)
+        store_planes_3(u, codes, token, column, HEAD_DIM)
     else:
         store_plane(u, codes, token, column, BITS, 8 // BITS, 16, HEAD_DIM)
 
@@ -160,13 +167,29 @@ def store_plane(
 
 
 @triton.jit
+def store_planes_3(u, codes, token, column, HEAD_DIM: tl.constexpr):
+    """`store_plane` of 3 bits. u: int32 [N, C], of four equal groups of tokens and of whole pairs of dims."""
+    N: tl.constexpr = u.shape[0] // 4
+    PAIRS: tl.constexpr = u.shape[1] // 2
+    six = tl.sum(tl.reshape(u, (4, N, PAIRS, 2)) << (3 * tl.arange(0, 2))[None, None, None, :], 3)
+    group = tl.arange(0, 4)[:, None, None]
+    row = tl.min(tl.reshape(token, (4, N)), 0)
+    pair = tl.min(tl.reshape(column, (PAIRS, 2)), 1) // 2
+    at = codes + row[:, None] * (HEAD_DIM // 2) + pair[None, :]
+    for j in tl.static_range(3):  # the last group's six bits are shared out among the planes
+        byte = tl.sum(tl.where(group == j, six, tl.where(group == 3, ((six >> (2 * j)) & 3) << 6, 0)), 0)
+        byte = byte.to(tl.uint8).to(codes.dtype.element_ty, bitcast=True)
+        tl.store(at + j * (16 * HEAD_DIM), byte, (pair < HEAD_DIM // 2)[None, :])
+
+
+@triton.jit
 def close_values(
     slots, chunk, chunk_stride, rotation, codes, scales, first_pos, block, start, sink_size, ring_size,
     HEAD_DIM: tl.constexpr, BITS: tl.constexpr, ROTATION: tl.constexpr, CHUNK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Quantise 16 tokens of the tile of values at positions first_pos and on: those that share bytes."""
     DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 16))
-    SHARED: tl.constexpr = 8 if BITS == 3 else 8 // BITS  # tokens whose integers share a byte, in some plane
+    SHARED: tl.constexpr = 4 if BITS == 3 else 8 // BITS  # tokens whose integers share bytes
     ROWS: tl.constexpr = 16 // SHARED
     i = tl.arange(0, 16)
     token = i // ROWS * (TILE // SHARED) + block * ROWS + i % ROWS
@@ -178,12 +201,11 @@ def close_values(
     there = (column < HEAD_DIM)[None, :]
     low = tl.min(tl.where(there, x, float("inf")), 1, keep_dims=True)
     high = tl.max(tl.where(there, x, float("-inf")), 1, keep_dims=True)
-    scale, base, u = levels(x, low, high, not_finite(x, 1), BITS)
+    scale, base, u = levels(x, low, high, not_finite(x, 1), BITS, VALUE_INSETS[BITS])
     tl.store(scales + token, tl.reshape(one_word(scale, base), (16,)))
     if BITS == 8:
         store_plane(u ^ 128, codes, token, column, 8, 1, DIM, HEAD_DIM)
     elif BITS == 3:
-        store_plane(u & 3, codes, token, column, 2, 4, DIM, HEAD_DIM)
-        store_plane(u >> 2, codes + 32 * HEAD_DIM, token, column, 1, 8, DIM, HEAD_DIM)
+        store_planes_3(u, codes, token, column, HEAD_DIM)
     else:
         store_plane(u, codes, token, column, BITS, 8 // BITS, DIM, HEAD_DIM)

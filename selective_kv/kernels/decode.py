@@ -11,7 +11,8 @@ takes some of both. The shares depend on how many tokens there are, never on cap
 window, the result is the full cache's, bit for bit.
 
 Of n tokens the first n_left after the sinks are in whole tiles. The others are slots: sinks first, then the ring from
-its oldest token on, which `at_slot` finds. `online_softmax.py` and `tile_softmax.py` tell what happens to a block.
+its oldest token on, which `at_slot` finds. `online_softmax.py` and `tile_softmax.py` tell what happens to a
+block, `tile_share.py` to a program's tiles.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from selective_kv.kernels.basics import INTERPRET, in_order
-from selective_kv.kernels.bias import all_within, bias_queries
+from selective_kv.kernels.bias import bias_queries
 from selective_kv.kernels.decode_config import Plan, cuts, fitting, merging, plan, processor, sharing
-from selective_kv.kernels.hadamard import butterfly
 from selective_kv.kernels.launch import launch
-from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, at_slot, float_block
+from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, at_slot, float_block, load_q
 from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
 from selective_kv.kernels.split_kv import count_left, fetch, first_blocks, partition, written
-from selective_kv.kernels.tile_softmax import TILE, add_block, new_state, weighted_values
+from selective_kv.kernels.tile_share import store_sums, tile_queries, tile_share
+from selective_kv.kernels.tile_softmax import TILE
 from selective_kv.regions import Regions
 
 # Runtime integers that Triton must not specialise on (1, multiples of 16): one binary serves all values.
@@ -42,13 +43,6 @@ COUNTS = ("group", "sink_size", "window_size", "n_slot", "n_tile", "n_split", "t
 # The most bytes of `then` that are prefetched into L2, since more slows the reads of keys and values; and the most that
 # one program prefetches, since `combine_kernel` waits until it has exited.
 MOST_THEN, MOST_THEN_EACH = 4 << 20, 16 << 10
-
-
-@triton.jit
-def load_q(q, stride_h, head, n_head, d, there):
-    """float32 [D, N]: one query head per column, zeros where there is no such head or dim."""
-    at = head[None, :] * stride_h + d[:, None]
-    return tl.load(q + at, there[:, None] & (head < n_head)[None, :], 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -101,45 +95,6 @@ def float_share(
     return out, top * step, tl.sum(total, 1)
 
 
-@triton.jit
-def tile_share(
-    x, k, v, k_scale, v_scale, k_factor, by_bias, bias_within, bias_turned, lo, hi, scale,
-    HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr,
-    PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Tokens lo to hi - 1 of those in tiles. x: queries, float32 [D, HEADS]; by_bias: as for `add_block`.
-
-    Returns of each warp weighted sums of values as [WARPS, dims / 2, HEADS, 2], largest scores in log2 units and sums
-    of weights, [WARPS, HEADS].
-    """
-    DIM: tl.constexpr = x.shape[0]
-    HEADS: tl.constexpr = x.shape[1]
-    BITS: tl.constexpr = K_BITS if K_BITS < V_BITS else V_BITS
-    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
-    query = x
-    if K_ROTATION > 1:
-        query = butterfly(query, K_ROTATION, HEADS)
-        scale *= K_ROTATION**-0.5
-    # Where a block is a tile, all blocks meet the same cosines and sines: the loop need not load them, through memory
-    # that would leave room for one program less.
-    WITHIN: tl.constexpr = PAIRS > 0 and PARTS == 4 and WARPS * SLICE == TILE
-    if WITHIN:
-        by_bias = by_bias + all_within(bias_within, WARPS, SLICE // PARTS, PARTS, 2 * PAIRS)
-    state = new_state(WARPS, SLICE // PARTS, DIM, HEADS)
-    for start in tl.range(lo, hi, WARPS * SLICE, num_stages=STAGES):
-        state = add_block(
-            state, query, scale, k, v, k_scale, v_scale, k_factor, by_bias, bias_within, bias_turned, lo * 0 + start,
-            HEAD_DIM, HEADS, WARPS, SLICE // PARTS, PARTS, K_BITS, V_BITS, BALANCED, PAIRS, WITHIN, INTERPRET,
-        )  # fmt: skip
-    even, odd = weighted_values(state, V_BITS)
-    if V_ROTATION > 1:  # bit 0 of a dim, then the others
-        sums = butterfly((even + odd) * V_ROTATION**-0.5, V_ROTATION // 2, HEADS)
-        odd = butterfly((even - odd) * V_ROTATION**-0.5, V_ROTATION // 2, HEADS)
-        even = sums
-    return tl.join(even, odd), state[0], tl.sum(state[1], 1)
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
     q, k, v, k_codes, v_pairs, k_scale, v_scale, k_factor, bias_pairs, bias_within, bias_turned, positions, cos, sin,
@@ -168,8 +123,8 @@ def split_kernel(
     HAS_INT: tl.constexpr = K_BITS > 0
     FLOAT_BLOCK: tl.constexpr = WARPS * FLOAT_SLICE
     INT_BLOCK: tl.constexpr = WARPS * INT_SLICE
-    K_BYTES: tl.constexpr = HEAD_DIM * K_BITS // 8  # of a token
-    V_BYTES: tl.constexpr = HEAD_DIM * V_BITS // 8
+    K_TILE: tl.constexpr = TILE * HEAD_DIM * K_BITS // 8  # bytes
+    V_TILE: tl.constexpr = TILE * HEAD_DIM * V_BITS // 8
     if OVERLAP:
         gdc_launch_dependents()  # PDL trigger: `combine_kernel` may become resident, and waits for this grid to end
     # `positions` was written before the step's first launch: it may be read, and work divided, before the PDL wait.
@@ -186,12 +141,12 @@ def split_kernel(
     if HAS_INT:
         oldest = (n_left.to(tl.uint32) % (n_slot - sink_size).to(tl.uint32)).to(tl.int32)
     slot_at = batch * slot_stride_b + kv_head * slot_stride_h
-    token_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_tile * TILE  # of the first token in tiles
-    k_codes += token_at * K_BYTES
-    v_pairs += token_at * (V_BYTES // 2)
-    k_scale += token_at // TILE * HEAD_DIM
-    v_scale += token_at
-    k_factor += token_at // 2
+    tile_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_tile  # the first tile
+    k_codes += tile_at * K_TILE
+    v_pairs += tile_at * (V_TILE // 2)
+    k_scale += tile_at * HEAD_DIM
+    v_scale += tile_at * TILE
+    k_factor += tile_at * (TILE // 2)
     if OVERLAP:
         if AHEAD > 0 and lo < hi:
             ITEM: tl.constexpr = k.dtype.element_ty.primitive_bitwidth // 8
@@ -203,8 +158,9 @@ def split_kernel(
             fetch(k + slot_at + begin * HEAD_DIM, k + slot_at + end * HEAD_DIM, AHEAD * SLOT)
             fetch(v + slot_at + begin * HEAD_DIM, v + slot_at + end * HEAD_DIM, AHEAD * SLOT)
         if HAS_INT and AHEAD > 0 and tile_lo < tile_hi:
-            fetch(k_codes + tile_lo * K_BYTES, k_codes + tile_hi * K_BYTES, AHEAD * K_BYTES)
-            fetch(v_pairs + tile_lo * (V_BYTES // 2), v_pairs + tile_hi * (V_BYTES // 2), AHEAD * V_BYTES)
+            fetch(k_codes + tile_lo * K_TILE // TILE, k_codes + tile_hi * K_TILE // TILE, AHEAD * K_TILE // TILE)
+            v_lo, v_hi = v_pairs + tile_lo * V_TILE // (2 * TILE), v_pairs + tile_hi * V_TILE // (2 * TILE)
+            fetch(v_lo, v_hi, AHEAD * V_TILE // TILE)
             fetch(k_scale + tile_lo // TILE * HEAD_DIM, k_scale + (tile_lo // TILE + 1) * HEAD_DIM, HEAD_DIM * 4)
             fetch(v_scale + tile_lo, v_scale + tile_hi, AHEAD * 4)
         # The condition makes the compiler compute the split's bounds before the PDL wait, not after it. Split 0 waits
@@ -217,23 +173,22 @@ def split_kernel(
     log2_scale = softmax_scale * 1.4426950408889634  # exp2 is an instruction, exp is not
     # Tiles first, and each branch recomputes what it needs: values live across both loops would take registers.
     if HAS_INT and tile_lo < tile_hi:
-        d, member = tl.arange(0, DIM), tl.arange(0, HEADS)
+        member = tl.arange(0, HEADS)
         head = column % TILES * HEADS + member  # within the group
-        x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
-        by_bias = x, x
+        query = tile_queries(q, q_stride_h, head, group, HEAD_DIM, HEADS, K_BITS, K_ROTATION)
+        by_bias = query[0], query[0]
         if PAIRS > 0:
             by_bias = bias_queries(
                 q, q_stride_h, head, group, bias_pairs + kv_head * PAIRS, log2_scale, HEAD_DIM, PAIRS
             )  # fmt: skip
         sums, largest, weights = tile_share(
-            x, k_codes, v_pairs, k_scale, v_scale, k_factor, by_bias, bias_within + kv_head * (2 * PAIRS * TILE),
+            query, k_codes, v_pairs, k_scale, v_scale, k_factor, by_bias, bias_within + kv_head * (2 * PAIRS * TILE),
             bias_turned + kv_head * n_tile * (2 * PAIRS), tile_lo, tile_hi, log2_scale, HEAD_DIM, WARPS, INT_SLICE,
             INT_STAGES, K_BITS, V_BITS, BALANCED, K_ROTATION, V_ROTATION, PAIRS, INTERPRET,
         )  # fmt: skip
-        dim = (2 * tl.arange(0, DIM // 2)[:, None, None] + tl.arange(0, 2)[None, None, :])[None]
         result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split + 1) * WARPS + tl.arange(0, WARPS)
         at = result[:, None] * HEADS + member[None, :]
-        tl.store(partial + at[:, None, :, None] * HEAD_DIM + dim, sums, dim < HEAD_DIM)
+        store_sums(partial + at[:, None, :] * HEAD_DIM, sums, HEAD_DIM)
         tl.store(statistics + 2 * at, largest)
         tl.store(statistics + 2 * at + 1, weights)
     if lo < hi:

@@ -52,22 +52,30 @@ def plan(
     """
     four, n_part = 0 < k_bits + v_bits < 16, parts(k_bits, v_bits)
     heads = min(max(4, triton.next_power_of_2(group)), 16 if head_dim <= 128 else 8)
-    if four and 2 * batch_heads <= 3 * n_processor and max(k_bits, v_bits) == 8:
-        p = Plan(heads, 1, 32, 64, 4, 4, 4)  # one warp a program: no barriers between warps
-    elif four and 2 * batch_heads <= 3 * n_processor:
-        p = Plan(heads, 2, 32, 64, 4, 4, 2)
+    few = 2 * batch_heads <= 3 * n_processor
+    alone = (
+        head_dim <= 128 and heads * head_dim <= 1024
+    )  # a warp's registers suffice for what a query becomes for a tile
+    # With one program a KV head, 1.75 to 2 an SM: an even load without split-KV.
+    even = 7 * n_processor < 4 * batch_heads <= 8 * n_processor
+    if 3 in (k_bits, v_bits) and not few:
+        p = Plan(heads, 2, 16, 64, 3, 4, 4)
+    elif 3 in (k_bits, v_bits) and alone:
+        p = Plan(heads, 1, 32, TILE, 4, 3, 4)  # a block is a tile: what a query becomes for one is made once
+    elif four and max(k_bits, v_bits) == 8:
+        p = Plan(heads, 1, 32, 64, 4, 4, 4) if few else Plan(heads, 4, 16, 32, 3, 3, 6, splits=1 if even else 0)
+    elif four and few:
+        p = Plan(heads, 1, 32, 64, 4, 3, 4) if alone and n_part == 2 else Plan(heads, 2, 32, 64, 4, 4, 2)
     elif four:
-        # With one program a KV head, 1.75 to 2 an SM: an even load without split-KV.
-        even = 7 * n_processor < 4 * batch_heads <= 8 * n_processor
-        p = Plan(heads, 4, 16, 32, 3, 3, 6, splits=1 if even else 0)
-    elif 2 * batch_heads <= 3 * n_processor:
-        p = Plan(heads, 2, 32, 32, 4, 4, 2)  # 96 KiB a program; with 48, full is 1.6% slower at 128k
+        p = Plan(heads, 2, 16, 64, 3, 3, 6, splits=1 if even else 0)
+    elif few:
+        p = Plan(heads, 2, 32, 64, 4, 3, 2)  # 96 KiB a program; with 48, full is 1.6% slower at 128k
     else:
         p = Plan(heads, 1, 16, 64, 4, 3, 4)  # KV heads alone fill the SMs: small programs have the shortest tail
     if early(batch_heads, n_processor, four):
         p = p._replace(ahead=64)
     if head_dim <= 64:
-        p = p._replace(warps=2 * p.warps)  # half the bytes per token: twice the tokens
+        p = p._replace(warps=2 * p.warps, int_slice=min(p.int_slice, TILE // (2 * p.warps)))  # half the bytes a token
     if itemsize > 2:  # or registers run out, here and below
         p = p._replace(float_slice=16)
     if heads > 8 or heads * head_dim * itemsize > 2048 or (four and heads > 4 and head_dim <= 64):

@@ -34,6 +34,19 @@ def load_plane(plane, token, d, mask, BITS: tl.constexpr, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
+def load_planes_3(codes, token, d, mask, HEAD_DIM: tl.constexpr):
+    """Integers of 3 bits of the tokens `token` [N] of a tile: int32 [N, D]."""
+    at = codes + (token % 32)[:, None] * (HEAD_DIM // 2) + (d // 2)[None, :]
+    a = tl.load(at, mask, 0).to(tl.int32)
+    b = tl.load(at + 16 * HEAD_DIM, mask, 0).to(tl.int32)
+    c = tl.load(at + 32 * HEAD_DIM, mask, 0).to(tl.int32)
+    group = (token // 32)[:, None]
+    last = ((a >> 6) & 3) | ((b >> 4) & 12) | ((c >> 2) & 48)
+    six = tl.where(group == 0, a, tl.where(group == 1, b, tl.where(group == 2, c, last)))
+    return (six >> (3 * (d % 2))[None, :]) & 7
+
+
+@triton.jit
 def dequantized(
     codes, scales, factors, tile, token,
     HEAD_DIM: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, BALANCED: tl.constexpr,
@@ -43,8 +56,7 @@ def dequantized(
     mask = (token < TILE)[:, None] & (d < HEAD_DIM)[None, :]
     codes += tile * (TILE * HEAD_DIM * BITS // 8)
     if BITS == 3:
-        u = load_plane(codes, token, d, mask, 2, HEAD_DIM)
-        u |= load_plane(codes + 32 * HEAD_DIM, token, d, mask, 1, HEAD_DIM) << 2
+        u = load_planes_3(codes, token, d, mask, HEAD_DIM)
     else:
         u = load_plane(codes, token, d, mask, BITS, HEAD_DIM)
     if BITS == 8:

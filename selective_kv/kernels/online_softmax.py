@@ -18,6 +18,13 @@ UNSEEN = tl.constexpr(-2.0e30)  # the score of what must not be seen: its weight
 
 
 @triton.jit
+def load_q(q, stride_h, head, n_head, d, there):
+    """float32 [D, N]: one query head per column, zeros where there is no such head or dim."""
+    at = head[None, :] * stride_h + d[:, None]
+    return tl.load(q + at, there[:, None] & (head < n_head)[None, :], 0.0).to(tl.float32)
+
+
+@triton.jit
 def at_slot(index, sink_size, oldest, n_slot):
     """The slot of the index-th token in full precision: sinks, then the ring of slots from its `oldest` token on."""
     slot = tl.where(index < sink_size, index, index + oldest)

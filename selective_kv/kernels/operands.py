@@ -28,10 +28,13 @@ def rotations(regions: Regions) -> dict[str, int]:
 def tile_operands(regions: Regions) -> list[Tensor]:
     """What kernels take of the tiles: K's and V's bytes, K's and V's scales, K's factors; pairs of bfloat16 as int32.
 
-    Where there is nothing of the kind, something that is never looked at.
+    Where there is nothing of the kind, something that is never looked at. Raises ValueError where rows of 3 bits are no
+    whole words.
     """
     if regions.k_tiles is None or regions.v_tiles is None:
         return [regions.k] * 5
+    if 3 in stored_bits(regions) and regions.k.shape[3] % 4:
+        raise ValueError(f"3 bits on a GPU need a head_dim that is a multiple of 4, not {regions.k.shape[3]}")
     (k, k_scale, factor), (v, v_scale, _) = regions.k_tiles, regions.v_tiles
     assert all(t.is_contiguous() for t in (k, v, k_scale, v_scale))
     words = [t.view(torch.int32).flatten(-2) for t in (k_scale, v_scale, k_scale if factor is None else factor)]

@@ -68,50 +68,42 @@ def key_bytes_2(x, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def key_bytes_3(x, y, odd, INTERPRET: tl.constexpr):
-    """3 bits: x as in `key_bytes_2`; y: bytes of the plane of upper bits, of which token j of the four has bit 2 j, or
-    the next one where `odd` (int8, 0 or 1, the same in four neighbours) is 1."""
+def key_bytes_3(a, b, c, INTERPRET: tl.constexpr):
+    """int8 elements of the three planes of 3 bits, each integers of two dims of four tokens, to eight int8 tensors: of
+    token 0 the even dim and the odd one (this one 8 times as large), and so on."""
     if INTERPRET:
-        up = y.to(tl.int32) >> odd.to(tl.int32)
-        low = x.to(tl.int32)
-        a = ((low & 3) | ((up << 2) & 4)).to(tl.int8)
-        b = (((low >> 2) & 3) | (up & 4)).to(tl.int8)
-        c = (((low >> 4) & 3) | ((up >> 2) & 4)).to(tl.int8)
-        d = (((low >> 6) & 3) | ((up >> 4) & 4)).to(tl.int8)
+        a, b, c = a.to(tl.int32), b.to(tl.int32), c.to(tl.int32)
+        d = ((a >> 6) & 3) | ((b >> 4) & 12) | ((c >> 2) & 48)
+        e, f, g, h = (a & 7).to(tl.int8), (a & 56).to(tl.int8), (b & 7).to(tl.int8), (b & 56).to(tl.int8)
+        i, j, k, l = (c & 7).to(tl.int8), (c & 56).to(tl.int8), (d & 7).to(tl.int8), (d & 56).to(tl.int8)  # noqa: E741
     else:
-        a, b, c, d = tl.inline_asm_elementwise(
+        e, f, g, h, i, j, k, l = tl.inline_asm_elementwise(  # noqa: E741
             """
             {
-            .reg .b32 up, one, high;
-            and.b32 one, $6, 1;
-            shr.u32 up, $5, one;
-            shl.b32 high, up, 2;
-            and.b32 high, high, 0x04040404;
-            and.b32 $0, $4, 0x03030303;
-            or.b32 $0, $0, high;
-            and.b32 high, up, 0x04040404;
-            shr.u32 one, $4, 2;
-            and.b32 $1, one, 0x03030303;
-            or.b32 $1, $1, high;
-            shr.u32 high, up, 2;
-            and.b32 high, high, 0x04040404;
-            shr.u32 one, $4, 4;
-            and.b32 $2, one, 0x03030303;
-            or.b32 $2, $2, high;
-            shr.u32 high, up, 4;
-            and.b32 high, high, 0x04040404;
-            shr.u32 one, $4, 6;
-            and.b32 $3, one, 0x03030303;
-            or.b32 $3, $3, high;
+            .reg .b32 all, part;
+            and.b32 $0, $8, 0x07070707;
+            and.b32 $1, $8, 0x38383838;
+            and.b32 $2, $9, 0x07070707;
+            and.b32 $3, $9, 0x38383838;
+            and.b32 $4, $10, 0x07070707;
+            and.b32 $5, $10, 0x38383838;
+            shr.u32 all, $8, 6;
+            and.b32 all, all, 0x03030303;
+            shr.u32 part, $9, 4;
+            lop3.b32 all, part, 0x0C0C0C0C, all, 0xEA;
+            shr.u32 part, $10, 2;
+            lop3.b32 all, part, 0x30303030, all, 0xEA;
+            and.b32 $6, all, 0x07070707;
+            and.b32 $7, all, 0x38383838;
             }
             """,
-            "=&r,=&r,=&r,=&r,r,r,r",
-            [x, y, odd],
-            dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
+            [a, b, c],
+            dtype=(tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8),
             is_pure=True,
             pack=4,
         )
-    return a, b, c, d
+    return e, f, g, h, i, j, k, l
 
 
 @triton.jit
@@ -211,65 +203,63 @@ def value_pairs_2(x, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def field_3(x, up, LOW: tl.constexpr, HIGH: tl.constexpr):
-    return (((x & LOW) | (up & HIGH)).to(tl.float32) * SUBNORMAL).to(tl.float16)
+def quad_3(x):
+    """In the interpreter: of int32 elements, two bytes of two dims each, the four dims as `value_quads_3` has them."""
+    y = x >> 8
+    return field(x, 7), field(x, 56), field(y, 7), field(y, 56)
 
 
 @triton.jit
-def value_pairs_3(x, y, odd, INTERPRET: tl.constexpr):
-    """3 bits: x as in `value_pairs_2`; y: the same dims in the plane of upper bits, of which token j of the four has
-    bit 2 j, or the next one where `odd` (int16, 0 or 1, the same in two neighbours) is 1."""
+def value_quads_3(a, b, c, INTERPRET: tl.constexpr):
+    """int16 elements of the three planes of 3 bits, each integers of four dims of four tokens, to float16: the four
+    dims of token 0 (every second one 8 times as large), then those of tokens 1 to 3."""
     if INTERPRET:
-        even, even_up = x.to(tl.int32) & 255, ((y.to(tl.int32) & 255) << 2) >> odd.to(tl.int32)
-        rest, rest_up = (x.to(tl.int32) >> 8) & 255, (((y.to(tl.int32) >> 8) & 255) << 2) >> odd.to(tl.int32)
-        a, b = field_3(even, even_up, 3, 4), field_3(even, even_up, 12, 16)
-        c, d = field_3(even, even_up, 48, 64), field_3(even, even_up, 192, 256)
-        e, f = field_3(rest, rest_up, 3, 4), field_3(rest, rest_up, 12, 16)
-        g, h = field_3(rest, rest_up, 48, 64), field_3(rest, rest_up, 192, 256)
+        a, b, c = a.to(tl.int32) & 0xFFFF, b.to(tl.int32) & 0xFFFF, c.to(tl.int32) & 0xFFFF
+        d = ((a >> 6) & 0x0303) | ((b >> 4) & 0x0C0C) | ((c >> 2) & 0x3030)
+        quads = quad_3(a) + quad_3(b) + quad_3(c) + quad_3(d)
     else:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+        quads = tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 by, up, low, high;
-            and.b32 by, $10, 1;
-            sub.u32 by, 2, by;
-            shl.b32 up, $9, by;
-            and.b32 low, $8, 0x00030003;
-            and.b32 high, up, 0x00040004;
-            or.b32 $0, low, high;
-            and.b32 low, $8, 0x000C000C;
-            and.b32 high, up, 0x00100010;
-            or.b32 $1, low, high;
-            and.b32 low, $8, 0x00300030;
-            and.b32 high, up, 0x00400040;
-            or.b32 $2, low, high;
-            and.b32 low, $8, 0x00C000C0;
-            and.b32 high, up, 0x01000100;
-            or.b32 $3, low, high;
-            shr.u32 up, $9, 8;
-            shl.b32 up, up, by;
-            shr.u32 by, $8, 8;
-            and.b32 low, by, 0x00030003;
-            and.b32 high, up, 0x00040004;
-            or.b32 $4, low, high;
-            and.b32 low, by, 0x000C000C;
-            and.b32 high, up, 0x00100010;
-            or.b32 $5, low, high;
-            and.b32 low, by, 0x00300030;
-            and.b32 high, up, 0x00400040;
-            or.b32 $6, low, high;
-            and.b32 low, by, 0x00C000C0;
-            and.b32 high, up, 0x01000100;
-            or.b32 $7, low, high;
+            .reg .b32 all, part;
+            and.b32 $0, $16, 0x00070007;
+            and.b32 $1, $16, 0x00380038;
+            shr.u32 part, $16, 8;
+            and.b32 $2, part, 0x00070007;
+            and.b32 $3, part, 0x00380038;
+            and.b32 $4, $17, 0x00070007;
+            and.b32 $5, $17, 0x00380038;
+            shr.u32 part, $17, 8;
+            and.b32 $6, part, 0x00070007;
+            and.b32 $7, part, 0x00380038;
+            and.b32 $8, $18, 0x00070007;
+            and.b32 $9, $18, 0x00380038;
+            shr.u32 part, $18, 8;
+            and.b32 $10, part, 0x00070007;
+            and.b32 $11, part, 0x00380038;
+            shr.u32 all, $16, 6;
+            and.b32 all, all, 0x03030303;
+            shr.u32 part, $17, 4;
+            lop3.b32 all, part, 0x0C0C0C0C, all, 0xEA;
+            shr.u32 part, $18, 2;
+            lop3.b32 all, part, 0x30303030, all, 0xEA;
+            and.b32 $12, all, 0x00070007;
+            and.b32 $13, all, 0x00380038;
+            shr.u32 part, all, 8;
+            and.b32 $14, part, 0x00070007;
+            and.b32 $15, part, 0x00380038;
             }
             """,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
-            [x, y, odd],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
+            [a, b, c],
+            dtype=(
+                tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
+                tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
+            ),
             is_pure=True,
             pack=2,
-        )
-    return a, b, c, d, e, f, g, h
+        )  # fmt: skip
+    return quads
 
 
 @triton.jit

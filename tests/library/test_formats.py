@@ -67,15 +67,16 @@ def test_no_element_is_more_than_half_a_step_off(seed: int, form: Format, head_d
 
 @given(st.integers(0, 10_000), st.sampled_from(BARE), st.sampled_from([1e-20, 1.0, 1e30]))
 @settings(max_examples=20, deadline=None)
-def test_levels_cover_the_elements_and_are_no_wider_than_that(seed: int, form: Format, size: float) -> None:
+def test_levels_reach_to_the_elements_and_no_further(seed: int, form: Format, size: float) -> None:
+    """But for the inset, at both ends."""
     x = keys(seed, 8, size)
     scale, base = form.quantize(x).scales.float().unbind(-1)
     axis = -2 if form.per_channel else -1
-    low, high = x.amin(axis), x.amax(axis)
-    top = base.double() + scale.double() * (2**form.bits - 1)
-    assert (base <= low).all() and (top >= high.double() * (1 - 1e-6) - 1e-45).all()
+    low, high = x.amin(axis).double(), x.amax(axis).double()
+    inset, top = form.inset * scale.double(), base.double() + scale.double() * (2**form.bits - 1)
+    assert (base <= low + inset * (1 + 1e-6)).all() and (top + inset >= high * (1 - 1e-6) - 1e-45).all()
     # a bfloat16 has 8 significant bits
-    assert (top - base <= (high - low).double() * 1.01 + low.abs().double() / 100).all()
+    assert (top - base <= (high - low - inset) * 1.01 + low.abs() / 100).all()
 
 
 @pytest.mark.parametrize("form", BARE, ids=str)
@@ -114,17 +115,23 @@ def test_what_is_not_finite_shows_and_spoils_no_other_tile(form: Format, bad: fl
 @pytest.mark.parametrize("form", [Format(bits, True) for bits in BITS], ids=str)
 def test_packing(form: Format) -> None:
     """Every integer comes back; and the bytes are where the module's opening says."""
-    u = torch.randint(0, 2**form.bits, (3, TILE, 6), dtype=torch.uint8)
+    u = torch.randint(0, 2**form.bits, (3, TILE, 12), dtype=torch.uint8)
     codes = form.pack(u)
-    assert codes.shape == (3, form.n_byte(6)) and torch.equal(form.unpack(codes), u)
-    where, lower = 0, 0
-    for bits in form.planes:
-        n_row = TILE * bits // 8
-        for row, d, i in ((0, 0, 0), (3, 5, 8 // bits - 1), (n_row - 1, 2, 0)):
-            want = (int(u[1, row + i * n_row, d]) >> lower) % 2**bits
-            byte = int(codes[1, where + row * 6 + d]) ^ (128 if form.bits == 8 else 0)
-            assert (byte >> (bits * i)) % 2**bits == want
-        where, lower = where + n_row * 6, lower + bits
+    assert codes.shape == (3, form.n_byte(12)) and torch.equal(form.unpack(codes), u)
+    if form.bits == 3:
+        planes = codes.view(3, 3, 32, 6)
+        for row, i in ((0, 0), (3, 5), (31, 2)):
+            for j in range(3):
+                even, odd = (int(n) for n in u[1, row + 32 * j, 2 * i : 2 * i + 2])
+                assert int(planes[1, j, row, i]) & 63 == even | odd << 3
+            even, odd = (int(n) for n in u[1, row + 96, 2 * i : 2 * i + 2])
+            upper = [int(planes[1, j, row, i]) >> 6 for j in range(3)]
+            assert upper[0] | upper[1] << 2 | upper[2] << 4 == even | odd << 3
+        return
+    n_row = TILE * form.bits // 8
+    for row, d, i in ((0, 0, 0), (3, 5, 8 // form.bits - 1), (n_row - 1, 2, 0)):
+        byte = int(codes[1, row * 12 + d]) ^ (128 if form.bits == 8 else 0)
+        assert (byte >> (form.bits * i)) % 2**form.bits == int(u[1, row + i * n_row, d])
 
 
 def test_half_precision_is_quantised_in_float32() -> None:

@@ -1,0 +1,118 @@
+"""What a program of decode attention does with its tiles: queries rotated, blocks in turn, the result rotated back."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from selective_kv.kernels.bias import all_within
+from selective_kv.kernels.hadamard import butterfly
+from selective_kv.kernels.online_softmax import load_q
+from selective_kv.kernels.tile_softmax import TILE, add_block, new_state, tile_query, weighted_values
+
+
+@triton.jit
+def tile_queries(
+    q, stride_h, head, n_head, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, BITS: tl.constexpr, ROTATION: tl.constexpr,
+):  # fmt: skip
+    """Queries rotated as keys of BITS bits are, times sqrt(ROTATION), as `tile_query` takes them: a tuple of float32
+    [DIM, HEADS], of all dims or of even ones and odd ones."""
+    if BITS == 3:
+        DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 64))
+        d = 2 * tl.arange(0, DIM // 2)
+        even = load_q(q, stride_h, head, n_head, d, d < HEAD_DIM)
+        odd = load_q(q, stride_h, head, n_head, d + 1, d < HEAD_DIM)
+        if ROTATION > 1:  # bit 0 of a dim, then the others
+            queries = (butterfly(even + odd, ROTATION // 2, HEADS), butterfly(even - odd, ROTATION // 2, HEADS))
+        else:
+            queries = (even, odd)
+    else:
+        ALL: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 32))
+        d = tl.arange(0, ALL)
+        x = load_q(q, stride_h, head, n_head, d, d < HEAD_DIM)
+        if ROTATION > 1:
+            x = butterfly(x, ROTATION, HEADS)
+        queries = (x,)
+    return queries
+
+
+@triton.jit
+def tile_share(
+    query, k, v, k_scale, v_scale, k_factor, by_bias, bias_within, bias_turned, lo, hi, scale,
+    HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr,
+    PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Tokens lo to hi - 1 of those in tiles. query: see `tile_queries`; by_bias: as for `add_block`.
+
+    Returns of each warp weighted sums of values, a tuple of two or four [WARPS, dims / 2 or 4, HEADS], see
+    `weighted_values`, largest scores in log2 units and sums of weights, [WARPS, HEADS].
+    """
+    HEADS: tl.constexpr = query[0].shape[1]
+    DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 64 if V_BITS == 3 else 32))
+    BITS: tl.constexpr = K_BITS if K_BITS < V_BITS else V_BITS
+    PARTS: tl.constexpr = 1 if BITS == 8 else (2 if BITS == 4 else 4)
+    BLOCK: tl.constexpr = WARPS * SLICE
+    MOST: tl.constexpr = max(1, SLICE // (16 * PARTS))  # matrix units take 16 rows
+    STEPS: tl.constexpr = min(MOST, max(1, SLICE * DIM // 8192))
+    ROWS: tl.constexpr = SLICE // (STEPS * PARTS)
+    if K_ROTATION > 1:
+        scale *= K_ROTATION**-0.5
+    # Where a block is a tile, all blocks meet the same cosines and sines: the loop need not load them, through memory
+    # that would leave room for one program less.
+    WITHIN: tl.constexpr = PAIRS > 0 and PARTS == 4 and STEPS == 1 and BLOCK == TILE
+    if WITHIN:
+        by_bias = by_bias + all_within(bias_within, WARPS, ROWS, PARTS, 2 * PAIRS)
+    state = new_state(WARPS, ROWS, DIM, HEADS, V_BITS)
+    if SLICE == TILE:  # long blocks
+        ready = tile_query(query, k_scale + lo // TILE * HEAD_DIM, scale, HEAD_DIM, HEADS, K_BITS)
+        for start in tl.range(lo, hi, BLOCK, num_stages=STAGES):
+            at = lo * 0 + start  # a tensor, in the interpreter too
+            # of the next block, so that what it takes overlaps with this one's arithmetic
+            after = tl.minimum(at + BLOCK, hi - 1) // TILE
+            then = tile_query(query, k_scale + after * HEAD_DIM, scale, HEAD_DIM, HEADS, K_BITS)
+            state = add_block(
+                state, ready, k, v, v_scale, k_factor, by_bias, bias_within, bias_turned, at, HEAD_DIM, HEADS, WARPS,
+                ROWS, STEPS, PARTS, K_BITS, V_BITS, BALANCED, PAIRS, WITHIN, INTERPRET,
+            )  # fmt: skip
+            ready = then
+    else:
+        for start in tl.range(lo, hi, BLOCK, num_stages=STAGES):
+            ready = tile_query(query, k_scale + (lo * 0 + start) // TILE * HEAD_DIM, scale, HEAD_DIM, HEADS, K_BITS)
+            state = add_block(
+                state, ready, k, v, v_scale, k_factor, by_bias, bias_within, bias_turned, lo * 0 + start, HEAD_DIM,
+                HEADS, WARPS, ROWS, STEPS, PARTS, K_BITS, V_BITS, BALANCED, PAIRS, WITHIN, INTERPRET,
+            )  # fmt: skip
+    sums = weighted_values(state, V_BITS)
+    if V_ROTATION > 1:  # the lowest bits of a dim, which tell the sums apart, then the others
+        UNIT: tl.constexpr = V_ROTATION**-0.5
+        if V_BITS == 3:
+            a, b = (sums[0] + sums[1]) * UNIT, (sums[0] - sums[1]) * UNIT
+            c, d = (sums[2] + sums[3]) * UNIT, (sums[2] - sums[3]) * UNIT
+            if V_ROTATION > 2:
+                sums = (
+                    butterfly(a + c, V_ROTATION // 4, HEADS), butterfly(b + d, V_ROTATION // 4, HEADS),
+                    butterfly(a - c, V_ROTATION // 4, HEADS), butterfly(b - d, V_ROTATION // 4, HEADS),
+                )  # fmt: skip
+            else:
+                sums = (a, b, c, d)
+        else:
+            sums = (
+                butterfly((sums[0] + sums[1]) * UNIT, V_ROTATION // 2, HEADS),
+                butterfly((sums[0] - sums[1]) * UNIT, V_ROTATION // 2, HEADS),
+            )  # fmt: skip
+    return sums, state[0], tl.sum(state[1], 1)
+
+
+@triton.jit
+def store_sums(to, sums, HEAD_DIM: tl.constexpr):
+    """Store a tuple of two or four tensors [WARPS, dims / n, HEADS], of every n-th dim from 0, 1, ... on, side by side.
+    to: pointers [WARPS, 1, HEADS]."""
+    if len(sums) == 2:
+        d = (2 * tl.arange(0, sums[0].shape[1])[:, None, None] + tl.arange(0, 2)[None, None, :])[None]
+        tl.store(to[:, :, :, None] + d, tl.join(sums[0], sums[1]), d < HEAD_DIM)
+    else:
+        bit = tl.arange(0, 2)
+        d = (4 * tl.arange(0, sums[0].shape[1]))[:, None, None, None] + 2 * bit[:, None] + bit[None, :]
+        together = tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3]))  # the last bit of a dim comes last
+        tl.store(to[:, :, :, None, None] + d[None], together, (d < HEAD_DIM)[None])
