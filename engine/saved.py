@@ -40,10 +40,9 @@ from weights.modules import quantized
 
 KIND = "selective_kv_cache"
 WHAT = "a saved cache"
-VERSION = (
-    4  # 2: tiles of keys do not hold their bias; 3: sums of rows, a fingerprint that ranks add up to; 4: keys of 8
-)
-# bits are rotated, 3 bits are packed in other planes
+# 2: tiles of keys do not hold their bias; 3: sums of rows, a fingerprint that ranks add up to; 4: keys of 8 bits are
+# rotated, 3 bits are in other planes.
+VERSION = 4
 
 
 @dataclass(frozen=True)
