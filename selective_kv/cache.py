@@ -188,7 +188,8 @@ class KVCache(CacheSettings):
         last query of the chunk that was read last, over the last keys of sequence `row`, which holds n_token tokens.
         More than `score_error.BOUND` is a lot. k_bits: as if they were stored in so many.
 
-        None: this cache stores no keys in fewer bits, or there is nothing to measure it by.
+        None: this cache stores no keys in fewer bits, or there is nothing to measure it by (fewer than 16 tokens, or a
+        sequence of a batch after its eighth).
         """
         return None
 

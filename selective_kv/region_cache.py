@@ -13,7 +13,7 @@ from selective_kv.formats import TILE, Format, key_format, require_finite, rotat
 from selective_kv.kernels import AttentionKernels, attention_kernels, chunk_attention
 from selective_kv.key_bias import key_bias
 from selective_kv.regions import Regions
-from selective_kv.score_error import LEAST, score_error
+from selective_kv.score_error import LEAST, MOST_ROWS, score_error
 
 
 @dataclass
@@ -134,8 +134,8 @@ class RegionCache(KVCache):
         return self.regions.n_left(n_token) > 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, rope: RopeLike) -> Tensor:
-        if k.shape[2] > 1 and self.regions.k_tiles is not None and not q.is_meta:
-            self._last_q |= {chunk.row + b: last.clone() for b, last in enumerate(q[:, :, -1])}
+        if k.shape[2] > 1 and chunk.row < MOST_ROWS and self.regions.k_tiles is not None and not q.is_meta:
+            self._last_q |= dict(enumerate(q[: MOST_ROWS - chunk.row, :, -1].clone(), chunk.row))
         if self._reference:
             return super().attend(q, k, v, chunk, rope)
         regions = self.regions.sequences(chunk.row, q.shape[0])

@@ -50,6 +50,9 @@ def test_a_format_that_does_not_suit_the_checkpoint_is_told_of(
     assert len(lines) == 1 and "2-bit keys are a bad choice for this checkpoint" in lines[0]
     assert err.index("warning") < err.index("tokens/s")  # the report, which comes after the text
     better = lines[0].split("--k_bits ")[1][0]
+    if len(prompt) > 150:
+        many, err = run(capsys, loud, *COARSE, "--prompt", prompt, "--num_samples", "10", n=100)
+        assert err.count("warning") == 1 and max(many["score_error"]["layers"]) > BOUND
     again, err = run(capsys, loud, *COARSE[:-1], better, "--prompt", prompt, n=100)
     assert "warning" not in err and max(again["score_error"]["layers"]) <= BOUND
 
