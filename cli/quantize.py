@@ -9,6 +9,7 @@ The tokenizer's files are copied. The memory taken is that of what is written an
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from common.files import require_there
 from common.messages import size
 from common.program import importing, program
 from weights.setting import parse_weights, weights_help
+
+# Before torch loads OpenMP: threads that spin while they wait made this take four times as long on a busy processor.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def make_parser() -> Parser:

@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a program
 
 from engine.kernels.argmax import part_kernel, pick_kernel
 from engine.kernels.gemv import norm_kernel, rotate_kernel, swiglu_kernel, vector_kernel
+from engine.kernels.gemv_int4 import int4_kernel, parts_of
+from engine.kernels.gemv_int4 import plan as plan_int4
 from engine.kernels.gemv_integers import integers_kernel
 from engine.kernels.gemv_integers import plan as plan_integers
 from engine.kernels.peer_sum import BLOCK, MOST_ELEMENTS, sum_kernel
@@ -110,6 +112,23 @@ def compile_integers_kernel(k: int, group: int, swiglu: bool = False, norm: bool
     compiled = compile_kernel(integers_kernel, types, constants, p.warps, True)
     found = counted(compiled)
     return found and found | {"rows": p.units, **of_integers(compiled)}
+
+
+def compile_int4_kernel(n_unit: int, k: int, swiglu: bool = False, head_dim: int = 0) -> dict[str, Any] | None:
+    """What counts in `int4_kernel` by its plan, and which lanes have what of the assembly's operands: `lanes`."""
+    paired = swiglu or head_dim > 0
+    p = plan_int4(n_unit, k, paired, 132)
+    types = {name: "*i32" for name in ("x", "ints", "pairs", "norm")} | {"unit": "*fp32", "eps": "fp32"}
+    types |= {name: "*bf16" for name in ("bias", "residual", "out")} | {"cos": "*fp32", "sin": "*fp32"}
+    constants = {"K": k, "PARTS": parts_of(k), "SPLIT": p.split, "HEAD_DIM": head_dim,
+                 "NORM": paired, "SWIGLU": swiglu, "BIAS": False, "ADD": not paired, "FLOAT16": False,
+                 "OVERLAP": True, "INTERPRET": False}  # fmt: skip
+    compiled = compile_kernel(int4_kernel, types, constants, p.warps, True)
+    found = counted(compiled)
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\S.*)$", compiled.asm["ttgir"], re.MULTILINE))
+    used = set(re.findall(r"mma\.sync.*?-> tensor<\d+x16xi32, (#\w+)>", compiled.asm["ttgir"]))
+    lanes = sorted(layouts[name].partition(", warpsPerCTA")[0] for name in used)
+    return found and found | {"lanes": lanes, "blocks": 4 // p.split, **of_integers(compiled)}
 
 
 def compile_tokens_integers_kernel(k: int, group: int, n_token: int = 8) -> dict[str, int] | None:

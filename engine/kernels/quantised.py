@@ -16,6 +16,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from engine.kernels.contract import HeadNorms
 from engine.kernels.epilogue import Around, Turn
 from engine.kernels.gemv import gated, normed, rotate_qk
+from engine.kernels.gemv_int4 import int4_fits, run_int4
+from engine.kernels.gemv_int4 import plan as plan_int4
 from engine.kernels.gemv_integers import chunks_of, integers_fit, plan, run_integers
 from engine.kernels.small_gemm_integers import integers_fit_tokens, plan_tokens, run_tokens_integers
 from selective_kv.kernels.decode_config import processor
@@ -86,6 +88,8 @@ def in_one_launch(x: Tensor, weight: QuantizedWeight, around: Around) -> Tensor 
     here = processor(x.device)
     if integers_fit(x, weight):
         n_unit = around.n_unit(weight.ints)
+        if int4_fits(x, weight, around):
+            return run_int4(x, weight, around, plan_int4(n_unit, weight.k, around.paired, here.multiprocessors))
         return run_integers(x, weight, around, plan(n_unit, chunks_of(weight), around.paired, here.multiprocessors))
     if integers_fit_tokens(x, weight) and around.norm is None:
         return run_tokens_integers(x, weight, around, plan_tokens(weight, len(x), here.multiprocessors, here.shared))

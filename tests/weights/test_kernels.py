@@ -13,6 +13,8 @@ from torch import Tensor
 
 from engine.kernels import PYTORCH, quantised
 from engine.kernels.epilogue import Around
+from engine.kernels.gemv_int4 import Plan as Int4Plan
+from engine.kernels.gemv_int4 import parts_of, run_int4
 from engine.kernels.gemv_integers import Plan, run_integers
 from engine.kernels.small_gemm_integers import Plan as TokensPlan
 from engine.kernels.small_gemm_integers import run_tokens_integers
@@ -99,6 +101,20 @@ def test_any_plan_of_one_token(n: int, parts: int, group: int, units: int, steps
     check(got, x.double() @ w.dense(torch.float64).T + 1, FP16)
 
 
+@given(st.integers(16, 60), st.integers(1, 70), st.sampled_from((1, 2)), st.integers(1, 3), st.booleans())
+@settings(deadline=None, max_examples=5)
+def test_any_plan_on_matrix_units(n: int, sixteenths: int, split: int, steps: int, swiglu: bool) -> None:
+    """Rows that no 16 divide, and rows of elements that no group, part or block divides."""
+    k = 16 * sixteenths
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter's")
+    w, x, norm = weight(2 * n if swiglu else n, k, 128, "cpu"), 3 * torch.randn(1, k).to(FP16), torch.rand(k).to(FP16)
+    p = Int4Plan(1 if swiglu else split, steps, min(4, parts_of(k)))
+    got = run_int4(x, w, Around(norm=norm, eps=1e-5, swiglu=swiglu), p)
+    dense = w.dense(torch.float64)
+    check(got, PYTORCH.linear(x.double(), dense, norm=norm.double(), eps=1e-5, swiglu=swiglu), FP16)
+
+
 @given(
     st.integers(1, 20), st.integers(1, 20), st.sampled_from((0, 64, 128)), st.integers(1, 10), st.sampled_from((1, 2))
 )
@@ -113,10 +129,10 @@ def test_any_plan_of_a_few_tokens(n: int, parts: int, group: int, n_token: int, 
 
 
 @pytest.mark.parametrize("bad", ["nan", "-inf"])
-@pytest.mark.parametrize("group", [0, 128])
-def test_what_is_no_number_stays_none(group: int, bad: str, device: str) -> None:
+@pytest.mark.parametrize(("n", "group"), [(9, 0), (9, 128), (20, 128)])  # the last on matrix units
+def test_what_is_no_number_stays_none(n: int, group: int, bad: str, device: str) -> None:
     """The terms of an activation are integers: they alone would hide it."""
-    w = weight(9, 256, group, device)
+    w = weight(n, 256, group, device)
     x = torch.randn(1, 256).to(BF16)
     x[0, 100] = float(bad)
     assert not TRITON.linear(x.to(device), w).isfinite().any()
@@ -161,6 +177,17 @@ def test_machine_code_of_one_token() -> None:
         assert one["spills"] == one["stack"] == one["byte_loads"] == one["float64"] == 0
         assert one["wide_loads"] >= one["rows"] and one["dp4a"] % 2 == 0 and one["dp4a"] > 0
         assert one["conversions"] <= 4 * one["rows"]
+
+
+@pytest.mark.machine_code
+def test_machine_code_on_matrix_units() -> None:
+    """Operands are in the lanes that the instruction wants: the kernel would trap. 16 bytes a load, nothing spilled."""
+    shapes = [[14336, 4096, True], [3072, 4096, False, 128], [300, 1200]]
+    for one in counts("compile_int4_kernel", shapes):
+        assert one["lanes"] == ["#ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [8, 4]"]
+        assert one["spills"] == one["stack"] == one["byte_loads"] == one["float64"] == 0
+        assert one["IMMA"] == 4 * one["blocks"] and one["dp4a"] == 0
+        assert one["wide_loads"] >= 4 * one["blocks"]  # two rows, before the loop and in it
 
 
 @pytest.mark.machine_code
