@@ -48,10 +48,10 @@ step() {
     smollm2/ruler-[12]) # what the model can do at all; in 16 bits, as it is run
         local mine=("${some[@]}")
         [ "${1: -1}" = 1 ] || mine=("${more[@]}")
-        evaluate ruler "${which[@]}" --dtype bfloat16 "${keys[@]}" --tasks niah_single niah_multikey niah_multiuuid fwe \
+        evaluate ruler "${which[@]}" --dtype bfloat16 "${keys[@]}" --tasks niah_single niah_multikey fwe \
             --lengths 1024 2048 4096 8192 --trials 100 --caches "${mine[@]}" ;;
     smollm2/ruler-full) # and what it cannot
-        evaluate ruler "${which[@]}" --dtype bfloat16 "${keys[@]}" --tasks vt cwe --lengths 1024 2048 4096 8192 --trials 50 --caches full ;;
+        evaluate ruler "${which[@]}" --dtype bfloat16 "${keys[@]}" --tasks niah_multiuuid vt cwe --lengths 1024 2048 4096 8192 --trials 50 --caches full ;;
     smollm2/frontier | frontier)
         evaluate divergence "${real[@]}" "${windows[@]}" --text "$books" --context 8192 --windows 2 --caches "${frontier[@]}" ;;
     smollm2/weights-*) # int8, int4-64: groups of 64
