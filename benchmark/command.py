@@ -54,7 +54,7 @@ def compare(
     available = free_memory(shape.device, args.ranks) + weights
     planned = [plans(config, policies, args, shape, setting) for setting in args.weight_settings]
     for batch, context in planned[0]:
-        at = replace(shape, batch=batch, capacity=context + args.steps + 2)
+        at = replace(shape, batch=batch, capacity=context + max(args.steps, args.each_step) + 2)
         rest = (at, context, args.prefill)
         entries: list[Entry] = []
         for model, found in zip(models, planned, strict=True):
@@ -84,6 +84,8 @@ def time_group(entries: list[Entry], args: argparse.Namespace, ceiling: float) -
     for _ in range(args.rounds):
         for contestant in contestants:
             contestant.round(args.steps)
+    for contestant in contestants if args.each_step else ():
+        contestant.one_by_one(args.each_step)
     return [
         contestant.result(entry.model.transformer, ceiling) | {"weights": entry.model.weights}
         for entry, contestant in zip(entries, contestants, strict=True)

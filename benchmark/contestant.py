@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from kv_cache import ModelCache, format_policy
 from model import Transformer
 from selective_kv import KVCache, Shape
 from selective_kv.cache import wide
+from selective_kv.formats import TILE
 from selective_kv.kernels import AttentionKernels, attention_kernels
 from weights.modules import Weight
 
@@ -255,6 +257,7 @@ class Timed:
     bits: dict[str, float] | None = None  # an element of what is quantised, as kv_cache.bits_per_element has them
     prefill_seconds = 0.0  # 0: no prompt was read
     store_seconds: float | None = None  # of those, storing keys and values
+    each_seconds: list[float] | None = None  # of steps one by one
 
     def __init__(self, name: str, batch: int, context: int, device: torch.device) -> None:
         self.name, self.batch, self.context, self.device = name, batch, context, device
@@ -281,6 +284,26 @@ class Timed:
             self.seconds.append(timed(run, self.device) / steps)
             self.rewind()
 
+    def spread(self) -> None:
+        """Set the sequences of a batch apart, where that is possible, so that they close their tiles in turn."""
+
+    @torch.inference_mode()
+    def one_by_one(self, steps: int) -> None:
+        """Time every one of `steps` consecutive decode steps by itself, after one that does not count."""
+        self.spread()
+        self.advance()
+        if self.device.type == "cuda":  # read later: a look at the clock must not stop the queue
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+            events[0].record()
+            for event in events[1:]:
+                self.advance()
+                event.record()
+            events[-1].synchronize()
+            self.each_seconds = [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
+        else:
+            self.each_seconds = [timed(self.advance, self.device) for _ in range(steps)]
+        self.rewind()
+
     def result(self, model: Transformer, ceiling: float) -> dict[str, Any]:
         step = statistics.median(self.seconds)
         read = None if self.cache_bytes is None else bytes_read(model) + self.cache_bytes
@@ -298,9 +321,21 @@ class Timed:
             "share_of_ceiling": read and read / step / ceiling,
             "prefill_s": self.prefill_seconds,
             "store_s": self.store_seconds,
+            "each_step": self.each_seconds and spread_of(self.each_seconds),
             "peak_memory_bytes": self.peak.most and parameter_bytes(model) + self.peak.most,
             "path": self.path,
         }
+
+
+def spread_of(seconds: list[float]) -> dict[str, float]:
+    """Steps one by one: their number, the median, and mean and longest over it."""
+    median = statistics.median(seconds)
+    return {
+        "steps": len(seconds),
+        "median_ms": median * 1e3,
+        "mean_over_median": statistics.fmean(seconds) / median,
+        "longest_over_median": max(seconds) / median,
+    }
 
 
 class Contestant(Timed):
@@ -345,6 +380,10 @@ class Contestant(Timed):
 
     def advance(self) -> None:
         self.engine.step()
+
+    def spread(self) -> None:
+        apart = torch.arange(self.batch, device=self.device) * TILE // self.batch
+        self.engine.cache.lengths.sub_(apart).clamp_(min=1)
 
     def rewind(self) -> None:
         if all(layer.storage() is not None for layer in self.engine.cache.layers):

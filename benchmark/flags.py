@@ -81,6 +81,10 @@ def make_parser() -> Parser:
     )  # fmt: skip
     p.add_argument("--steps", type=positive, help=f"decode steps timed at a time (default: {DEFAULT_STEPS})")
     p.add_argument("--rounds", type=positive, default=5, help="(default: 5)")
+    p.add_argument(
+        "--each_step", type=positive, default=0, metavar="N",
+        help="then time N steps one by one, a batch's sequences closing their tiles in turn: mean and longest are told",
+    )  # fmt: skip
     p.add_argument("--prefill", action="store_true", help="read a prompt instead of filling with random values")
     p.add_argument("--first_token", action="store_true", help="time the reading of prompts, and no decoding")
     p.add_argument("--peer", choices=("transformers",), help="run its dynamic and quantised caches beside ours")
@@ -97,7 +101,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError about what the flags say by themselves."""
     if args.random_weights and args.model is None:
         raise UserError("--random_weights needs --model NAME")
-    others = args.peer or args.largest_batch or args.png or args.prefill or args.steps
+    others = args.peer or args.largest_batch or args.png or args.prefill or args.steps or args.each_step
     if args.first_token and (others or args.load_cache or args.kernels):
         raise UserError("--first_token goes with the model, --caches, --batch, --context, --rounds and --json alone")
     others = others or args.caches
@@ -105,8 +109,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--kernels goes with the model, --device, --batch, --context, --rounds and --json alone")
     if args.memory_budget and not args.largest_batch:
         raise UserError("--memory_budget goes with --largest_batch")
-    if args.largest_batch and (args.peer or args.prefill or args.png):
-        raise UserError("--largest_batch does not go with --peer, --prefill or --png")
+    if args.largest_batch and (args.peer or args.prefill or args.png or args.each_step):
+        raise UserError("--largest_batch does not go with --peer, --prefill, --png or --each_step")
     if len(args.weights or ()) > 1 and (args.largest_batch or args.peer or args.png):
         raise UserError("several settings of --weights do not go with --largest_batch, --peer or --png")
     if args.png:

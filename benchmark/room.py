@@ -59,7 +59,7 @@ def plans(
     found = {}
     for batch in args.batch:
         for context in args.context:
-            at = replace(shape, batch=batch, capacity=context + args.steps + 2)
+            at = replace(shape, batch=batch, capacity=context + max(args.steps, args.each_step) + 2)
             chunk = PREFILL_CHUNK if args.prefill or args.first_token else 1
             found[batch, context] = [make_plan(config, p, at, chunk, weights) for p in policies]
             if args.peer:

@@ -82,3 +82,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             store = "" if r["store_s"] is None else f"{r['store_s'] / r['prefill_s']:.2%}"
             cells[-1] += [f"{r['prefill_s']:.3f}", store]
     print(table(header, cells))
+    for r in rows:
+        if r.get("each_step"):
+            each = r["each_step"]
+            print(
+                f"{r['cache']}, {r['batch']} x {r['context']}, {each['steps']} steps one by one: mean "
+                f"{each['mean_over_median']:.4f}, longest {each['longest_over_median']:.3f} of the median"
+            )

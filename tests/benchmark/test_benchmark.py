@@ -77,6 +77,14 @@ def test_every_cache_and_the_peer_are_timed_at_every_context(
     assert "us per 1,000 tokens" in capsys.readouterr().out
 
 
+def test_steps_are_timed_one_by_one_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = "quantize_kv:sink_size=4,window_size=8"
+    (record,) = run(tmp_path, "--context", "300", "--batch", "3", "--caches", "full", cache, "--each_step", "5")
+    for row in record["rows"]:
+        assert row["each_step"]["steps"] == 5 and row["each_step"]["longest_over_median"] >= 1
+    assert capsys.readouterr().out.count("5 steps one by one: mean") == 2
+
+
 def test_weights_are_timed_beside_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
