@@ -106,6 +106,10 @@ class Config:
         for name in ("vocab_size", "dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be positive, not {getattr(self, name)}")
+        if self.rope_theta <= 0 or self.norm_eps < 0:
+            raise ValueError(
+                f"config: rope_theta {self.rope_theta} must be positive, norm_eps {self.norm_eps} not below 0"
+            )
         if self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.dim // self.n_head)
         if self.n_head % self.n_kv_head:

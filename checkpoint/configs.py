@@ -213,7 +213,7 @@ def _window(f: Fields, kind: str) -> int:
     if kind != "mistral" and not (kind in ("qwen2", "qwen3") and f.get("use_sliding_window")):
         return 0
     unsaid = 4096 if "sliding_window" not in f.fields else 0  # transformers' default; null is none
-    return f.whole("sliding_window", unsaid)
+    return f.whole("sliding_window", unsaid, least=0)
 
 
 def _sliding_layers(f: Fields, kind: str) -> int:

@@ -10,6 +10,7 @@ Nothing is quantised twice: what was chosen when the folder was written is what 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoint.configs import Fields
 from checkpoint.layout import Fill, Slot
 from checkpoint.stored import FLOATS, INTEGERS, Stored
 from checkpoint.tokenizer_files import TOKENIZER_FILES
@@ -34,6 +36,7 @@ from weights.modules import replace_matrices
 
 MODEL_TYPE = "selective_kv"
 VERSION = 1
+WIDEST_HEAD = 1 << 16
 DTYPES = FLOATS | INTEGERS  # that `stored_tensors` may meet in such a folder
 COMPANIONS = (
     *TOKENIZER_FILES,
@@ -62,20 +65,40 @@ def describe(fields: dict[str, Any], path: Path) -> Described | None:
     if fields.get("version") != VERSION:
         raise UserError(f"{path}: version {fields.get('version')!r} of this format, and {VERSION} is read")
     try:
-        shape = dict(fields["config"])
-        if shape["rope_scaling"] is not None:
-            shape["rope_scaling"] = RopeScaling(
-                **{**shape["rope_scaling"], "factors": tuple(shape["rope_scaling"]["factors"])}
-            )
+        f = Fields(fields, path).inner("config")
+        shape, scaling = _values(f, Config), f.inner("rope_scaling")
+        if scaling.fields:
+            factors = tuple(map(float, scaling.get("factors", [])))
+            shape["rope_scaling"] = RopeScaling(**_values(scaling, RopeScaling), factors=factors)
         config = Config(**shape)
         setting = parse_weights(fields["weights"])
         dtype = {str(d).removeprefix("torch."): d for d in FLOATS.values()}[fields["dtype"]]
         name = str(fields["name"])
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not as quantize.py writes it ({type(error).__name__}: {error})") from None
     if setting is None:
         raise UserError(f"{path}: weights {fields['weights']!r}, which are in no fewer bits")
     return Described(name, config, setting, dtype)
+
+
+def _values(f: Fields, cls: type) -> dict[str, Any]:
+    """The fields of a dataclass that are numbers, words or switches, each of its type. Raises UserError."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if field.type == "int":
+            found[field.name] = f.whole(field.name, least=0)
+        elif field.type == "float":
+            found[field.name] = f.number(field.name)
+        elif field.type in ("bool", "str"):
+            value = f.get(field.name)
+            if not isinstance(value, bool if field.type == "bool" else str):
+                raise f.error(f"{field.name} is {value!r}, not a {field.type}")
+            found[field.name] = value
+    if cls is Config and (found["vocab_rows"] or found["vocab_start"] or found["head_dim"] > WIDEST_HEAD):
+        raise f.error(f"a head of a part of the vocabulary, or of more than {WIDEST_HEAD} dimensions")
+    return found
 
 
 def skeleton(
@@ -91,8 +114,13 @@ def skeleton(
 
 def parameter_fills(described: Described, tensors: dict[str, Stored], file: Path) -> tuple[Fill, ...]:
     """Each parameter from the tensor of its name. Raises UserError about one that is missing, or of another kind."""
+    if described.config.n_layer > len(tensors):
+        raise UserError(f"{file}: {len(tensors)} tensors, and the config has {described.config.n_layer} layers")
     fills = []
-    wanted = dict(skeleton(described.config, described.weights, described.dtype).named_parameters())
+    try:
+        wanted = dict(skeleton(described.config, described.weights, described.dtype).named_parameters())
+    except (RuntimeError, OverflowError) as error:  # sizes whose product is no number of bytes
+        raise UserError(f"{file}: the config's sizes are impossible ({str(error).partition(chr(10))[0]})") from None
     for name, parameter in wanted.items():
         if name not in tensors:
             raise UserError(f"{file}: missing {name}, which the config has")

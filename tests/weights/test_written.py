@@ -56,7 +56,7 @@ def written(source: Path, tmp_path: Path) -> Path:
 
 def test_damage_is_told(written: Path) -> None:
     config = json.loads((written / "config.json").read_text())
-    for change, said in (({"version": 9}, "version 9"), ({"weights": "int3"}, "int3"), ({"config": {}}, "quantize.py"),
+    for change, said in (({"version": 9}, "version 9"), ({"weights": "int3"}, "int3"), ({"config": {}}, "is missing"),
                          ({"weights": "int8"}, "shape")):  # fmt: skip
         (written / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=said):
@@ -70,6 +70,36 @@ def test_damage_is_told(written: Path) -> None:
             open_checkpoint(written)
     save_file({n: t for n, t in tensors.items() if n != name}, written / "model.safetensors")
     with pytest.raises(UserError, match=f"missing {name}"):
+        open_checkpoint(written)
+
+
+@pytest.mark.parametrize("value", [None, -1, "x", 10**20, [], 1 << 50, float("nan")])
+def test_every_value_of_the_config_is_judged(value: object, written: Path) -> None:
+    """Tracebacks of "int too big to convert", and a hang for 10^20 layers."""
+    config = json.loads((written / "config.json").read_text())
+    for name in config["config"]:
+        changed = config | {"config": config["config"] | {name: value}}
+        (written / "config.json").write_text(json.dumps(changed))
+        try:
+            found = load_model(open_checkpoint(written), CPU, torch.float32).config
+        except UserError:
+            continue
+        same = value == config["config"][name] or (value is None and name == "rope_scaling")
+        assert (
+            same
+            or name in ("context", "reach", "far_context", "norm_eps", "rope_theta", "rope_scaling")
+            or (isinstance(value, bool))
+        ), (name, found)  # all that weights do not contradict
+    rope = {
+        "kind": "yarn",
+        "factor": value,
+        "factors": [],
+        "magnitude": 1.0,
+        "whole_pairs": True,
+        "original_context": 64,
+    }
+    (written / "config.json").write_text(json.dumps(config | {"config": config["config"] | {"rope_scaling": rope}}))
+    with pytest.raises(UserError):
         open_checkpoint(written)
 
 
