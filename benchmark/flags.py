@@ -34,6 +34,7 @@ from pathlib import Path
 from cli.options import (
     Parser,
     add_plugin_flag,
+    at_most,
     check_cache_names,
     load_plugin,
     parse_size,
@@ -73,7 +74,7 @@ def make_parser() -> Parser:
         "--caches", nargs="+", metavar="CACHE", help=f"the first is the base (default: {' '.join(DEFAULT_CACHES)})"
     )
     add_plugin_flag(p)
-    p.add_argument("--batch", nargs="+", type=positive, help="(default: 1)")
+    p.add_argument("--batch", nargs="+", type=at_most(65535), help="(default: 1)")
     p.add_argument("--context", nargs="+", type=positive, help="(default: 256 2048 8000)")
     p.add_argument(
         "--load_cache", nargs="+", type=Path, metavar="FILE", default=[],

@@ -18,7 +18,9 @@ from checkpoint.tokenizer_json import LibraryTokenizer
 from common.errors import UserError
 from tokenizer import BYTE_OF, LLAMA3_PATTERN, SentencePieceTokenizer, Tokenizer
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # gguf's TokenType, and sentencepiece's
+_TYPES = range(1, 7)
+_LARGEST_SCORE = 3.4e38  # of float32, in which they are stored
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = _TYPES  # gguf's TokenType, and sentencepiece's
 # Control tokens that end a text or a turn, which a file need not name beside its eos_token_id (Llama 3 has three).
 _ENDS = frozenset(
     ["</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"]
@@ -69,6 +71,9 @@ class _Vocabulary:
         self.types: list[int] = self._list("token_type", int) or [_NORMAL] * len(self.tokens)
         if len(self.types) != len(self.tokens):
             raise UserError(f"{self.path}: {len(self.tokens)} tokens, and types of {len(self.types)}")
+        strange = next((kind for kind in self.types if kind not in _TYPES), None)
+        if strange is not None:
+            raise UserError(f"{self.path}: tokenizer.ggml.token_type has a {strange}, and types are 1 to 6")
 
     def _list(self, name: str, kind: type) -> list[Any]:
         values = self.gguf.get(f"tokenizer.ggml.{name}", list, [])
@@ -192,6 +197,8 @@ def _sentencepiece_model(gguf: GGUF, vocabulary: _Vocabulary) -> bytes:
     scores = vocabulary._list("scores", float)
     if len(scores) != len(vocabulary.tokens):
         raise UserError(f"{gguf.path}: {len(vocabulary.tokens)} tokens, and scores of {len(scores)}")
+    if not all(abs(score) <= _LARGEST_SCORE for score in scores):
+        raise UserError(f"{gguf.path}: tokenizer.ggml.scores has one that is no finite float32")
     normal = [score for score, kind in zip(scores, vocabulary.types, strict=True) if kind == _NORMAL]
     if len(set(normal)) < len(normal) / 2:
         raise UserError(f"{gguf.path}: tokenizer.ggml.scores are mostly the same: they do not say what to merge")

@@ -106,6 +106,8 @@ def draw_frontier(records: Iterable[Record]) -> Figure | None:
         axis.set_title(f"{printable(run.model, 40)}, {run.title}" if several else run.title, fontsize=9)
         axis.set(xscale="log", yscale="log")
         axis.margins(x=0.12, y=0.12)
+        if len({row["cache_bytes"] for row in rows.values()}) == 1:  # a context so short that nothing leaves a window
+            axis.set_xlim(full / 2, full * 2)
         axis.tick_params(labelbottom=True)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # caches may all lie within one power of ten
         for side in (axis.xaxis, axis.yaxis):

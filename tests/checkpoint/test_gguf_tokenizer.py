@@ -184,6 +184,14 @@ def test_sentencepiece_settings() -> None:
     assert tokenizer.decode(tokenizer.encode("a    b")) == "a    b"
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -1e300])
+def test_a_score_that_is_no_float32_is_told(score: float) -> None:
+    metadata = gguf_files.sentencepiece_metadata(unigram())
+    metadata["tokenizer.ggml.scores"] = [score, *metadata["tokenizer.ggml.scores"][1:]]
+    with pytest.raises(UserError, match="no finite float32"):
+        made(metadata)
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     (dict(model="bert"), "a tokenizer of the kind 'bert' is not supported"),
     (dict(model=3), "tokenizer.ggml.model is 3, not of type str"),
@@ -193,6 +201,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (dict(tokens=["a", 3]), "tokens holds others than str"),
     (dict(tokens=["a", "a"], token_type=[1, 1]), "a token is there twice"),
     (dict(token_type=[1]), "and types of 1"),
+    (dict(tokens=["a", "b"], token_type=[1, -1]), "token_type has a -1, and types are 1 to 6"),
+    (dict(tokens=["a", "b"], token_type=[2**31, 1]), "token_type has a 2147483648"),
     (dict(merges=None), "merges is missing"),
     (dict(merges=["ab"]), "'ab' is not two parts"),
     (dict(merges=["no such"]), "tokenizer.ggml.merges: "),
