@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.configs import config_from_hugging_face, config_from_params, find_name, named_config, note
-from checkpoint.gguf import GGUF, find_gguf, is_gguf, read_gguf
+from checkpoint.gguf import GGUF, VOCABULARY, find_gguf, is_gguf, read_gguf, read_metadata
 from checkpoint.gguf_model import gguf_config, gguf_fills, gguf_name
 from checkpoint.gguf_tokenizer import gguf_tokenizer
 from checkpoint.layout import Fill, match_tensors
@@ -58,7 +58,7 @@ class Checkpoint:
     fills: tuple[Fill, ...] = field(default=(), repr=False)
     tokenizer_path: Path | None = None
     eos_ids: tuple[int, ...] = ()
-    gguf: GGUF | None = field(default=None, repr=False)  # the file, where it is one: it holds the tokenizer too
+    gguf: GGUF | None = field(default=None, repr=False)  # the file it is, or was made of: it holds the tokenizer
     weights: WeightSetting | None = None  # in how many bits they are stored, where `quantize.py` wrote them
     share: Share | None = field(default=None, repr=False)  # of the model, where this is one rank's part of it
 
@@ -139,7 +139,8 @@ def _open_quantised(path: Path, file: Path, folder: Path, own: Described, model:
         raise UserError(f"{path}: quantised as {own.name}, whose shape is not --model {model}'s")
     fills = parameter_fills(own, stored_tensors(file, QUANTISED_DTYPES), file)
     tokenizer, eos_ids = find_tokenizer(folder), eos_ids_of(folder)
-    return Checkpoint(path, own.name, own.config, fills, tokenizer, eos_ids, weights=own.weights)
+    vocabulary = read_metadata(folder / VOCABULARY) if (folder / VOCABULARY).exists() else None
+    return Checkpoint(path, own.name, own.config, fills, tokenizer, eos_ids, vocabulary, own.weights)
 
 
 def _open_gguf(path: Path, file: Path, model: str | None) -> Checkpoint:

@@ -58,6 +58,8 @@ def convert(source: Path, out: Path, model: str | None = None) -> Path:
     checkpoint = open_checkpoint(source, model)
     if not source.is_dir():
         raise UserError(f"{source}: not a folder")
+    if checkpoint.weights is not None:
+        raise UserError(f"{source}: in {checkpoint.weights} already, which gpt-fast does not read: give its source")
     if checkpoint.gguf is not None:
         raise UserError(f"{checkpoint.gguf.path}: a GGUF file is loaded as it is, and not converted")
     folder = companion_folder(source)

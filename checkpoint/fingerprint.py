@@ -18,7 +18,7 @@ MOST_THREADS = 8
 WEIGHTS = ("*.safetensors", "*.pth", "*.bin", "*.gguf")
 COMPANIONS = (  # what is read beside weights: configs, tokenizers, templates, indices of shards
     "*config.json", "params.json", "tok*.json", "tekken.json", "vocab.json", "*tokens*.json", "*.index.json",
-    "chat_template*", "*.model", "*.tiktoken", "merges.txt",
+    "chat_template*", "*.model", "*.tiktoken", "merges.txt", "vocabulary.gguf",
 )  # fmt: skip
 _SHARD = re.compile(r"(.*-)\d{5}(-of-\d{5}\..*)")
 

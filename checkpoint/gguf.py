@@ -46,6 +46,9 @@ def _package() -> Any:
     return gguf
 
 
+VOCABULARY = "vocabulary.gguf"  # beside weights that quantize.py wrote: metadata alone, the tokenizer in it
+
+
 @dataclass(frozen=True)
 class GGUF:
     """What a file, or all shards of a model, hold. metadata: the first shard's."""
@@ -123,6 +126,21 @@ def read_gguf(file: Path) -> GGUF:
     return GGUF(paths[0], metadata, tensors)
 
 
+def metadata_alone(gguf: GGUF) -> bytes:
+    """A model's metadata as a GGUF file without tensors."""
+    data = torch.from_file(str(gguf.path), shared=False, size=gguf.path.stat().st_size, dtype=torch.uint8)
+    header = _Header(gguf.path, data)
+    header.pairs()
+    after_counts = 24
+    n_pair = bytes(header.bytes[16:after_counts])
+    return bytes(header.bytes[:8]) + bytes(8) + n_pair + bytes(header.bytes[after_counts : header.at])
+
+
+def read_metadata(file: Path) -> GGUF:
+    """A file's metadata alone, whatever it says of tensors or shards. Raises UserError."""
+    return GGUF(file, _read_file(file)[0], {})
+
+
 def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     n_byte = file.stat().st_size
     if n_byte < 24:
@@ -148,6 +166,15 @@ class _Header:
         self.bytes = memoryview(data.numpy())  # type: ignore[arg-type]
 
     def read(self) -> tuple[dict[str, Any], dict[str, Stored]]:
+        n_tensor, metadata = self.pairs()
+        alignment = metadata.get("general.alignment", _ALIGNMENT)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise self.error(f"general.alignment is {_shown(alignment)}, not a power of two")
+        infos = [self.info(alignment) for _ in range(n_tensor)]
+        return metadata, self.tensors(infos, -self.at % alignment + self.at)
+
+    def pairs(self) -> tuple[int, dict[str, Any]]:
+        """How many tensors there are, and the metadata, behind which the cursor is then."""
         if self.bytes[:4] != MAGIC:
             raise self.error("not a GGUF file")
         version = self.number("I")
@@ -162,11 +189,7 @@ class _Header:
             if key in metadata:
                 raise self.error(f"{key} is there twice")
             metadata[key] = self.value(self.number("I"), key)
-        alignment = metadata.get("general.alignment", _ALIGNMENT)
-        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise self.error(f"general.alignment is {_shown(alignment)}, not a power of two")
-        infos = [self.info(alignment) for _ in range(n_tensor)]
-        return metadata, self.tensors(infos, -self.at % alignment + self.at)
+        return n_tensor, metadata
 
     def error(self, message: str) -> UserError:
         return UserError(f"{self.file}: {message}")

@@ -3,7 +3,7 @@
     config.json         model_type "selective_kv", which other programs refuse by name; the shape as `model.Config` has
                         it; and what `--weights` said
     model.safetensors   the model's parameters as they lie in memory, under their names in `model.Transformer`
-    tokenizer files     copied
+    tokenizer files     copied; vocabulary.gguf, a GGUF's metadata, where the tokenizer was in one
 
 Nothing is quantised twice: what was chosen when the folder was written is what runs.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint.configs import Fields
+from checkpoint.gguf import GGUF, VOCABULARY, metadata_alone
 from checkpoint.layout import Fill, Slot
 from checkpoint.stored import FLOATS, INTEGERS, Stored
 from checkpoint.tokenizer_files import TOKENIZER_FILES
@@ -137,16 +139,18 @@ def parameter_fills(described: Described, tensors: dict[str, Stored], file: Path
 
 def write_quantised(
     out: Path, name: str, weights: WeightSetting, eos_ids: tuple[int, ...], tokenizer_folder: Path | None,
-    load: Callable[[], Transformer],
+    gguf: GGUF | None, load: Callable[[], Transformer],
 ) -> Path:  # fmt: skip
     """Write a model, which `load` returns when the folder is ready for it, and the tokenizer's files beside it.
+    gguf: the file that holds the tokenizer.
 
     config.json comes last: a folder without it is none. Returns the file of the weights. Raises UserError.
     """
     file = out / "model.safetensors"
     with _told(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").unlink(missing_ok=True)
+        for name_of_old in ("config.json", VOCABULARY):
+            (out / name_of_old).unlink(missing_ok=True)
     model = load()
     tensors: dict[str, Tensor] = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
     fields = {
@@ -158,6 +162,9 @@ def write_quantised(
     with _told(out):
         try:
             save_file(tensors, part, {"format": "pt"})
+            mask = os.umask(0)
+            os.umask(mask)
+            part.chmod(0o666 & ~mask)  # as any new file's: the library lets nobody else read it
             part.replace(file)
         finally:
             part.unlink(missing_ok=True)
@@ -167,6 +174,8 @@ def write_quantised(
             if source.is_file() and source.resolve() != (out / companion).resolve():
                 (out / companion).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, out / companion)
+        if gguf is not None:
+            (out / VOCABULARY).write_bytes(metadata_alone(gguf))
         write_whole(out / "config.json", json.dumps(fields, indent=1) + "\n")
     return file
 

@@ -20,11 +20,6 @@ def quantise(source: Path, model: str | None, weights: WeightSetting, out: Path,
     if checkpoint.weights is not None:
         raise UserError(f"{source}: quantised already, to {checkpoint.weights}")
     tokenizer = checkpoint.tokenizer_path
-    if checkpoint.gguf is not None and tokenizer is None:
-        raise UserError(
-            f"{source}: its tokenizer is inside the GGUF file, and cannot be written beside the weights: put a "
-            "tokenizer.json beside the file, or quantise while loading (generate.py --weights)"
-        )
     folder = None if tokenizer is None else tokenizer.parent
     if folder is not None and folder.name == "original":
         folder = folder.parent
@@ -35,7 +30,7 @@ def quantise(source: Path, model: str | None, weights: WeightSetting, out: Path,
         dtype = checkpoint.dtype if checkpoint.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
         return load_model(checkpoint, device, dtype, progress=progress, weights=weights, to_run=False)
 
-    return write_quantised(out, checkpoint.name, weights, checkpoint.eos_ids, folder, load)
+    return write_quantised(out, checkpoint.name, weights, checkpoint.eos_ids, folder, checkpoint.gguf, load)
 
 
 def progress(done: int, total: int) -> None:

@@ -3,7 +3,8 @@
   python quantize.py --checkpoint_path checkpoints/llama3-8b --weights int4 --out checkpoints/llama3-8b-int4
   python generate.py --checkpoint_path checkpoints/llama3-8b-int4 --prompt "Once upon a time"
 
-The tokenizer's files are copied. The memory taken is that of what is written and one tensor in full.
+The tokenizer's files are copied, or a GGUF file's metadata, which holds it. The memory taken is that of what is
+written and one tensor in full.
 """
 
 from __future__ import annotations

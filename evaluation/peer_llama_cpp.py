@@ -200,7 +200,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     version = package().__version__
     checkpoint = open_checkpoint(args.checkpoint_path)
     tokenizer = checkpoint.tokenizer()
-    if checkpoint.gguf is None or tokenizer is None:
+    if checkpoint.gguf is None or checkpoint.weights is not None or tokenizer is None:
         raise UserError(f"{args.checkpoint_path}: not a GGUF file with a tokenizer")
     model = Model(checkpoint.gguf.path, args.threads)
     record = {

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
+import gguf_files
 import pytest
 import torch
 from checkpoints import CPU, forward
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoint import Checkpoint, find_demo, load_model, open_checkpoint
+from checkpoint.convert import convert
+from checkpoint.gguf_tokenizer import gguf_chat_template
 from cli import quantize as command
 from cli.plan import make_plan, parameter_bytes
 from common.errors import UserError
@@ -46,6 +51,37 @@ def test_a_program_that_does_not_know_it_says_so(source: Path, tmp_path: Path) -
     command.main(["--checkpoint_path", str(source), "--out", str(tmp_path), "--device", "cpu"])
     with pytest.raises(ValueError, match="selective_kv"):
         transformers.AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_ggufs_tokenizer_and_template_go_along(source: Path, tmp_path: Path) -> None:
+    """It was refused: a GGUF's tokenizer could not be written."""
+    metadata = gguf_files.sentencepiece_metadata((source / "tokenizer.model").read_bytes())
+    template = "{{ messages[0].content }}"
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(metadata["tokenizer.ggml.tokens"]), **shape))
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        for key, value in (metadata | {"tokenizer.chat_template": template}).items():
+            gguf_files.put(writer, key, value)
+
+    file, out = gguf_files.write(tmp_path / "model.gguf", model, add=add), tmp_path / "out"
+    command.main(["--checkpoint_path", str(file), "--weights", "int8", "--out", str(out), "--device", "cpu"])
+    before, after = open_checkpoint(file), open_checkpoint(out)
+    ours, theirs = after.tokenizer(), before.tokenizer()
+    assert ours is not None and theirs is not None and after.weights is not None
+    assert ours.encode("Once upon a time") == theirs.encode("Once upon a time") and ours.eos_ids == theirs.eos_ids
+    assert after.gguf is not None and gguf_chat_template(after.gguf)[0] == template
+    assert same(load_model(after, CPU, torch.bfloat16), load_model(before, CPU, torch.bfloat16, weights=after.weights))
+    modes = {path.stat().st_mode for path in out.iterdir()}
+    assert len(modes) == 1  # who may read the config may read the weights
+    with pytest.raises(UserError, match="give its source"):
+        convert(out, tmp_path / "pth")
+    whole = (out / "vocabulary.gguf").read_bytes()
+    (out / "vocabulary.gguf").write_bytes(whole[:1000])
+    with pytest.raises(UserError, match="cut off or damaged"):
+        open_checkpoint(out)
+    command.main(["--checkpoint_path", str(source), "--weights", "int8", "--out", str(out), "--device", "cpu"])
+    assert not (out / "vocabulary.gguf").exists()
 
 
 @pytest.fixture
