@@ -106,6 +106,8 @@ def test_captured_on_a_gpu(name: str) -> None:
         out = write(model, ids, cache, 40, attention_mask=mask)
         assert out.equal(eager)
         cache.reset()
+    another = PolicyKVCache(model.config, policy, max_cache_len=720)
+    assert write(model, ids, another, 40, attention_mask=mask).equal(eager)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     assert counters["inductor"]["cudagraph_skips"] == 0
     one = PolicyKVCache(model.config, policy, max_cache_len=700)
