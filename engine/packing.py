@@ -120,9 +120,10 @@ class PackedCache:
 
 def read_once(prompts: Sequence[Sequence[int]], starts: Sequence[int], cache: ModelCache) -> list[int]:
     """For each prompt, the sequence that it is read into: the first of the same tokens, where nothing came before and
-    the cache can be copied; else its own."""
+    the cache can be copied (of one that does not say what it `sees` it is not known what else it keeps); else its own.
+    """
     first: dict[tuple[int, ...], int] = {}
-    copied = all(layer.storage() is not None for layer in cache.layers)
+    copied = all(layer.storage() is not None and layer.sees() is not None for layer in cache.layers)
     return [
         first.setdefault(tuple(prompt), row) if copied and start == 0 and prompt else row
         for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True))
