@@ -55,6 +55,8 @@ def download(repo_id: str, out: Path, token: str | None = None) -> Path:
 
     Returns the folder, checked: configs and headers fit. Raises UserError.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: not a folder")
     try:
         patterns = wanted(repo_id, huggingface_hub.list_repo_files(repo_id, token=token))
         huggingface_hub.snapshot_download(repo_id, local_dir=out, allow_patterns=patterns, token=token)

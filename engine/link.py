@@ -33,6 +33,7 @@ from common.errors import UserError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+MOST_RANKS = 1 << 12
 JOIN_SECONDS = 25  # for all ranks to come
 GRACE_SECONDS = 2.0  # in which rank 0 may find the mistake of another rank itself
 
@@ -60,11 +61,15 @@ class Link:
         try:
             self.rank, self.size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
             self.local_rank = int(environment.get("LOCAL_RANK", self.rank))
-            host = environment["MASTER_ADDR"]
-            if not 0 <= self.rank < self.size:
+            host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+            if not (0 <= self.rank < self.size <= MOST_RANKS and self.local_rank >= 0 and 0 <= port < 1 << 16):
                 raise ValueError
         except (KeyError, ValueError):
             raise UserError("RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: torchrun sets them, all or none") from None
+        try:
+            socket.getaddrinfo(host, port)  # torch writes a page about a host that it cannot find
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"MASTER_ADDR {host}: {getattr(error, 'strerror', None) or 'no host'}") from None
         self.answer: Callable[[], dict[str, Any]] = dict
         self.released, self.leaving, self.dying = threading.Event(), threading.Event(), threading.Lock()
         self.writing = threading.Lock()

@@ -225,3 +225,13 @@ def test_download_errors_are_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and len(lines) == 1
     assert re.search(message, lines[0])
+
+
+def test_where_no_folder_can_be_nothing_is_asked_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *args, **options: pytest.fail("it was asked"))
+    (tmp_path / "file").write_text("a")
+    with pytest.raises(SystemExit) as caught:
+        download_command.main(["--repo_id", "owner/name", "--out", str(tmp_path / "file")])
+    assert caught.value.code == 2 and "--out" in capsys.readouterr().err

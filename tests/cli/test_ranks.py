@@ -19,7 +19,9 @@ from conftest import ROOT, STORIES, needs
 from ranks import Rank, finish, start
 
 import generate
+from common.errors import UserError
 from engine import Engine, link, parallel
+from engine.link import Link
 from model import Transformer
 
 QUANTIZE = ["quantize_kv", "--sink_size", "2", "--window_size", "4"]
@@ -93,6 +95,24 @@ def test_a_mistake_is_one_line_of_rank_0s(n: int, argv: list[str], message: str,
     lines = "".join(rank.err.read_text() for rank in ranks).splitlines()
     assert len(lines) == 1 and message in lines[0] and lines[0].startswith("generate.py: error: ")
     assert all(rank.out.read_text() == "" for rank in ranks)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"WORLD_SIZE": "9" * 20}, "torchrun sets them, all or none"),
+        ({"RANK": "2"}, "torchrun sets them"),
+        ({"MASTER_PORT": "abc"}, "torchrun sets them"),
+        ({"MASTER_PORT": "99999"}, "torchrun sets them"),
+        ({"MASTER_ADDR": "no.such.host.invalid"}, "MASTER_ADDR no.such.host.invalid: "),
+        ({"MASTER_ADDR": "a" * 70}, "MASTER_ADDR aaa"),
+    ],
+)
+def test_variables_that_no_torchrun_sets(change: dict[str, str], message: str) -> None:
+    """10^20 ranks took gigabytes and never ended; a host that is not found, a page of torch's addresses."""
+    good = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    with pytest.raises(UserError, match=message):
+        Link(good | change, "generate.py")
 
 
 def test_a_plan_for_ranks_that_are_not_here(capsys: pytest.CaptureFixture[str]) -> None:
