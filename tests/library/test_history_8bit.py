@@ -91,8 +91,8 @@ def test_what_is_no_number_stays_none(device: str) -> None:
     """int8 has no NaN: a key or a query that is none must not become a number."""
     regions, q, _, _ = made(64, FP16, formats(4, 4), device)
     q[0, 1, 3, 5] = math.nan
-    assert regions.k_tiles is not None and regions.rotation is not None
-    regions.k_tiles.scales[1, 1, 2] = math.nan
+    assert regions.k_tiles is not None and regions.k_tiles.factors is not None and regions.rotation is not None
+    regions.k_tiles.factors[1, 1, 2, 5, 0] = math.nan  # of one key
     out, _ = history_8bit.attend_8bit(history_8bit.quantize_queries(q.to(device), regions.rotation), regions, 0, 4)
     bad = out.isnan().any(-1)
     assert bad[0, 1, 3] and bad[0].sum() == 1
