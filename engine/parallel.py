@@ -20,11 +20,11 @@ from torch import Tensor
 from checkpoint import parse_device
 from common.errors import UserError
 from common.messages import say
-from engine.kernels import step_kernels
 from engine.link import Link
 from engine.sums import BackendSums, PeerSums, Sums
 
 T = TypeVar("T")
+MOST_PEERS = 8  # ranks that sum through each other's memory
 FOREVER = timedelta(days=365)  # collectives wait as long as a person types: the link's threads know who has died
 
 
@@ -53,13 +53,9 @@ class Parallel:
     def greedy(self, logits: Tensor, start: int) -> Tensor:
         """The likeliest token of the whole vocabulary; -1 where a row is not finite on some rank. int64 [batch].
 
-        logits: [batch, n], of this rank's part of the vocabulary, which begins at `start`. A rank's best logit and
-        its index are one number, and the largest of those is all that is exchanged.
+        logits: [batch, n], of this rank's part of the vocabulary, which begins at `start`.
         """
-        kernels = step_kernels(self.device)
-        keys = kernels.best(logits, start)
-        dist.all_reduce(keys, dist.ReduceOp.MAX, self.group)
-        return kernels.chosen(keys)
+        return next(sums for sums in self.sums if sums.chooses(logits)).choose(logits, start)
 
     def gather(self, logits: Tensor, n_vocab: int) -> Tensor:
         """All logits [batch, n_vocab], on every rank. logits: this rank's, [batch, at most ceil(n_vocab / size)]."""
@@ -128,7 +124,7 @@ def connect(link: Link, device: torch.device, how: str = "auto") -> Parallel:
 def fast_sums(ranks: Parallel) -> tuple[Sums, ...]:
     """Sums through each other's memory, where all ranks can. Where they cannot it is said, once."""
     made: Sums | None = None
-    problem = None
+    problem = f"{ranks.size} ranks" if ranks.size > MOST_PEERS else None
     try:
         here = [d for d in range(torch.cuda.device_count()) if d != ranks.device.index]
         if not all(torch.cuda.can_device_access_peer(ranks.device, d) for d in here[: ranks.size - 1]):

@@ -169,7 +169,7 @@ class _Sums:
 
     def sum(self, x: Tensor, residual: Tensor) -> Tensor:
         sums = self.ranks.sums[0]
-        return sums.on_meta(x, residual) if isinstance(sums, PeerSums) and sums.fits(x) else x
+        return sums.sum(x, residual) if isinstance(sums, PeerSums) and sums.fits(x) else x
 
 
 @torch.inference_mode()
@@ -200,6 +200,8 @@ def walk(
             FusedChunk(model)(torch.zeros(1, n_token, dtype=torch.int64, device=META), view)
     if sampling.temperature == 0 and ranks is None:
         STEP.greedy(logits)
+    elif sampling.temperature == 0 and ranks is not None and isinstance(ranks.sums[0], PeerSums):
+        ranks.sums[0].choose(logits, config.vocab_start)
     elif sampling.temperature == 0:
         STEP.chosen(STEP.best(logits, config.vocab_start))
 

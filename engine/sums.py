@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.kernels import step_kernels
 
 class Sums(Protocol):
     """name: how reports call it."""
@@ -22,6 +23,14 @@ class Sums(Protocol):
 
     def sum(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual plus every rank's x, which it may overwrite."""
+        ...
+
+    def chooses(self, logits: Tensor) -> bool: ...
+
+    def choose(self, logits: Tensor, start: int) -> Tensor:
+        """The likeliest token of the whole vocabulary, of which this rank has logits [sequence, n] from `start` on; -1
+        where a row is not finite on some rank. int64 [sequence].
+        """
         ...
 
 
@@ -38,11 +47,20 @@ class BackendSums:
         dist.all_reduce(x, group=self.group)
         return x.add_(residual)
 
+    def chooses(self, logits: Tensor) -> bool:
+        return True
+
+    def choose(self, logits: Tensor, start: int) -> Tensor:
+        """A rank's best logit and its index are one number, and the largest of those is all that is exchanged."""
+        kernels = step_kernels(logits.device)
+        keys = kernels.best(logits, start)
+        dist.all_reduce(keys, dist.ReduceOp.MAX, self.group)
+        return kernels.chosen(keys)
+
 
 class PeerSums:
-    """Sums with the residual in them, by GPUs that write into each other's memory. Every rank makes it at once.
-
-    Raises RuntimeError where memory cannot be shared.
+    """Sums with the residual in them, and choices, by GPUs that write into each other's memory. Every rank makes it at
+    once. Raises RuntimeError where memory cannot be shared.
     """
 
     name = "peers' memory"
@@ -53,12 +71,13 @@ class PeerSums:
         from engine.kernels import peer_sum
 
         self.kernel, self.rank = peer_sum, group.rank()
-        self.memory = symmetric.empty(peer_sum.memory_bytes(group.size()), dtype=torch.uint8, device=device)
+        self.memory = symmetric.empty(peer_sum.places(group.size())[-1], dtype=torch.uint8, device=device)
         self.handle = symmetric.rendezvous(self.memory, group)
         self.memory.zero_()
-        self.peers = torch.tensor(list(self.handle.buffer_ptrs), dtype=torch.int64, device=device)
+        self.peers = tuple(self.handle.buffer_ptrs)
         n_program = peer_sum.MOST_ELEMENTS // peer_sum.BLOCK
-        self.counts = torch.zeros(n_program, dtype=torch.int32, device=device)
+        self.sums = torch.zeros(n_program, dtype=torch.int32, device=device)  # so far, by program
+        self.choices = torch.zeros(peer_sum.MOST_ROWS, dtype=torch.int32, device=device)  # by sequence
         torch.cuda.synchronize(device)
         dist.all_reduce(torch.zeros(1, device=device), group=group)  # nobody writes before all memory is zero
         torch.cuda.synchronize(device)
@@ -66,10 +85,13 @@ class PeerSums:
     def fits(self, x: Tensor) -> bool:
         return x.numel() <= self.kernel.MOST_ELEMENTS
 
-    def on_meta(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The same call on the meta device: to compile the kernel."""
-        peers, counts = (t.to("meta") for t in (self.peers, self.counts))
-        return self.kernel.peer_sum(x.contiguous(), residual.contiguous(), peers, counts, self.rank)
-
     def sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.kernel.peer_sum(x.contiguous(), residual.contiguous(), self.peers, self.counts, self.rank)
+        counts = self.sums.to(x.device)  # the meta device's, where it is only compiled
+        return self.kernel.peer_sum(x.contiguous(), residual.contiguous(), self.peers, counts, self.rank)
+
+    def chooses(self, logits: Tensor) -> bool:
+        return len(logits) <= self.kernel.MOST_ROWS
+
+    def choose(self, logits: Tensor, start: int) -> Tensor:
+        counts = self.choices.to(logits.device)
+        return self.kernel.peer_choice(logits, start, self.peers, counts, self.rank)

@@ -61,14 +61,14 @@ def greedy(logits: Tensor) -> Tensor:
 
     logits: [sequence, n], a float dtype of at most 32 bits. Returns int64 [sequence].
     """
-    return _pick(_parts(logits, 0), key=False)
+    return _pick(parts(logits, 0), key=False)
 
 
 def best(logits: Tensor, start: int) -> Tensor:
     """Of each row the largest key, int64 [sequence], as `contract.Best` says. logits: [sequence, n], of tokens from
     `start` on.
     """
-    return _pick(_parts(logits, start), key=True)
+    return _pick(parts(logits, start), key=True)
 
 
 def chosen(keys: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def chosen(keys: Tensor) -> Tensor:
     return _pick(keys[:, None], key=False)
 
 
-def _parts(logits: Tensor, first: int) -> Tensor:
+def parts(logits: Tensor, first: int) -> Tensor:
     """The largest key of each PART logits, int64 [sequence, part]."""
     assert logits.stride(1) == 1
     n_sequence, n = logits.shape
