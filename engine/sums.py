@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.kernels import step_kernels
 
+
 class Sums(Protocol):
     """name: how reports call it."""
 
@@ -75,7 +76,7 @@ class PeerSums:
         self.handle = symmetric.rendezvous(self.memory, group)
         self.memory.zero_()
         self.peers = tuple(self.handle.buffer_ptrs)
-        n_program = peer_sum.MOST_ELEMENTS // peer_sum.BLOCK
+        n_program = peer_sum.MOST_WORDS // peer_sum.WORDS
         self.sums = torch.zeros(n_program, dtype=torch.int32, device=device)  # so far, by program
         self.choices = torch.zeros(peer_sum.MOST_ROWS, dtype=torch.int32, device=device)  # by sequence
         torch.cuda.synchronize(device)
@@ -83,7 +84,7 @@ class PeerSums:
         torch.cuda.synchronize(device)
 
     def fits(self, x: Tensor) -> bool:
-        return x.numel() <= self.kernel.MOST_ELEMENTS
+        return self.kernel.summable(x)
 
     def sum(self, x: Tensor, residual: Tensor) -> Tensor:
         counts = self.sums.to(x.device)  # the meta device's, where it is only compiled

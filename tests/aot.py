@@ -28,7 +28,7 @@ from engine.kernels.gemv_int4 import int4_kernel, parts_of
 from engine.kernels.gemv_int4 import plan as plan_int4
 from engine.kernels.gemv_integers import integers_kernel
 from engine.kernels.gemv_integers import plan as plan_integers
-from engine.kernels.peer_sum import BLOCK, MOST_ELEMENTS, MOST_RANKS, MOST_ROWS, choose_kernel, places, sum_kernel
+from engine.kernels.peer_sum import MOST_RANKS, MOST_ROWS, MOST_WORDS, WORDS, choose_kernel, places, sum_kernel
 from engine.kernels.quantised import dense_kernel, embed_kernel
 from engine.kernels.small_gemm import padded, plan_tokens, tokens_kernel
 from engine.kernels.small_gemm_integers import tokens_integers_kernel
@@ -314,14 +314,12 @@ def compile_the_rest() -> None:
     types |= {"positions": "*i64", "softmax_scale": "fp32", "eps": "fp32"}
     for overlap in (False, True):  # before Hopper, and since
         picking = types | {"logits": "*bf16", "keys": "*i64", "out": "*i64"}
-        flags, keys, key_flags, _ = places(4)
         addresses = {f"p{rank}": "i64" for rank in range(MOST_RANKS)} | {"counts": "*i32"}
         compile_kernel(sum_kernel, types | addresses, {
-            "RANK": 1, "N_RANK": 4, "BLOCK": BLOCK, "MOST": MOST_ELEMENTS, "FLAGS": flags, "OVERLAP": overlap,
+            "RANK": 1, "N_RANK": 4, "WORDS": WORDS, "MOST": MOST_WORDS, "OVERLAP": overlap,
         })  # fmt: skip
         compile_kernel(choose_kernel, picking | addresses, {
-            "RANK": 1, "N_RANK": 4, "BLOCK": 16, "MOST": MOST_ROWS, "KEYS": keys, "FLAGS": key_flags,
-            "OVERLAP": overlap,
+            "RANK": 1, "N_RANK": 4, "BLOCK": 16, "MOST": MOST_ROWS, "CHOICES": places(4)[0], "OVERLAP": overlap,
         })  # fmt: skip
         compile_kernel(part_kernel, picking, {"BLOCK": 4096, "OVERLAP": overlap})
         for key in (False, True):

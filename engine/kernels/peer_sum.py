@@ -1,19 +1,22 @@
 """Every rank's partial result and a residual, summed over GPUs that write into each other's memory, in one launch; and
 the choice of a token among all ranks' logits, in the same way.
 
-On two H100s NCCL's all-reduce of a token's 8 KiB and the residual's launch take 9.3 us, PyTorch's one-shot all-reduce
-over symmetric memory 9.7, this 4.0 (LOG.md, 2026-11-26), and a step has two a layer. Here a program has BLOCK elements
-and nothing to do with other programs. It
+A step has two sums a layer, of 8 KiB a token: what counts is how long the first byte takes. So what is sent are
+messages of 8 bytes that arrive whole: 4 bytes of data, and beside them the number of the sum they belong to, as in
+NCCL's protocol LL. Data and flag need no order between them, and no write has to be confirmed before the next; a
+receiver asks its own memory until every message has the number it waits for. (Data first and a flag released after it,
+this file's earlier way, took 4.0 us, NCCL's all-reduce and the residual's launch 9.3: LOG.md, 2026-11-26.) A program
+has WORDS words of 4 bytes and nothing to do with other programs. It
 
-    1. writes its part of x into the other ranks' memory, and after it a flag, released to the whole system;
-    2. waits for the flags of the others' parts, which come into its own memory meanwhile: no value is asked for from
-       afar, so what is waited for is one way of the link and not two;
+    1. writes its part of x into the other ranks' memory;
+    2. waits for the others' parts, which come into its own memory meanwhile: no value is asked for from afar, so what
+       is waited for is one way of the link and not two;
     3. adds up all parts in the order of ranks, in float32, and the residual, and rounds once: every rank has the same
        bits.
 
 There are two halves of that memory, used in turns, and no wait at the end: whoever writes sum e + 2 has the others'
-flags of sum e + 1, which they set after sum e was read. A program counts its own sums in device memory, so that a
-captured graph can be replayed; a flag is that count. Programs spin on flags, so all must be resident (`MOST_ELEMENTS`).
+messages of sum e + 1, which they sent after sum e was read. A program counts its own sums in device memory, so that a
+captured graph can be replayed. Programs spin, so all must be resident (`MOST_BYTES`).
 """
 
 from __future__ import annotations
@@ -30,21 +33,20 @@ from engine.kernels.argmax import LAST, SPOILED, parts
 from selective_kv.kernels.decode_config import processor
 from selective_kv.kernels.launch import launch
 
-BLOCK = 1024
-MOST_ELEMENTS = 256 * BLOCK  # 64 tokens of 4,096: 256 programs, about two an SM
+WORDS, WARPS = 256, 1  # of a program
+MOST_BYTES = 512 * 1024  # of x: 64 tokens of 4,096 in 16 bits: 512 programs of a warp, about four an SM
+MOST_WORDS = MOST_BYTES // 4
 MOST_ROWS = 1024  # sequences that a token is chosen for
 MOST_RANKS = 8
-ITEM_BYTES = 4  # of the widest dtype
+MESSAGE_BYTES = 8
 
 
-def places(n_rank: int) -> tuple[int, int, int, int]:
-    """Where in a rank's memory what the others write begins, in bytes: flags of sums (the parts come before them), best
-    keys, flags of choices, and the end. Parts and keys have two halves with a place for each rank's.
+def places(n_rank: int) -> tuple[int, int]:
+    """Where in a rank's memory what the others write about choices begins, after the sums' parts, and the end: bytes.
+    Both have two halves with a place for each rank.
     """
-    flags = 2 * n_rank * MOST_ELEMENTS * ITEM_BYTES
-    keys = flags + n_rank * (MOST_ELEMENTS // BLOCK) * 4
-    key_flags = keys + 2 * n_rank * MOST_ROWS * 8
-    return flags, keys, key_flags, key_flags + n_rank * MOST_ROWS * 4
+    choices = 2 * n_rank * MOST_WORDS * MESSAGE_BYTES
+    return choices, choices + 2 * n_rank * MOST_ROWS * 2 * MESSAGE_BYTES
 
 
 @triton.jit
@@ -69,62 +71,90 @@ def memory_of(RANK: tl.constexpr, p0, p1, p2, p3, p4, p5, p6, p7):
 
 
 @triton.jit
-def wait_for(flag, count):
-    """Until what comes before the flag of sum `count` is here."""
-    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    while seen - count < 0:  # a difference: counts may wrap around
-        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+def send(memory, place, words, count, inside):
+    """Write int32 words into another rank's memory, each as a message of number `count`. place: in messages."""
+    message = (count.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
+    tl.store(tl.multiple_of(memory.to(tl.pointer_type(tl.int64)), 16) + place, message, inside)
+
+
+@triton.jit
+def receive(memory, place, count, inside):
+    """The int32 words that another rank sent as number `count`, when all have come."""
+    at = tl.multiple_of(memory.to(tl.pointer_type(tl.int64)), 16) + place
+    come = count.to(tl.int64) << 32
+    message = tl.load(at, inside, come, volatile=True)
+    while tl.max(((message >> 32).to(tl.int32) != count).to(tl.int32), 0) != 0:
+        message = tl.load(at, inside, come, volatile=True)
+    return message.to(tl.int32)
+
+
+@triton.jit
+def first_of(words, KIND: tl.constexpr):
+    """The first (lower) number of each int32 word, in float32. KIND: the numbers' dtype."""
+    if KIND.primitive_bitwidth == 32:
+        return words.to(tl.float32, bitcast=True)
+    return words.to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def second_of(words, KIND: tl.constexpr):
+    return (words >> 16).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def word_of(first, second, KIND: tl.constexpr):
+    """The int32 words of numbers, rounded to KIND."""
+    if KIND.primitive_bitwidth == 32:
+        return first.to(tl.int32, bitcast=True)
+    low = first.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | (second.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit(do_not_specialize=["p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7"])
 def sum_kernel(
-    x, residual, out, counts, p0, p1, p2, p3, p4, p5, p6, p7, n,
-    RANK: tl.constexpr, N_RANK: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, FLAGS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    x, residual, out, counts, p0, p1, p2, p3, p4, p5, p6, p7, n_word,
+    RANK: tl.constexpr, N_RANK: tl.constexpr, WORDS: tl.constexpr, MOST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program: BLOCK elements of x [n]. p0...: addresses of the ranks' memory; counts: int32 [program], sums so far.
-    MOST: elements of a part; FLAGS: where they are.
+    """Program: WORDS words of x, which has n_word. p0...: addresses of the ranks' memory; counts: int32 [program], sums
+    so far. MOST: words of a part.
     """
+    KIND: tl.constexpr = x.dtype.element_ty
     if OVERLAP:
         gdc_launch_dependents()
     program = tl.program_id(0)
-    i = program * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
+    i = program * WORDS + tl.arange(0, WORDS)
+    inside = i < n_word
     own = memory_of(RANK, p0, p1, p2, p3, p4, p5, p6, p7)
     if OVERLAP:
         gdc_wait()
-    mine = tl.load(x + i, inside, 0.0)
+    mine = tl.load(x.to(tl.pointer_type(tl.int32)) + i, inside, 0)
     count = tl.load(counts + program) + 1
     half = (count & 1) * N_RANK
     for far in tl.static_range(1, N_RANK):
         memory = memory_of((RANK + far) % N_RANK, p0, p1, p2, p3, p4, p5, p6, p7)
-        part = (memory + (half + RANK) * (MOST * 4)).to(tl.pointer_type(x.dtype.element_ty))
-        tl.store(tl.multiple_of(part, 16) + i, mine, inside)
-    tl.debug_barrier()  # all threads have written before one sets the flag
-    for far in tl.static_range(1, N_RANK):
-        memory = memory_of((RANK + far) % N_RANK, p0, p1, p2, p3, p4, p5, p6, p7)
-        flags = (memory + FLAGS).to(tl.pointer_type(tl.int32))
-        tl.atomic_xchg(flags + RANK * (MOST // BLOCK) + program, count, sem="release", scope="sys")
-    added = tl.load(residual + i, inside, 0.0).to(tl.float32)
-    for far in tl.static_range(1, N_RANK):
-        flags = (own + FLAGS).to(tl.pointer_type(tl.int32))
-        wait_for(flags + (RANK + far) % N_RANK * (MOST // BLOCK) + program, count)
-    total = tl.zeros((BLOCK,), tl.float32)
+        send(memory, (half + RANK) * MOST + i, mine, count, inside)
+    added = tl.load(residual.to(tl.pointer_type(tl.int32)) + i, inside, 0)
+    first = tl.zeros((WORDS,), tl.float32)
+    second = tl.zeros((WORDS,), tl.float32)
     for r in tl.static_range(N_RANK):
-        if r == RANK:
-            total += mine.to(tl.float32)
-        else:
-            part = (own + (half + r) * (MOST * 4)).to(tl.pointer_type(x.dtype.element_ty))
-            total += tl.load(tl.multiple_of(part, 16) + i, inside, 0.0, volatile=True).to(tl.float32)
-    tl.store(out + i, (total + added).to(out.dtype.element_ty), inside)
+        words = mine
+        if r != RANK:
+            words = receive(own, (half + r) * MOST + i, count, inside)
+        first += first_of(words, KIND)
+        if KIND.primitive_bitwidth == 16:
+            second += second_of(words, KIND)
+    first += first_of(added, KIND)
+    if KIND.primitive_bitwidth == 16:
+        second += second_of(added, KIND)
+    tl.store(out.to(tl.pointer_type(tl.int32)) + i, word_of(first, second, KIND), inside)
     tl.store(counts + program, count)
 
 
 @triton.jit(do_not_specialize=["p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7", "n_part"])
 def choose_kernel(
     keys, out, counts, p0, p1, p2, p3, p4, p5, p6, p7, n_part,
-    RANK: tl.constexpr, N_RANK: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, KEYS: tl.constexpr,
-    FLAGS: tl.constexpr, OVERLAP: tl.constexpr,
+    RANK: tl.constexpr, N_RANK: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, CHOICES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program: one sequence. keys: int64 [sequence, n_part] of this rank's logits, n_part <= BLOCK; out: int64
     [sequence], the index in the largest of all ranks' keys; counts: int32 [sequence]. MOST: the most sequences.
@@ -133,44 +163,47 @@ def choose_kernel(
         gdc_launch_dependents()
     row = tl.program_id(0)
     i = tl.arange(0, BLOCK)
-    own = memory_of(RANK, p0, p1, p2, p3, p4, p5, p6, p7)
+    own = memory_of(RANK, p0, p1, p2, p3, p4, p5, p6, p7) + CHOICES
     if OVERLAP:
         gdc_wait()
     best = tl.max(tl.load(keys + row * n_part + tl.minimum(i, n_part - 1)), 0)
     count = tl.load(counts + row) + 1
     half = (count & 1) * N_RANK
+    word = tl.arange(0, 2)  # a key is two messages
+    inside = word < 2
+    words = tl.where(word == 0, best, best >> 32).to(tl.int32)
     for far in tl.static_range(1, N_RANK):
-        memory = memory_of((RANK + far) % N_RANK, p0, p1, p2, p3, p4, p5, p6, p7)
-        tl.store((memory + KEYS).to(tl.pointer_type(tl.int64)) + (half + RANK) * MOST + row, best)
-    tl.debug_barrier()
-    for far in tl.static_range(1, N_RANK):
-        memory = memory_of((RANK + far) % N_RANK, p0, p1, p2, p3, p4, p5, p6, p7)
-        flags = (memory + FLAGS).to(tl.pointer_type(tl.int32))
-        tl.atomic_xchg(flags + RANK * MOST + row, count, sem="release", scope="sys")
+        memory = memory_of((RANK + far) % N_RANK, p0, p1, p2, p3, p4, p5, p6, p7) + CHOICES
+        send(memory, ((half + RANK) * MOST + row) * 2 + word, words, count, inside)
     for far in tl.static_range(1, N_RANK):
         r = (RANK + far) % N_RANK
-        wait_for((own + FLAGS).to(tl.pointer_type(tl.int32)) + r * MOST + row, count)
-        theirs = (own + KEYS).to(tl.pointer_type(tl.int64)) + (half + r) * MOST + row
-        best = tl.maximum(best, tl.load(theirs, volatile=True))
+        theirs = receive(own, ((half + r) * MOST + row) * 2 + word, count, inside).to(tl.int64)
+        best = tl.maximum(best, tl.sum(tl.where(word == 0, theirs & 0xFFFFFFFF, theirs << 32), 0))
     tl.store(out + row, tl.where(best == SPOILED, -1, (best & LAST) ^ LAST))
     tl.store(counts + row, count)
 
 
 def peer_sum(x: Tensor, residual: Tensor, peers: Sequence[int], counts: Tensor, rank: int) -> Tensor:
-    """residual plus every rank's x, in x's dtype. x, residual: contiguous, of at most MOST_ELEMENTS elements.
+    """residual plus every rank's x, in x's dtype. x, residual: contiguous, of at most MOST_BYTES in whole words.
 
     peers: addresses of each rank's memory (`places` has its size), zeros at first; counts: int32
-    [MOST_ELEMENTS / BLOCK], zeros at first. Every rank makes the same calls in the same order.
+    [MOST_WORDS / WORDS], zeros at first. Every rank makes the same calls in the same order.
     """
-    n = x.numel()
-    assert n <= MOST_ELEMENTS and residual.shape == x.shape and x.is_contiguous() and residual.is_contiguous()
+    assert summable(x) and residual.shape == x.shape and x.is_contiguous() and residual.is_contiguous()
+    n_word = x.numel() * x.element_size() // 4
     out = torch.empty_like(x)
     overlap = processor(x.device).overlap
-    launch(sum_kernel, (triton.cdiv(n, BLOCK),))(
-        x, residual, out, counts, *_all(peers), n, RANK=rank, N_RANK=len(peers), BLOCK=BLOCK, MOST=MOST_ELEMENTS,
-        FLAGS=places(len(peers))[0], OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
+    launch(sum_kernel, (triton.cdiv(n_word, WORDS),))(
+        x, residual, out, counts, *_all(peers), n_word, RANK=rank, N_RANK=len(peers), WORDS=WORDS, MOST=MOST_WORDS,
+        OVERLAP=overlap, launch_pdl=overlap, num_warps=WARPS,
     )  # fmt: skip
     return out
+
+
+def summable(x: Tensor) -> bool:
+    """Whether `peer_sum` takes it: a prompt's chunk is too large."""
+    n_byte = x.numel() * x.element_size()
+    return n_byte <= MOST_BYTES and n_byte % 4 == 0
 
 
 def peer_choice(logits: Tensor, start: int, peers: Sequence[int], counts: Tensor, rank: int) -> Tensor:
@@ -184,10 +217,9 @@ def peer_choice(logits: Tensor, start: int, peers: Sequence[int], counts: Tensor
     assert n_sequence <= MOST_ROWS
     out = torch.empty(n_sequence, dtype=torch.int64, device=keys.device)
     overlap = processor(keys.device).overlap
-    _, at, flags, _ = places(len(peers))
     launch(choose_kernel, (n_sequence,))(
         keys, out, counts, *_all(peers), n_part, RANK=rank, N_RANK=len(peers), BLOCK=triton.next_power_of_2(n_part),
-        MOST=MOST_ROWS, KEYS=at, FLAGS=flags, OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
+        MOST=MOST_ROWS, CHOICES=places(len(peers))[0], OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
     )  # fmt: skip
     return out
 
