@@ -315,9 +315,10 @@ def compile_the_rest() -> None:
     for overlap in (False, True):  # before Hopper, and since
         picking = types | {"logits": "*bf16", "keys": "*i64", "out": "*i64"}
         addresses = {f"p{rank}": "i64" for rank in range(MOST_RANKS)} | {"counts": "*i32"}
-        compile_kernel(sum_kernel, types | addresses, {
-            "RANK": 1, "N_RANK": 4, "WORDS": WORDS, "MOST": MOST_WORDS, "OVERLAP": overlap,
-        })  # fmt: skip
+        for kind in ("*fp32", "*fp16", "*bf16"):
+            compile_kernel(sum_kernel, dict.fromkeys(("x", "residual", "out"), kind) | addresses, {
+                "RANK": 1, "N_RANK": 4, "WORDS": WORDS, "MOST": MOST_WORDS, "OVERLAP": overlap,
+            })  # fmt: skip
         compile_kernel(choose_kernel, picking | addresses, {
             "RANK": 1, "N_RANK": 4, "BLOCK": 16, "MOST": MOST_ROWS, "CHOICES": places(4)[0], "OVERLAP": overlap,
         })  # fmt: skip

@@ -33,8 +33,8 @@ from engine.kernels.argmax import LAST, SPOILED, parts
 from selective_kv.kernels.decode_config import processor
 from selective_kv.kernels.launch import launch
 
-WORDS, WARPS = 256, 1  # of a program
-MOST_BYTES = 512 * 1024  # of x: 64 tokens of 4,096 in 16 bits: 512 programs of a warp, about four an SM
+WORDS, WARPS = 64, 1  # of a program: what measured best for 1 and 8 tokens (LOG.md)
+MOST_BYTES = 512 * 1024  # of x: 64 tokens of 4,096 in 16 bits: 2,048 programs of a warp, of 4,224 that a card holds
 MOST_WORDS = MOST_BYTES // 4
 MOST_ROWS = 1024  # sequences that a token is chosen for
 MOST_RANKS = 8
@@ -92,8 +92,10 @@ def receive(memory, place, count, inside):
 def first_of(words, KIND: tl.constexpr):
     """The first (lower) number of each int32 word, in float32. KIND: the numbers' dtype."""
     if KIND.primitive_bitwidth == 32:
-        return words.to(tl.float32, bitcast=True)
-    return words.to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+        first = words.to(tl.float32, bitcast=True)
+    else:
+        first = words.to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+    return first
 
 
 @triton.jit
@@ -105,9 +107,11 @@ def second_of(words, KIND: tl.constexpr):
 def word_of(first, second, KIND: tl.constexpr):
     """The int32 words of numbers, rounded to KIND."""
     if KIND.primitive_bitwidth == 32:
-        return first.to(tl.int32, bitcast=True)
-    low = first.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return low | (second.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+        words = first.to(tl.int32, bitcast=True)
+    else:
+        low = first.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        words = low | (second.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return words
 
 
 @triton.jit(do_not_specialize=["p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7"])
