@@ -61,6 +61,9 @@ def converse(
             if not text:
                 return
         text = text.strip("\n")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            say("not read: the line is not UTF-8")
+            continue
         if text == "/reset":
             engine.reset()
             transcript.forget()

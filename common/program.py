@@ -69,6 +69,8 @@ def program(name: str, interrupted: str = "interrupted") -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a model writes, and a table, fit no smaller alphabet
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # stray bytes are told where they are read, not a traceback
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         with _interrupts_recognised():
             yield

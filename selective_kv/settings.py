@@ -7,13 +7,12 @@ and a storage: `class SelectiveCache(SelectiveSettings, RegionCache)`.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 BITS = (8, 4, 3, 2)  # of what is quantised
-
-
 MOST = 2**31 - 1  # of a knob: sizes of tensors are made of it
 
 
@@ -32,12 +31,18 @@ class CacheSettings:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value, least = getattr(self, f.name), f.metadata.get("least")
+            if f.metadata.get("choices") and value not in f.metadata["choices"]:
+                raise ValueError(f"--{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, not {value}")
+            kind = type(f.default)
+            if kind is int and hasattr(value, "__index__") and not isinstance(value, bool):  # numpy's, for one
+                value = operator.index(value)
+                setattr(self, f.name, value)
+            if kind in (bool, int, str) and type(value) is not kind:  # a library's caller may hand over anything
+                raise ValueError(f"--{f.name} takes a value of type {kind.__name__}, not {value!r}")
             if least is not None and value < least:
                 raise ValueError(f"--{f.name} must be at least {least}, not {value}")
             if isinstance(value, int) and value > MOST:
                 raise ValueError(f"--{f.name} must be at most {MOST:,}, not {value}")
-            if f.metadata.get("choices") and value not in f.metadata["choices"]:
-                raise ValueError(f"--{f.name} must be one of {', '.join(map(str, f.metadata['choices']))}, not {value}")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from selective_kv.cache import KVCache, Shape
 from selective_kv.full import FullCache
 from selective_kv.selective import SelectiveCache
+from selective_kv.settings import MOST
 from selective_kv.sink_window import SinkWindowCache
 from selective_kv.transformers.attention import Taken
 from selective_kv.transformers.sequences import Sequences
@@ -104,8 +106,10 @@ class PolicyKVCache(Cache):
     def __init__(self, config: Any, policy: KVCache, max_cache_len: int | None = None) -> None:
         config = config.get_text_config(decoder=True)
         refuse_config(config)
-        if max_cache_len is not None and max_cache_len < 1:
-            raise ValueError(f"max_cache_len must be at least 1, not {max_cache_len}")
+        if max_cache_len is not None:
+            if not hasattr(max_cache_len, "__index__") or not 1 <= max_cache_len <= MOST:
+                raise ValueError(f"max_cache_len must be at least 1 and at most {MOST:,}, not {max_cache_len!r}")
+            max_cache_len = operator.index(max_cache_len)
         if max_cache_len is None and not policy.endless and not can_grow(policy):
             max_cache_len = config.max_position_embeddings
         self.sequences = Sequences(policy, config, max_cache_len)

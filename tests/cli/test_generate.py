@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, STORIES, needs, write_checkpoint
+from forks import Forked
 from safetensors.torch import load_file, save_file
 
 import cli.ranks
@@ -216,6 +217,16 @@ def test_a_conversation_fills_its_context_to_the_last_token(
         out, err = capsys.readouterr()
         assert json.loads(out.splitlines()[-1])["tokens_written"] == written
         assert ("no room: that is 1 tokens past" in err) == (spare < 0)
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"a\xed\xa0\x80b"])
+def test_a_line_that_is_no_text_is_told_and_the_conversation_goes_on(line: bytes, tiny: Path, tmp_path: Path) -> None:
+    """A traceback of a codec's, in the middle of a conversation."""
+    (tmp_path / "lines").write_bytes(line + b"\nThe fox\n")
+    argv = ["--checkpoint_path", tiny, "--interactive", "--max_new_tokens", 3]
+    assert Forked("generate.py", argv, tmp_path / "said", str(tmp_path / "lines")).wait() == 0
+    said = (tmp_path / "said").read_text()
+    assert said.count("not read: the line is not UTF-8") == 1 and "3 tokens written" in said
 
 
 @pytest.mark.parametrize(

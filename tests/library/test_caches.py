@@ -331,6 +331,12 @@ def test_a_chunk_past_the_capacity_is_refused() -> None:
 def test_knobs_refuse_what_makes_no_sense() -> None:
     with pytest.raises(ValueError, match="--window_size must be at least 1, not 0"):
         SelectiveCache(4, 0)
+    for knobs in (dict(sink_size="x"), dict(window_size=1e3), dict(sink_size=True), dict(rotate="no"), dict(rotate=1)):
+        with pytest.raises(ValueError, match="takes a value of type"):  # "no" rotated, and half a token was no error
+            SelectiveCache(**knobs)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="--window_size must be at most 2,147,483,647"):
+        SelectiveCache(window_size=10**20)
+    assert SelectiveCache(torch.tensor(3), 8) == SelectiveCache(3, 8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="--sink_size must be at least 0, not -1"):
         SinkWindowCache(-1, 4)
     with pytest.raises(ValueError, match="--positions must be one of cache, original, not nearest"):

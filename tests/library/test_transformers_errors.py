@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -116,6 +117,8 @@ def test_what_does_not_fit() -> None:
     says("max_cache_len=30", lambda: write(model, PROMPTS, SelectiveKVCache(model.config, max_cache_len=30)))
     says("max_cache_len=20", lambda: write(model, PROMPTS, FullKVCache(model.config, max_cache_len=20)))
     says("at least 1", lambda: FullKVCache(model.config, max_cache_len=0))
+    for wrong in (2.5, "20", 10**20):
+        says("at least 1 and at most 2,147,483,647", partial(FullKVCache, model.config, max_cache_len=wrong))
     cache = FullKVCache(model.config)
     call(model, PROMPTS, cache)
     says("this cache holds 3 sequences", lambda: call(model, PROMPTS[:2], cache))
