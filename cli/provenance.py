@@ -22,11 +22,13 @@ FORMAT = 2
 
 
 def made_from(
-    checkpoint: Path | None, files: Iterable[Path | None], dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
+    checkpoint: Path | None, files: Iterable[Path | None], dtype: torch.dtype, device: torch.device,
+    reference: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Contents and settings that a command line does not tell.
 
-    checkpoint: None: weights of a generator. files: texts, prompts and plugins, in order; None: not given.
+    checkpoint: None: weights of a generator. files: texts, prompts and plugins, in order; None: not given. reference:
+    another checkpoint, which the first is compared with.
     """
     try:
         return {
@@ -34,7 +36,7 @@ def made_from(
             "files": [[path.name, sha256_of_file(path)] for path in files if path is not None and path.is_file()],
             "dtype": str(dtype).removeprefix("torch."),
             "device": device_name(device),
-        }
+        } | ({} if reference is None else {"reference": fingerprint(reference)})
     except OSError as error:
         raise UserError(describe(error)) from None
 

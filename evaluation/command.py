@@ -159,7 +159,7 @@ def commit() -> str | None:
 
 
 def read_files(args: argparse.Namespace) -> list[Path | None]:
-    return [*args.text, args.plugin, args.load_cache, args.reference_path]
+    return [*args.text, args.plugin, args.load_cache]
 
 
 def record(subject: Subject, argv: list[str]) -> dict[str, Any]:
@@ -171,7 +171,9 @@ def record(subject: Subject, argv: list[str]) -> dict[str, Any]:
         "torch": torch.__version__, "python": sys.version.split()[0], "commit": commit(),
         "settings": {name: getattr(subject.args, name) for name in SETTINGS[kind]},
         "command": ["scripts/evaluate.py", *shown(without_flag(argv))],
-        "made_from": made_from(subject.path, read_files(subject.args), subject.dtype, subject.device),
+        "made_from": made_from(
+            subject.path, read_files(subject.args), subject.dtype, subject.device, subject.args.reference_path
+        ),
     }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from checkpoint import (
     require_finite,
 )
 from cli.device import device_memory
-from cli.plan import require_suits
+from cli.plan import require_suits, weight_bytes
 from common.errors import UserError
 from common.files import read_text_file
 from common.messages import note, progress, size
@@ -83,6 +83,9 @@ class Subject:
         for policy in self.policies:
             require_suits(policy, self.config)
         self.weights = chosen_weights(checkpoint, args.weights)
+        need, free = weight_bytes(self.config, self.dtype, self.weights), device_memory(self.device)
+        if need > free:
+            raise UserError(f"the weights need {size(need)}, and {size(free)} are free")
         self.model = load_model(checkpoint, self.device, self.dtype, weights=self.weights)
         # What weights in fewer bits are compared with; the model itself where there are no others to be had.
         self.reference = self.model

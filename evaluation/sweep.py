@@ -97,7 +97,7 @@ def what_tasks_are_made_from(args: argparse.Namespace) -> dict[str, Any]:
     """As the programs will record it. Raises UserError where what they are to read is not there."""
     own = Parser("sweep.py", add_help=False, allow_abbrev=False)
     own.add_argument("--text", nargs="+", type=Path, default=[])
-    for name in ("checkpoint_path", "prompt_file", "load_cache"):
+    for name in ("checkpoint_path", "prompt_file", "load_cache", "reference_path"):
         own.add_argument(f"--{name}", type=Path, nargs="?")  # that it lacks its value, the program will say
     for name in ("model", "dtype", "device"):
         own.add_argument(f"--{name}", nargs="?")
@@ -110,9 +110,8 @@ def what_tasks_are_made_from(args: argparse.Namespace) -> dict[str, Any]:
     for path in files:
         if path is not None and is_special(path) and not path.is_dir():
             raise UserError(f"{path}: a pipe or a device, and every task reads it anew: give a file")
-    return made_from(
-        where, [*files, args.plugin, given.load_cache], parse_dtype(given.dtype or "auto", checkpoint, device), device
-    )
+    dtype = parse_dtype(given.dtype or "auto", checkpoint, device)
+    return made_from(where, [*files, args.plugin, given.load_cache], dtype, device, given.reference_path)
 
 
 def settings(args: argparse.Namespace) -> list[str]:

@@ -394,6 +394,15 @@ def test_texts_and_numbers_without_bounds(tiny: Path, tmp_path: Path, capsys: py
         assert message in fails(capsys, *argv)
 
 
+def test_weights_that_do_not_fit_are_told_before_they_are_read(
+    tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subject, "device_memory", lambda device: 1000)
+    monkeypatch.setattr(subject, "load_model", lambda *args, **options: pytest.fail("they were read"))
+    err = fails(capsys, "perplexity", "--checkpoint_path", tiny, "--text", text, "--context", 60)
+    assert "the weights need 112.62 KiB, and 1000 B are free" in err
+
+
 def test_what_a_record_was_made_from(tiny: Path, tmp_path: Path, text: Path) -> None:
     argv = ["divergence", "--checkpoint_path", tiny, "--text", text, "--context", 60, "--windows", 1, *CACHES]
     r = record(tmp_path, *argv)

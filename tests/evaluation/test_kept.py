@@ -121,6 +121,9 @@ def test_nothing_of_another_run_is_taken(model: Path, tmp_path: Path, text: Path
     assert computes("--weights", "int8")
     other = write_checkpoint(tmp_path / "other" / "tiny", seed=1, context=2048)
     assert computes(of=other)
+    assert computes("--reference_path", str(other)) and not computes("--reference_path", str(other))
+    third = write_checkpoint(tmp_path / "third" / "tiny", seed=2, context=2048)
+    assert computes("--reference_path", str(third))  # folders of one name: their states were taken for each other's
     text.write_bytes(lzma.compress(TEXT.replace("fox", "dog").encode()))
     assert computes()
     text.write_bytes(lzma.compress(TEXT.encode()))

@@ -129,6 +129,29 @@ def test_results_of_other_weights_texts_and_plugins_are_not_taken_for_these(
         assert words in refused(first), change
 
 
+def test_another_reference_is_another_result(
+    tiny: Path, tmp_path: Path, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        *base,
+        "--caches",
+        "quantize_kv",
+        "--sinks",
+        "2",
+        "--windows",
+        "8",
+        *rest(tiny, tmp_path),
+        "--reference_path",
+    ]
+    first, second = (write_checkpoint(tmp_path / name / "ckpt", seed=n) for n, name in enumerate("AB", 1))
+    sweep.main([*argv, str(first)])
+    sweep.main([*argv, str(first)])
+    assert capsys.readouterr().err.count("2 of 2 done") == 2
+    with pytest.raises(SystemExit) as exit_:
+        sweep.main([*argv, str(second)])
+    assert exit_.value.code == 2 and "was made from another reference" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_is_not_done(tiny: Path, tmp_path: Path, base: list[str]) -> None:
     """A speed task whose generate.py got SIGINT after 851 of 3,000 tokens was "1 of 1 done"."""
     argv = [*base, "--kind", "speed", "--caches", "quantize_kv", "--sinks", "2", "--windows", "8"]
