@@ -62,6 +62,8 @@ __all__ = [
 LEVELS = 15  # of 4 bits, above zero
 SHRINKS = (1.0, 0.88, 0.76, 0.64)  # ranges tried, of a group's own
 REFITS = 6  # times that line and integers are fitted to each other
+SPANS = range(8, LEVELS)  # largest integers of groups that another format had in 4 bits, with a zero of its own
+ON_A_GRID = 0.05  # of a step: elements that are so near to integers of a line were made from them
 
 
 def at_once(device: torch.device) -> int:
@@ -104,16 +106,38 @@ def quantize4(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     w = w.view(n, -1, group)
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     best: Sequence[Tensor] = _rounded(w, (high - low) / LEVELS, low)
+    for span in _spans(w[:4], low[:4], high[:4]):  # what was in 4 bits before gets its own integers
+        scale, base = _line(w, _nearest(w, (high - low) / span, low))
+        best = _better(best, _rounded(w, scale, base))
     for shrink in SHRINKS:
         margin = (high - low) * (0.5 * (1 - shrink))
         scale, base = (high - low) * (shrink / LEVELS), low + margin
         for _ in range(REFITS):
             scale, base = _line(w, _nearest(w, scale, base))
-        tried = _rounded(w, scale, base)
-        better = tried[3] < best[3]
-        best = [torch.where(better, new, old) for new, old in zip(tried, best, strict=True)]
+        best = _better(best, _rounded(w, scale, base))
     u, scale, base, _ = best
     return u.to(torch.uint8).flatten(1), torch.cat((scale, base), -1).to(torch.float16), unit
+
+
+def _better(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    """Of each group what has the smaller error, which is the last of both."""
+    better = b[-1] < a[-1]
+    return [torch.where(better, new, old) for new, old in zip(b, a, strict=True)]
+
+
+def _spans(w: Tensor, low: Tensor, high: Tensor) -> list[int]:
+    """Those of SPANS that groups of a few rows have, all of whose elements lie on a line's integers from 0 to it.
+
+    Weights that were in 4 bits before, symmetric ones above all, seldom have all 16 integers in a group. Ranges of 15
+    steps miss theirs, and cost as much again as the first quantising: 8% of a weight's size.
+    """
+    found = []
+    for span in SPANS:
+        scale = (high - low) / span
+        error = _rounded(w, scale, low)[3] / w.shape[-1]
+        if bool((error < (ON_A_GRID * scale) ** 2).any()):
+            found.append(span)
+    return found
 
 
 def _nearest(w: Tensor, scale: Tensor, base: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.configs import config_from_hugging_face, config_from_params, find_name, named_config, note
+from checkpoint.configs import Fields, config_from_hugging_face, config_from_params, find_name, named_config, note
 from checkpoint.gguf import GGUF, VOCABULARY, find_gguf, is_gguf, read_gguf, read_metadata
 from checkpoint.gguf_model import gguf_config, gguf_fills, gguf_name
 from checkpoint.gguf_tokenizer import gguf_tokenizer
 from checkpoint.layout import Fill, match_tensors
 from checkpoint.loading import first_bad_parameter, load_model, require_finite
+from checkpoint.packed import DTYPES as PACKED_DTYPES
+from checkpoint.packed import packing_of, unpacked
 from checkpoint.quantised import DTYPES as QUANTISED_DTYPES
 from checkpoint.quantised import Described, describe, parameter_fills
 from checkpoint.share import Share
@@ -124,8 +126,11 @@ def _open(path: Path, model: str | None) -> Checkpoint:
     own = describe(read_json(folder / "config.json", missing_ok=True), folder / "config.json")
     if own is not None:
         return _open_quantised(path, file, folder, own, model)
-    tensors = stored_tensors(file)
+    packing = packing_of(Fields(read_json(folder / "config.json", missing_ok=True), folder / "config.json"))
+    tensors = stored_tensors(file) if packing is None else stored_tensors(file, PACKED_DTYPES)
     name, config = _find_config(file, folder, tensors, model)
+    if packing is not None:
+        tensors = unpacked(tensors, packing, config, file)
     fills, tied = match_tensors(config, tensors, file)
     if tied is not None and not _same_as_embedding(tied, fills):
         note(f"{file}: {tied.name} differs from the embedding, although the config ties the two: both are used")

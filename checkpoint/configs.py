@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from checkpoint.packed import packing_of
 from common.errors import UserError, printable
 from model import CONFIGS, Config, RopeScaling
 
@@ -89,12 +90,7 @@ def config_from_hugging_face(fields: dict[str, Any], path: Path) -> Config:
     kind = f.get("model_type")
     if kind not in MODEL_TYPES:
         raise f.error(f"model_type {kind!r} is not supported ({', '.join(MODEL_TYPES)} are)")
-    if f.get("quantization_config"):
-        method = f.inner("quantization_config").get("quant_method")
-        raise f.error(
-            f"quantization_config: weights quantised by {method or 'somebody'} are not read: take the model in 16 bits "
-            "and --weights int4 or int8, or a GGUF file of it"
-        )
+    packing_of(f)  # raises where nobody reads such weights
     attention_bias = kind in ("llama", "qwen3") and bool(f.get("attention_bias"))
     if f.get("hidden_act", "silu") != "silu":
         f.refuse("hidden_act", f.get("hidden_act"))

@@ -86,7 +86,7 @@ def test_yarn_widens_the_context(tmp_path: Path) -> None:
         (dict(rope_scaling="linear"), "rope_scaling is 'linear', not an object"),
         (dict(rope_theta=0), "rope_theta is 0.0"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
-        (dict(quantization_config={"quant_method": "gptq"}), "quantised by gptq .*--weights int4"),
+        (dict(quantization_config={"quant_method": "fp8"}), "quantised by fp8 .*--weights int4"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
         (dict(hidden_size="absent"), "hidden_size is missing"),
         (dict(hidden_size="48"), "hidden_size is '48', not a number"),
