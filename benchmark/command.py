@@ -63,7 +63,8 @@ def compare(
                 ours = partial(Contestant, model.transformer, policy, *rest, args.saved.get(name), args.ranks)
                 entries.append(Entry(model, name, plan, ours))
         if theirs is not None:
-            of_peers = zip(peers.caches(theirs).items(), planned[0][batch, context][len(policies) :], strict=True)
+            # As full ones are their plans; a package that is not installed leaves one of them out.
+            of_peers = zip(peers.caches(theirs).items(), planned[0][batch, context][len(policies) :], strict=False)
             for (name, cache), plan in of_peers:
                 their = partial(peers.Peer, name, theirs, cache, at, context, args.prefill)
                 entries.append(Entry(models[0], name, plan, their))

@@ -2,7 +2,7 @@
 
 Each stands between `<!-- NAME, by scripts/readme_tables.py -->` and `<!-- end -->`:
 
-  choose     each cache's bits, memory, speed and cost on a real model     smollm2/perplexity and passkey, a benchmark
+  choose     each cache's bits, memory, speed and cost on a real model     smollm2/perplexity, passkey; STEPS, KERNELS
   texts      KL and perplexity by text                                     smollm2/perplexity
   llama.cpp  its caches and ours on the same file and window               smollm2/llama_cpp, smollm2/divergence-window
   ruler      RULER's kept tasks by length                                  smollm2/ruler-1 and -2
@@ -23,20 +23,30 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import kv_cache
 from cli.options import Parser
 from common.errors import UserError
 from common.files import read_json, write_whole
 from common.messages import size
 from common.program import program
 from kv_cache import parse_policy
-from plots.records import Row, order, read, short
+from model import CONFIGS
+from plots.records import Row, knobs_of, order, read, short
+from selective_kv import Shape
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 FILES = (ROOT / "README.md", ROOT / "assets" / "demo" / "README.md")
-SPEED = "benchmark-h100.json"
-SHOWN = ("full", "quantize_kv 16/32", "quantize_kv K8V4 16/128", "quantize_kv K4V4 16/128", "quantize_kv K3V3 16/128",
-         "quantize_kv K4V2 16/128", "quantize_kv K3V2 16/128", "compress_kv 16/32")  # fmt: skip
+STEPS = ("h200/steps.json", "benchmark-h200.json")  # whole steps; the first that has a setting
+KERNELS = "kernels-h200.json"  # one layer's attention
+UNCHANGED = ("full", "compress_kv:sink_size=16,window_size=32,positions=cache")  # by formats: older steps are still so
+CONFIG = CONFIGS["llama-3.1-8b"]
+SHOWN = (
+    "full", "quantize_kv 16/32", "quantize_kv 16/128", "quantize_kv K8V4 16/128", "quantize_kv K4V4 16/128",
+    "quantize_kv K3V3 16/128", "quantize_kv K4V2 16/128", "quantize_kv K3V2 16/128", "compress_kv 16/32",
+)  # fmt: skip
 TEXTS = {
     "val_books": "held-out books", "wikitext2_raw_test": "WikiText-2, raw test", "longctx_cc0": "three CC0 novels",
     "squality_dev": "SQuALITY stories",
@@ -46,11 +56,6 @@ TEXTS = {
 def load(name: str) -> dict[str, Any]:
     """A record. Raises UserError."""
     return read_json(RESULTS / name)
-
-
-def lines_of(name: str) -> list[Row]:
-    """All rows of a file of one record a line."""
-    return [row for record in read([RESULTS / name]) for row in record.rows]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -64,8 +69,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def flags(setting: str) -> str:
     """A setting as it is typed: "`quantize_kv --bits 4 --window_size 128`"."""
-    name, _, knobs = setting.partition(":")
-    values = dict(knob.split("=") for knob in knobs.split(",") if knob)
+    name = setting.partition(":")[0]
+    values = knobs_of(setting)
     k, v = values.get("k_bits", "8"), values.get("v_bits", "8")
     words = [name]
     if k == v != "8":
@@ -91,6 +96,8 @@ def bits(setting: str) -> str:
 
 
 def power(value: float) -> str:
+    if value >= 0.1:
+        return f"{value:.2f}"
     return "0" if value < 1e-12 else f"{value:.1e}".replace("e-0", "e-")
 
 
@@ -100,7 +107,8 @@ def mean(rows: Sequence[Row], field: str) -> float:
 
 
 def signed(share: float) -> str:
-    return f"{share:+.2%}"
+    text = f"{share:+.2%}"
+    return text.lstrip("+-") if float(text[:-1]) == 0 else text
 
 
 def shown(rows: Iterable[Row]) -> list[str]:
@@ -123,25 +131,44 @@ def by_quality(rows: Iterable[Row]) -> list[Row]:
 # --- Tables -----------------------------------------------------------------------------------------
 
 
+def held(setting: str, n_token: int) -> int:
+    """Bytes of the 8B's cache in 16 bits."""
+    shape = Shape(1, CONFIG.n_kv_head, CONFIG.head_dim, n_token, torch.bfloat16, torch.device("meta"))
+    return sum(kv_cache.plan(parse_policy(setting), CONFIG.n_layer, shape).values())
+
+
+def tokens_per_s(setting: str, batch: int, context: int) -> str:
+    """Of the newest file that has it; with an asterisk from an older one."""
+    for name, mark in zip(STEPS, ("", " *"), strict=True):
+        for record in read([RESULTS / name]) if not mark or setting in UNCHANGED else ():
+            for r in record.rows:
+                if (r["cache"], r["batch"], r["context"]) == (setting, batch, context):
+                    return f"{r['tokens_per_s']:.0f}{mark}"
+    return ""
+
+
+def attention(setting: str, batch: int, context: int) -> str:
+    """One layer's, over the fastest there is in 16 bits."""
+    us = {r["version"]: r["us"] for r in load(KERNELS)["rows"] if (r["batch"], r["context"]) == (batch, context)}
+    values = knobs_of(setting)
+    k, v = values.get("k_bits", "8"), values.get("v_bits", "8")
+    mine = us.get("ours int8" if k == v == "8" else f"ours K{k}V{v}")
+    best = min((t for version, t in us.items() if version == "ours bf16" or version.startswith("SDPA")), default=0.0)
+    return f"{best / mine:.2f}x" if mine and setting.startswith("quantize_kv") else ""
+
+
 def choose() -> str:
     scores, keys = load("smollm2/perplexity.json")["rows"], load("smollm2/passkey.json")["rows"]
-    speed = {(r["cache"], r["batch"], r["context"]): r for r in lines_of(SPEED)}
     recalled = {r["cache"]: r for r in keys}
-    header = ["cache", "bits of the middle", "memory of full, 128k", "tokens/s, 8k / 128k", "tokens/s, 8 x 32k",
-              "mean KL", "same top token", "perplexity", "passkeys"]  # fmt: skip
+    header = ["cache", "bits of the middle", "memory of full, 128k", "tokens/s, 128k", "attention, 8 x 32k", "mean KL",
+              "same top token", "perplexity", "passkeys"]  # fmt: skip
     found = []
     for setting in shown(scores):
         mine = [r for r in scores if r["cache"] == setting]
-
-        def timed(batch: int, context: int, field: str, setting: str = setting) -> float:
-            return speed[setting, batch, context][field]
-
-        share = timed(1, 131072, "cache_bytes") / speed["full", 1, 131072]["cache_bytes"]
-        full = setting == "full"
+        share, full = held(setting, 131072) / held("full", 131072), setting == "full"
         found.append([
             flags(setting), bits(setting), f"{share:.0%}" if share > 0.01 else f"{share:.2%}",
-            f"{timed(1, 8192, 'tokens_per_s'):.0f} / {timed(1, 131072, 'tokens_per_s'):.0f}",
-            f"{timed(8, 32768, 'tokens_per_s'):,.0f}", "" if full else power(mean(mine, "kl")),
+            tokens_per_s(setting, 1, 131072), attention(setting, 8, 32768), "" if full else power(mean(mine, "kl")),
             "" if full else f"{mean(mine, 'same_top'):.2%}", "" if full else signed(mean(mine, "perplexity_rise")),
             f"{recalled[setting]['mean']:.1%}",
         ])  # fmt: skip
@@ -150,7 +177,7 @@ def choose() -> str:
 
 def by_text(name: str) -> str:
     rows = load(name)["rows"]
-    settings = [s for s in shown(rows) if s != "full"]
+    settings = [s for s in shown(rows) if s not in ("full", "quantize_kv:sink_size=16,window_size=128")]
     header = ["text", "perplexity, full", *(f"{short(s)}" for s in settings)]
     found = []
     for text in dict.fromkeys(r["text"] for r in rows):

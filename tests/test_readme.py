@@ -113,7 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert code is not None
     (folder / "my_cache.py").write_text(code[1])
     (folder / "results").mkdir()
-    for name in ("passkey.json", "passkey-wikitext2.json", "perplexity.json"):
+    for name in ("passkey.json", "passkey-squality.json", "perplexity.json"):
         shutil.copy(ROOT / "results" / name, folder / "results" / name)
     model = write_checkpoint(folder / "DIR", context=2048)
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
