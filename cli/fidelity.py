@@ -58,15 +58,18 @@ class KeyCheck:
 
 
 def fidelity_line(report: dict[str, Any]) -> list[str]:
-    """What a run's report says of the bits that its cache stores, scales included, and of their error."""
+    """What a run's report says of the bits that its cache stores, scales included, and of their error: measured where
+    the run itself has read a prompt, and so not of a saved cache, of which that was said when it was saved."""
     bits, errors = report.get("bits_per_element"), report.get("score_error")
     if not bits:
         return []
     line = f"quantised: {bits['keys']:.3g} bits an element of keys, {bits['values']:.3g} of values, scales included"
     if not errors:
         return [line]
+    if "quantised" not in report["cache_bytes"]:
+        return [f"{line}; there is no room for so many tokens that any would be stored so"]
     if not errors["layers"]:
-        return [f"{line}; too few tokens to measure their error, or to store any"]
+        return [f"{line}; too few tokens have been read, or are still exact, to measure their error"]
     worst = max(range(len(errors["layers"])), key=errors["layers"].__getitem__)
     return [
         f"{line}; the last keys' scores are off by {errors['layers'][worst]:.2g} at most (layer {worst}; more than "

@@ -115,11 +115,11 @@ class ParallelLayer:
         if kept_out is not None:
             n_kv_head = len(kept_out.pairs)
             tiles[0] = kept_out.taken_out(tiles[0].to(dtype).unflatten(0, (-1, n_kv_head)), every).flatten(0, 1)
-        rounded = [f.dequantize(f.quantize(x)).to(k.dtype) for f, x in zip(self.formats, tiles, strict=True)]
-        if kept_out is not None:
+        rounded = [f.dequantize(f.quantize(x)) for f, x in zip(self.formats, tiles, strict=True)]
+        if kept_out is not None:  # in float32, as a cache gives it back
             dense = kept_out.dense(every, k.shape[-1])
             rounded[0] = (rounded[0].unflatten(0, (-1, n_kv_head)) + dense).flatten(0, 1)
-        return [x.flatten(1, 2) for x in rounded]
+        return [x.flatten(1, 2).to(k.dtype) for x in rounded]
 
     def _n_left(self, n_token: int) -> int:
         """How many of n_token tokens are in whole tiles that have left the window."""

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 # its text suffers: KL 0.05, perplexity 6% worse.
 BOUND = 1.0
 
-MOST_ROWS = (
-    8  # sequences of a batch that are measured, its first ones: each chunk of one costs a copy of its last query
-)
+# Sequences of a batch that are measured, its first ones: each chunk of one costs a copy of its last query.
+MOST_ROWS = 8
 LEAST = 16  # tokens to measure by: of so few the range, and with it the error, is two thirds of a whole tile's
 
 

@@ -6,6 +6,7 @@ would swing by 40 with the position, and no such model is the same one without t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from evaluation import scoring
-from model import Config, Transformer
-from selective_kv import FullCache, SelectiveCache
+from model import Config, Rope, Transformer
+from selective_kv import Chunk, FullCache, SelectiveCache, Shape
+from selective_kv.formats import TILE
 
 CONFIG = Config(320, 256, 3, 4, 2, 256, 4096, head_dim=128, rope_theta=1e6, qkv_bias=True)
 NORMS = 302, 11, 460  # of a head: of all four 605, 22 and 921 (ggml-org/llama.cpp issue 21385)
@@ -65,6 +67,29 @@ def divergence(norms: tuple[float, ...], fast: bool, bits: int) -> float:
 def test_a_key_bias_costs_no_quality(bits: int, fast: bool) -> None:
     """With a scale per token the KL went from 5.5e-4 to 0.55 (int8) and from 0.05 to 2.5 (4 bits), without a word."""
     assert 0 < divergence(NORMS, fast, bits) < 2 * divergence((0, 0, 0), fast, bits)
+
+
+def test_a_bias_is_given_back_as_the_cache_does() -> None:
+    """To float64's last bits, where scores show it in full."""
+    torch.manual_seed(0)
+    n, dim, policy = 3 + TILE + 9, 16, SelectiveCache(3, 5, 4, 4)
+    q, k, v = (torch.randn(1, 2, n, dim, dtype=torch.float64) for _ in range(3))
+    bias = 30 * torch.randn(2, dim)
+    rope = Rope(1e4 ** -torch.linspace(0, 1, dim // 2, dtype=torch.float64), torch.arange(n)[None])
+    k = rope.rotate(k + bias[:, None])
+    cache = dataclasses.replace(policy)
+    cache.allocate(Shape(1, 2, dim, n, torch.float64, torch.device("cpu")))
+    cache.expect_bias(bias, rope.frequencies)
+    cache.use_reference()
+    assert cache.regions.key_bias is not None
+    tokens = [slice(i, i + 1) for i in range(n)]
+    sequential = torch.cat(
+        [cache.attend(q[:, :, i], k[:, :, i], v[:, :, i], Chunk(torch.tensor([[i.start]])), rope) for i in tokens], 2
+    )
+    seen = policy.sees()
+    assert seen is not None
+    parallel = scoring.ParallelLayer(seen, bias).attend(q, k, v, None, rope)
+    assert torch.allclose(parallel, sequential, rtol=0, atol=1e-9)
 
 
 def test_the_parallel_form_keeps_the_bias_out_as_the_cache_does() -> None:
