@@ -5,7 +5,7 @@
 Words, each with one meaning here:
     slot         the place of one token's key and value in full precision: sinks, then a ring
     tile         128 tokens that left the window together, as integers; part: its tokens in one field of its bytes
-    plane, row   the packed integers of some bits of a tile; a row of it is head_dim bytes
+    plane, row   the packed integers of a tile, three planes of 3 bits; a row has head_dim bytes, or half as many
     scale, base  of a channel of keys over a tile or of one value: value = base + scale * integer; factor: a key's norm
     rotate       multiply by a Hadamard matrix; turn: rotate by position, as RoPE does
     block        the tokens that a program adds to its softmax at once; slice: a warp's part of them
