@@ -6,8 +6,8 @@ KV head among `n_split` programs, each of whose warps keeps an online softmax an
 does not depend on them, so one CUDA graph serves every length; a program without tokens only prefetches into L2 the
 weight that is read after attention (`then`), and `combine_kernel` reads only the partial results that were written.
 
-Full-precision slots and then tiles are one range of work, measured in bytes and cut evenly: the program at the border
-takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing has left the
+Full-precision slots and then tiles are one range of work, measured in bytes, roughly, and cut evenly: the program at
+the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing has left the
 window, the result is the full cache's, bit for bit.
 
 Of n tokens the first n_left after the sinks are in whole tiles. The others are slots: sinks first, then the ring from

@@ -102,9 +102,9 @@ def test_without_tiles_the_shares_are_the_full_caches(cost: tuple[int, int], dev
                 assert shares(n_token, sink, window, n_split, cost, True, device) == full
 
 
-def test_costs_are_bytes() -> None:
+def test_costs_are_bytes_to_a_power_of_four() -> None:
     p = Plan(4, 2, 32, 64, 3, 3, 2)
     assert cuts(p, 2, 16) == {"FLOAT_BLOCK": 64, "INT_BLOCK": 128, "FLOAT_COST": 1, "INT_COST": 1}
-    assert cuts(p, 2, 12) == {"FLOAT_BLOCK": 64, "INT_BLOCK": 128, "FLOAT_COST": 4, "INT_COST": 3}
+    assert cuts(p, 2, 12) == {"FLOAT_BLOCK": 64, "INT_BLOCK": 128, "FLOAT_COST": 1, "INT_COST": 1}
     assert cuts(p, 4, 8) == {"FLOAT_BLOCK": 64, "INT_BLOCK": 128, "FLOAT_COST": 4, "INT_COST": 1}
     assert cuts(p, 2, 0)["FLOAT_COST"] == cuts(p, 2, 0)["INT_COST"] == 1
