@@ -7,12 +7,12 @@ does not depend on them, so one CUDA graph serves every length; a program withou
 weight that is read after attention (`then`), and `combine_kernel` reads only the partial results that were written.
 
 Full-precision slots and then tiles are one range of work, measured in bytes, roughly, and cut evenly: the program at
-the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing has left the
-window, the result is the full cache's, bit for bit.
+the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing
+has left the window, the result is the full cache's, bit for bit.
 
 Of n tokens the first n_left after the sinks are in whole tiles. The others are slots: sinks first, then the ring from
-its oldest token on, which `at_slot` finds. `online_softmax.py` and `tile_softmax.py` tell what happens to a
-block, `tile_share.py` to a program's tiles.
+its oldest token on, which `at_slot` finds. `online_softmax.py` and `tile_softmax.py` tell what happens to a block,
+`tile_share.py` to a program's tiles.
 """
 
 from __future__ import annotations
