@@ -77,6 +77,14 @@ def test_every_cache_and_the_peer_are_timed_at_every_context(
     assert "us per 1,000 tokens" in capsys.readouterr().out
 
 
+def test_a_peer_that_is_not_installed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With neither quantised one there it was a traceback: a plan had nobody to belong to."""
+    original = peers.caches
+    monkeypatch.setattr(peers, "caches", lambda theirs: dict([*original(theirs).items()][:1]))
+    (record,) = run(tmp_path, "--context", "60", "--peer", "transformers", "--caches", "full")
+    assert [row["cache"] for row in record["rows"]] == ["full", "transformers dynamic"]
+
+
 def test_steps_are_timed_one_by_one_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = "quantize_kv:sink_size=4,window_size=8"
     (record,) = run(tmp_path, "--context", "300", "--batch", "3", "--caches", "full", cache, "--each_step", "5")
