@@ -64,8 +64,10 @@ def plan(
         p = Plan(heads, 1, 32, TILE, 4, 3, 4)  # a block is a tile: what a query becomes for one is made once
     elif four and max(k_bits, v_bits) == 8:
         p = Plan(heads, 1, 32, 64, 4, 4, 4) if few else Plan(heads, 4, 16, 32, 3, 3, 6, splits=1 if even else 0)
+    elif four and n_part == 2 and heads <= 4 and head_dim <= 128 and 4 * batch_heads <= n_processor:
+        p = Plan(heads, 1, 32, 64, 4, 3, 4)  # no barriers between warps, but a query's terms are made by each
     elif four and few:
-        p = Plan(heads, 1, 32, 64, 4, 3, 4) if alone and n_part == 2 else Plan(heads, 2, 32, 64, 4, 4, 2)
+        p = Plan(heads, 2, 32, 64, 4, 4, 2)
     elif four:
         p = Plan(heads, 2, 16, 64, 3, 3, 6, splits=1 if even else 0)
     elif few:
