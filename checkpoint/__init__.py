@@ -186,8 +186,8 @@ def _weights_file(path: Path) -> Path:
     if (path / "adapter_config.json").exists():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
-            f"{path}: a LoRA adapter of {base or 'another model'} and no model of its own: merge the two first "
-            "(merge_and_unload of the package peft, then save_pretrained)"
+            f"{path}: a LoRA adapter of {base or 'another model'} and no model of its own: merge the two first, with "
+            "scripts/merge_lora.py"
         )
     raise UserError(f"{path}: no weights in this folder (looked for {', '.join(WEIGHTS)}, *.gguf)")
 

@@ -44,7 +44,8 @@ def wanted(repo_id: str, files: Sequence[str]) -> list[str]:
         some = ", ".join(gguf[:3]) + (", ..." if len(gguf) > 3 else "")
         raise UserError(f"{repo_id}: {len(gguf)} GGUF files ({some}): fetch the one you want, and give its path")
     if "adapter_config.json" in files:
-        raise UserError(f"{repo_id}: a LoRA adapter and no model of its own: merge it into its base model first")
+        what = "a LoRA adapter and no model of its own"
+        raise UserError(f"{repo_id}: {what}: scripts/merge_lora.py merges its folder into a base model's")
     others = {Path(name).suffix for name in files} & {".h5", ".msgpack", ".onnx", ".pth", ".pt", ".ckpt", ".npz"}
     held = f" (it has {', '.join(sorted(others))})" if others else ""
     raise UserError(f"{repo_id}: no weights that are read here: safetensors, pytorch_model.bin or GGUF{held}")
