@@ -53,9 +53,7 @@ def plan(
     four, n_part = 0 < k_bits + v_bits < 16, parts(k_bits, v_bits)
     heads = min(max(4, triton.next_power_of_2(group)), 16 if head_dim <= 128 else 8)
     few = 2 * batch_heads <= 3 * n_processor
-    alone = (
-        head_dim <= 128 and heads * head_dim <= 1024
-    )  # a warp's registers suffice for what a query becomes for a tile
+    alone = head_dim <= 128 and heads * head_dim <= 1024  # a warp has registers for what a query becomes for a tile
     # With one program a KV head, 1.75 to 2 an SM: an even load without split-KV.
     even = 7 * n_processor < 4 * batch_heads <= 8 * n_processor
     if 3 in (k_bits, v_bits) and not few:
