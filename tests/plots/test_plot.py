@@ -123,12 +123,17 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: py
 
 
 def test_the_results_of_this_project_are_drawn_without_holes() -> None:
-    """Every setting of the sweep is a point of the frontier, and every cache of the scores a full row."""
+    """Every setting of the real model's is a point of every text's frontier, every cache of the bundled one's a row."""
     root = Path(__file__).parents[2] / "results"
-    figure = pictures.draw_frontier(sweep := read(sorted((root / "frontier").glob("*.json"))))
+    (record,) = read([root / "smollm2" / "perplexity.json"])
+    figure = pictures.draw_frontier([record])
     assert figure is not None
-    families = {line.get_label(): len(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() != "None"}
-    assert sum(families.values()) == len(sweep) - 1  # the full cache is a line
+    texts, settings = ({row[what] for row in record.rows} for what in ("text", "cache"))
+    panels = [axis for axis in figure.axes if axis.get_title()]
+    assert len(panels) == len(texts) == 4
+    for axis in panels:
+        shown = {line.get_label(): len(line.get_xdata()) for line in axis.lines if line.get_marker() != "None"}
+        assert sum(shown.values()) == len(settings) - 1  # the full cache is a line
     (table,) = pictures.draw_tables(read([*sorted(root.glob("p*.json")), *sorted(root.glob("rouge*.json"))])).values()
     assert len({tuple(row) for row in cells(table).values()}) == 1 and all(
         all(r.values()) for r in cells(table).values()

@@ -64,7 +64,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "llama.cpp",
         [theirs | {"cache": "f16", "bits": 16}, theirs | {"cache": "q8_0", "bits": 8.5}],
     )
-    put("smollm2/divergence-window.json", "divergence", [r | {"bits_per_quantised_element": 8.375} for r in scores])
+    put("smollm2/divergence-window-4k.json", "divergence", [r | {"bits_per_quantised_element": 8.375} for r in scores])
     for half, caches in ((1, SETTINGS[:2]), (2, [SETTINGS[0], SETTINGS[2]])):
         cell = {"kept": 0.75, "kept_rise": -0.01, "kept_rise_error": 0.005}
         put(
