@@ -35,6 +35,7 @@ SHORT = {  # what makes a command short
     "passkey": "--lengths 200 --depths 0.5",
     "ruler": "--lengths 700 --tasks niah_single",
     "benchmark.py": "--context 60 --rounds 1 --device cpu",
+    "--prefill": "--caches full quantize_kv",
     "--largest_batch": "--memory_budget 90MiB --context 1000 --caches full quantize_kv",
     "plot.py": "",
     "train_demo.py": "--vocab_size 400 --dim 32 --n_layer 1 --n_head 2 --n_kv_head 1 --ffn_dim 48 --context 256 "
