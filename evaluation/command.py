@@ -57,6 +57,7 @@ def score_texts(subject: Subject, save: Save) -> list[dict[str, Any]]:
     longest = max(len(window) for text in texts for window in text.windows)
     path = subject.args.load_cache
     after = None if path is None else After(path, subject, longest)
+    n_held = longest if after is None else after.n_token + longest
 
     def states_of(model: Transformer, policy: KVCache, tokens: Tensor) -> Tensor:
         """[text, token, dim]"""
@@ -102,7 +103,8 @@ def score_texts(subject: Subject, save: Save) -> list[dict[str, Any]]:
                 bar.update(len(group))
             n_bytes += sum(subject.text_bytes(window[1:]) for window in group)
             rows = done + [
-                row_of(text, subject, policy, results, scored[0], n_bytes) | {"weights": weights}
+                row_of(text, subject, policy, results, scored[0], n_bytes)
+                | {"weights": weights, **subject.memory(policy, n_held)}
                 for (_, weights, policy), results in zip(runs, scored, strict=True)
             ]
             save(rows)
@@ -132,7 +134,7 @@ def row_of(
         "kl": kl.mean().item(),
         "kl_error": mean_and_error([r.kl.mean().item() for r in results if r.kl is not None])[1],
         "kl_p99": float(np.quantile(kl.numpy(), 0.99)), "same_top": same, "same_top_error": same_error,
-        "by_position": by_position(results), **subject.memory(policy, subject.args.context),
+        "by_position": by_position(results),
     }  # fmt: skip
 
 
