@@ -28,6 +28,7 @@ from selective_kv import KVCache, Shape
 from selective_kv.cache import Visible, wide
 from selective_kv.formats import TILE
 from selective_kv.key_bias import key_bias
+from selective_kv.sink_window import rotate
 
 QUERIES = 512  # a block's queries: its scores are [n_head, QUERIES, keys] in float32
 POSITIONS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # borders of what a record tells apart
@@ -136,20 +137,13 @@ class ParallelLayer:
         rows = wide(q).reshape(n_kv_head, -1, dim) * dim**-0.5  # [n_kv_head, group * query, dim]
         turned = rows
         if self.turns:
-            turned = self._turned(q, pos, frequencies).reshape(rows.shape) * dim**-0.5
+            dropped = (pos + 1 - self.sink - self.window).clamp_min(0)  # before each query
+            turned = rotate(wide(q), -dropped[:, None], frequencies).reshape(rows.shape) * dim**-0.5
         s = torch.cat((turned @ k[:, :sink].transpose(-1, -2), rows @ k[:, first:].transpose(-1, -2)), -1)
         key = torch.cat((torch.arange(sink, device=q.device), torch.arange(first, hi, device=q.device)))
         gone = (key >= sink) & (key <= pos[:, None] - self.window)
         s.view(n_kv_head, -1, n_query, s.shape[-1]).masked_fill_((key > pos[:, None]) | gone, float("-inf"))
         return (s.softmax(-1) @ torch.cat((v[:, :sink], v[:, first:]), 1)).view(q.shape)
-
-    def _turned(self, q: Tensor, pos: Tensor, frequencies: Tensor) -> Tensor:
-        """Queries at their positions within the cache: turned back by what has been dropped before each."""
-        dropped = (pos + 1 - self.sink - self.window).clamp_min(0)
-        angle = -dropped[:, None] * frequencies  # [query, head_dim / 2]
-        a, b = wide(q).chunk(2, -1)
-        cos, sin = angle.cos().to(a.dtype), angle.sin().to(a.dtype)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
