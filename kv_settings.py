@@ -34,7 +34,8 @@ def make_settings(name: str, knobs: Mapping[str, Any]) -> CacheSettings:
         try:
             values[knob] = _convert(value, kind)
         except ValueError:
-            raise UserError(f"--{knob} takes a value of type {kind.__name__}, not {value!r}") from None
+            wanted = "true or false" if kind is bool else f"a value of type {kind.__name__}"
+            raise UserError(f"--{knob} takes {wanted}, not {value!r}") from None
     try:
         return known[name](**values)
     except ValueError as error:

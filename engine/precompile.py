@@ -22,6 +22,7 @@ from checkpoint.quantised import skeleton
 from common.messages import say
 from engine import FusedChunk, FusedStep, Sampling, chunk_size, gpu_start
 from engine.fused import use_kernels
+from engine.packing import Part
 from engine.parallel import Parallel
 from engine.sums import PeerSums
 from kv_cache import ModelCache
@@ -34,7 +35,6 @@ from selective_kv.kernels.launch import compiling
 
 META = torch.device("meta")
 MOST_WORKERS = 16
-Part = tuple[int, int, int]  # of a prompt: its sequence, its first position, how many tokens
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def compiled_ahead(
         return
     failed: list[Exception] = []
     parts = prompt_parts(lengths or [shape.capacity], chunk_size(policy, config.context, chunk), kept)
-    longest = max((n_token for _, _, n_token in parts), default=1)
+    longest = max((part.n_token for part in parts), default=1)
 
     def work() -> None:
         try:
@@ -85,9 +85,8 @@ def compiled_ahead(
         for thread in threads:
             thread.join()
     except KeyboardInterrupt:
-        if any(
-            thread.is_alive() for thread in threads
-        ):  # a compiler cannot be stopped, and the interpreter's own exit would wait for it
+        # a compiler cannot be stopped, and the interpreter's own exit would wait for it
+        if any(thread.is_alive() for thread in threads):
             os._exit(130)
         raise
     if failed:
@@ -110,9 +109,9 @@ def prompt_parts(lengths: Sequence[int], chunk: int, kept: Sequence[int] = ()) -
     longest: dict[tuple[int, int, bool], Part] = {}
     for b, length in enumerate(lengths):
         for start in range(kept[b] if b < len(kept) else 0, length, chunk):
-            part = b, start, min(chunk, length - start)
-            kind = b % 4, start, part[2] == 1
-            longest[kind] = max(longest.get(kind, part), part, key=lambda p: p[2])
+            part = Part(b, start, min(chunk, length - start))
+            kind = b % 4, start, part.n_token == 1
+            longest[kind] = max(longest.get(kind, part), part, key=lambda p: p.n_token)
     return list(longest.values())
 
 

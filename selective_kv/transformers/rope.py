@@ -46,9 +46,8 @@ def turned_bias(module: Any, config: Any) -> tuple[Tensor, Tensor] | None:
     attention would be as right.
     """
     bias = getattr(getattr(module, "k_proj", None), "bias", None)
-    if (
-        not isinstance(bias, Tensor) or bias.is_meta or hasattr(module, "k_norm")
-    ):  # after a norm no two keys have the same in them
+    # after a norm no two keys have the same in them
+    if not isinstance(bias, Tensor) or bias.is_meta or hasattr(module, "k_norm"):
         return None
     try:
         frequencies = rope_frequencies(config)
