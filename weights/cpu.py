@@ -1,8 +1,9 @@
 """Products of a CPU: PyTorch's own kernels for weights in 8 and 4 bits, which read them as they are.
 
 They are fast for bfloat16 activations only, so an activation is rounded to bfloat16 on its way in and a result on its
-way out, whatever the model's dtype: an error of 2**-9 beside the weights' own, 2**-7 of 8 bits and 2**-4 of 4.
-Where PyTorch has no such kernel for the processor a weight is made dense at every product, which is slow.
+way out, whatever the model's dtype: an error of 2**-9 beside the weights' own, 2**-7 of 8 bits and 2**-4 of 4. Of 8
+bits, products of more than MOST_TOKENS tokens are made otherwise and do not round: a prompt's differ so much from a
+step's. Where PyTorch has no such kernel for the processor a weight is made dense at every product, which is slow.
 """
 
 from __future__ import annotations
