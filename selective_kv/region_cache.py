@@ -127,7 +127,7 @@ class RegionCache(KVCache):
         k = r.k[row, :, [r.slot(p) for p in range(first, first + n)]]
         kept_out = key_bias(*self._bias, first, 1) if self._bias is not None else None
         bias = None if kept_out is None else kept_out.dense(slice(0, 1), k.shape[2])[:, 0].to(k.device)
-        form = formats[0] if k_bits is None else key_format(k_bits, formats[0].rotated or formats[0].bits == 8)
+        form = formats[0] if k_bits is None else key_format(k_bits, formats[0].rotated)
         return score_error(q, k, form, bias)
 
     def forgets(self, n_token: int) -> bool:

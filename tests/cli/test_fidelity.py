@@ -77,14 +77,15 @@ class NoRope:
     frequencies = torch.ones(8, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("bits", [8, 2])
-def test_the_error_is_that_of_the_tile_that_is_stored_next(bits: int, reference: bool) -> None:
+def test_the_error_is_that_of_the_tile_that_is_stored_next(bits: int, reference: bool, rotate: bool) -> None:
     """By the definition: scores over the tile as it will be, less those over its keys."""
     torch.manual_seed(0)
     n, sink, window = 3 + 2 * TILE + 60, 3, 80  # one tile is stored, and 128 of the tokens after it are there
     q, k, v = (torch.randn(1, h, n, 16) for h in (4, 2, 2))
-    cache = SelectiveCache(sink, window, bits, bits)
+    cache = SelectiveCache(sink, window, bits, bits, rotate)
     cache.allocate(Shape(1, 2, 16, n + TILE, torch.float32, torch.device("cpu")))
     if reference:
         cache.use_reference()
