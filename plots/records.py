@@ -109,12 +109,12 @@ def _objects(path: Path) -> list[Any]:
             try:
                 found.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {n}: {error}") from None
+                raise UserError(f"{path}, line {n}: not JSON ({error})") from None
         return found
     except UserError:
         raise
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: not JSON ({error})") from None
 
 
 def _record(path: Path, value: Any) -> Record | None:
