@@ -23,6 +23,7 @@ IMPORTING = {  # arguments that make a program import what takes long; the other
     "scripts/convert_hf_checkpoint.py": ["--checkpoint_dir", "."],
     "scripts/download.py": ["--repo_id", "no/such"],
     "scripts/evaluate.py": ["passkey"],
+    "scripts/merge_lora.py": ["--checkpoint_dir", ".", "--adapter", ".", "--out", "new"],
     "scripts/plot.py": [],
     "scripts/sweep.py": ["--name", "none"],
 }
@@ -81,6 +82,7 @@ def test_a_ctrl_c_while_a_program_is_being_imported_is_quiet(script: Path, tmp_p
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_block_is_not_divided_by_a_ctrl_c() -> None:
