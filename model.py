@@ -1,12 +1,12 @@
 """Llama in one file: config, RMSNorm, RoPE, attention, feed-forward, transformer.
 
-One model covers Llama 2, 3, 3.1 and 3.2, Mistral 7B, Qwen 2.5 and Qwen 3 (dense); what tells them
-apart is data (`Config`), not code. Attention computes q, k and v and hands them to a cache object;
-it gets the attention output back and never learns what the cache keeps, how, or for how long.
+One model covers Llama 2, 3, 3.1 and 3.2, Mistral 7B, Qwen 2.5 and Qwen 3 (dense); what tells them apart is data
+(`Config`), not code. Attention computes q, k and v and hands them to a cache object; it gets the attention output back
+and never learns what the cache keeps, how, or for how long.
 
-Layout rules: activations are [batch, token, ...] outside attention and [batch, head, token,
-head_dim] inside it, as `scaled_dot_product_attention` wants. RoPE pairs dimension i with
-i + head_dim/2 (the layout of Hugging Face checkpoints; `checkpoint` permutes others on loading).
+Layout rules: activations are [batch, token, ...] outside attention and [batch, head, token, head_dim] inside it, as
+`scaled_dot_product_attention` wants. RoPE pairs dimension i with i + head_dim/2 (the layout of Hugging Face
+checkpoints; `checkpoint` permutes others on loading).
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from torch import Tensor, nn
 class RopeScaling:
     """How RoPE frequencies are stretched past the context that a model was pre-trained with.
 
-    kind "linear" divides every frequency by `factor`. kind "llama3" divides only the slow ones
-    (Llama 3.1, `apply_scaling` in meta-llama/llama-models): wavelengths longer than
-    original_context / low_freq_factor, with a smooth step up to original_context / high_freq_factor.
+    kind "linear" divides every frequency by `factor`. kind "llama3" divides only the slow ones (Llama 3.1,
+    `apply_scaling` in meta-llama/llama-models): wavelengths longer than original_context / low_freq_factor, with a
+    smooth step up to original_context / high_freq_factor.
     kind "yarn" (Peng et al. 2023, arXiv:2309.00071) also divides the slow ones, those that turn less than
     `low_freq_factor` times over the original context (the paper's beta_slow), and keeps those of more than
     `high_freq_factor` turns (beta_fast); between the two the step is linear in the pair's number, whole numbers
     where `whole_pairs`. Queries and keys are `magnitude` times as long, which sharpens attention.
-    kind "factors" divides each frequency by its own of `factors` (a GGUF file's rope_freqs).
-    """
+    kind "factors" divides each frequency by its own of `factors` (a GGUF file's rope_freqs)."""
 
     kind: str
     factor: float
@@ -78,8 +77,7 @@ class Config:
 
     reach: how many tokens back its attention looks, the query's own among them (Mistral 7B 0.1); 0: to the first. Then
     `context` is no more than that, for up to there every cache is right, and `far_context` is what it was trained to
-    handle where the cache keeps to the reach.
-    """
+    handle where the cache keeps to the reach."""
 
     vocab_size: int
     dim: int
@@ -200,8 +198,7 @@ class Ranks(Protocol):
 
 def both_ways(frequencies: Tensor) -> Tensor:
     """[head_dim]: the negated frequencies, then the frequencies, so that the sine of an angle in the first half of a
-    head already has the minus sign of a rotation.
-    """
+    head already has the minus sign of a rotation."""
     return torch.cat((-frequencies, frequencies))
 
 
@@ -211,8 +208,7 @@ class Rope:
     Angles are made in float64 from the positions themselves, so there is no table to outgrow and no
     rounding to notice at a position of a million. (MPS has no float64; float32 serves there.)
     frequencies: [head_dim / 2]; positions: [batch, token]; signed: `both_ways(frequencies)`, where it is at hand;
-    magnitude: what rotating multiplies lengths by (YaRN's).
-    """
+    magnitude: what rotating multiplies lengths by (YaRN's)."""
 
     def __init__(
         self, frequencies: Tensor, positions: Tensor, signed: Tensor | None = None, magnitude: float = 1.0

@@ -38,17 +38,18 @@ def test_two_ranks_sum(dtype: torch.dtype, n: int, device: str, monkeypatch: pyt
         residual = torch.randn(1, n).to(dtype).to(device)
         x = [torch.randn(1, n).to(dtype).to(device) for _ in "ab"]
         sent = messages(x[1], count)
+        parts[0][:, 1, :n_word] = messages(x[1] + 1, count)  # who looks into the wrong half is wrong, and ends
         parts[0][count & 1, 1, :n_word] = sent
         first = kernel.peer_sum(x[0], residual, peers, counts[0], 0)
+        want = (residual.double() + x[0].double() + x[1].double()).cpu()
+        most = torch.finfo(dtype).eps * (want.abs().amax() + 1)
+        assert (first.double().cpu() - want).abs().max() <= most
         assert torch.equal(parts[1][count & 1, 0, :n_word], messages(x[0], count))
         assert not parts[1][count & 1, 0, n_word:].any()
         parts[0][count & 1, 1, :n_word] = 0  # rank 1 sends it itself
         second = kernel.peer_sum(x[1], residual, peers, counts[1], 1)
         assert torch.equal(parts[0][count & 1, 1, :n_word], sent)
-        want = (residual.double() + x[0].double() + x[1].double()).cpu()
         assert torch.equal(first, second)
-        most = torch.finfo(dtype).eps * (want.abs().amax() + 1)
-        assert (first.double().cpu() - want).abs().max() <= most
         used = -(-n_word // kernel.WORDS)
         assert [c.tolist() for c in counts] == [[count] * used + [0] * (4 - used)] * 2
 
@@ -72,9 +73,11 @@ def test_two_ranks_choose(device: str) -> None:
         logits[1, 60 if count == 1 else 7] = float("nan")
         halves = logits.to(device).split([51, 50], 1)
         sent = messages(kernel.parts(halves[1], 51).amax(1), count)  # what rank 1 would have sent by now
+        keys[:, 1, : 2 * n_row] = messages(kernel.parts(halves[1], 0).amax(1), count)  # of the other half: wrong
         keys[count & 1, 1, : 2 * n_row] = sent
         first = kernel.peer_choice(halves[0], 0, peers, counts[0], 0)
+        assert first.tolist() == [7, -1, *logits[2:].argmax(1).tolist()]
         keys[count & 1, 1, : 2 * n_row] = 0  # it sends it itself
         second = kernel.peer_choice(halves[1], 51, peers, counts[1], 1)
-        assert first.tolist() == second.tolist() == [7, -1, *logits[2:].argmax(1).tolist()]
+        assert torch.equal(first, second)
         assert torch.equal(keys[count & 1, 1, : 2 * n_row], sent)
