@@ -1,17 +1,19 @@
 """Decode attention alone: our kernels beside PyTorch's, at given batch sizes and contexts.
 
     python scripts/bench_kernels.py --shapes 1x8192 8x32768
+    python scripts/bench_kernels.py --n_head 8 24 56 --head_dim 64 128 --shapes 12x30000 --formats K4V4 --no_sdpa
 
-One layer of Llama-3.1-8B by default. Every version is first compared with attention in float64 over the
-same (dequantised) values, on fresh random data and poisoned outputs; no speed is printed if that fails.
-Then each is captured in a CUDA graph that walks over copies of the cache larger than the L2, and
-the graphs are replayed in turn, so that a change of clocks hits all of them alike. GB/s counts the payload and scales
-that must be read; the share is of the read rate measured in the same run (`clock.read_ceiling`).
+One layer of Llama-3.1-8B by default; of several numbers of heads or dims, every combination. Every version is first
+compared with attention in float64 over the same (dequantised) values, on fresh random data and poisoned outputs; no
+speed is printed if that fails. Then each is captured in a CUDA graph that walks over copies of the cache larger than
+the L2, and the graphs are replayed in turn, so that a change of clocks hits all of them alike. GB/s counts the payload
+and scales that must be read; the share is of the read rate measured in the same run (`clock.read_ceiling`).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -25,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmark.clock import read_ceiling
-from cli.options import Parser
+from cli.options import Parser, positive
 from common.errors import UserError
 from common.files import require_writable, to_json, write_whole
 from common.program import program
@@ -64,8 +66,10 @@ class Version:
 
 FORMATS = {
     name: (key_format(k_bits), value_format(v_bits))
-    for name, k_bits, v_bits in (("int8", 8, 8), ("K8V4", 8, 4), ("K4V4", 4, 4), ("K3V3", 3, 3))
-}
+    for name, k_bits, v_bits in (
+        ("int8", 8, 8), ("K8V4", 8, 4), ("K4V4", 4, 4), ("K4V2", 4, 2), ("K3V3", 3, 3), ("K3V2", 3, 2)
+    )
+}  # fmt: skip
 
 
 def random_regions(
@@ -138,15 +142,18 @@ def sdpa_version(name: str, backend: SDPBackend, packed: bool, caches: list[Regi
     return Version(name, launch, len(caches), n_bytes(caches[0], n_token), lambda: reference(q, caches[0], n_token), [])
 
 
-def versions(batch: int, n_token: int, heads: Heads, slots: int, with_sdpa: bool = True) -> list[Version]:
+def versions(
+    batch: int, n_token: int, heads: Heads, slots: int, with_sdpa: bool = True, formats: Iterable[str] = FORMATS
+) -> list[Version]:
     q = torch.randn(batch, heads.n_head, heads.head_dim, device="cuda", dtype=torch.bfloat16)
     positions = torch.full((batch,), n_token - 1, device="cuda")
     found = []
     full: list[Regions] = []
-    for name, formats in (("bf16", None), *FORMATS.items()):
-        caches = [random_regions(batch, n_token, heads, slots, formats)]
+    for name in ("bf16", *formats):
+        stored = FORMATS.get(name)
+        caches = [random_regions(batch, n_token, heads, slots, stored)]
         while len(caches) < COPIES or sum(n_bytes(r, n_token) for r in caches) < L2_BYTES:
-            caches.append(random_regions(batch, n_token, heads, slots, formats))
+            caches.append(random_regions(batch, n_token, heads, slots, stored))
         found.append(our_version(f"ours {name}", caches, q, positions))
         full = full or caches
     if with_sdpa:
@@ -202,24 +209,35 @@ def parse_shape(text: str) -> tuple[int, int]:
     return batch, n_token
 
 
+def combinations(n_head: Iterable[int], n_kv_head: Iterable[int], head_dim: Iterable[int]) -> list[Heads]:
+    """Every one of them. Raises UserError where query heads do not divide among the KV heads."""
+    found = [Heads(*each) for each in itertools.product(n_head, n_kv_head, head_dim)]
+    for heads in found:
+        if heads.n_head % heads.n_kv_head:
+            raise UserError(f"{heads.n_head} query heads do not divide among {heads.n_kv_head} KV heads")
+    return found
+
+
 def run(
-    heads: Heads, shapes: Iterable[tuple[int, int]], slots: int = 128, rounds: int = 30, with_sdpa: bool = True
-) -> dict[str, Any]:
-    """Check, time and print every version at every (batch, context). Raises UserError."""
+    all_heads: Iterable[Heads], shapes: Iterable[tuple[int, int]], slots: int = 128, rounds: int = 30,
+    with_sdpa: bool = True, formats: Iterable[str] = FORMATS,
+) -> dict[str, Any]:  # fmt: skip
+    """Check, time and print every version at every (batch, context) of every shape of heads. Raises UserError."""
     if not torch.cuda.is_available():
         raise UserError("this benchmark times CUDA kernels, and there is no CUDA device")
     ceiling = read_ceiling(torch.device("cuda"))
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}; read ceiling {ceiling / 1e12:.2f} TB/s")
-    print(f"{'batch':>5} {'context':>8}  {'version':<20} {'µs':>8} {'GB/s':>6} {'share':>6} {'error':>8}")
+    print(f"{'heads':>12} {'batch':>5} {'context':>8}  {'version':<20} {'µs':>8} {'GB/s':>6} {'share':>6} {'error':>8}")
     rows = []
-    for batch, n_token in shapes:
-        group = versions(batch, n_token, heads, slots, with_sdpa)
+    for heads, (batch, n_token) in itertools.product(all_heads, shapes):
+        group = versions(batch, n_token, heads, slots, with_sdpa, formats)
+        begin = f"{heads.n_head}/{heads.n_kv_head} x {heads.head_dim}".rjust(12) + f" {batch:5} {n_token:8} "
         for version in list(group):
             try:
                 right = check(version)
             except RuntimeError as error:  # a back end that does not take this shape
-                print(f"{batch:5} {n_token:8}  {version.name:<20} not run: {str(error).splitlines()[0]}")
+                print(f"{begin} {version.name:<20} not run: {str(error).splitlines()[0]}")
                 group.remove(version)
                 continue
             if not right:
@@ -231,26 +249,25 @@ def run(
             times = sorted(version.times)
             median, rate = statistics.median(times), version.read_bytes / statistics.median(times) * 1e6
             rows.append({
-                "batch": batch, "context": n_token, "version": version.name, "us": round(median, 2),
+                **vars(heads), "batch": batch, "context": n_token, "version": version.name, "us": round(median, 2),
                 "us_p10_p90": [round(times[int(len(times) * f)], 2) for f in (0.1, 0.9)],
                 "gb_per_s": round(rate / 1e9), "share_of_ceiling": round(rate / ceiling, 3),
                 "error": version.error,
             })  # fmt: skip
             print(
-                f"{batch:5} {n_token:8}  {version.name:<20} {median:8.1f} {rate / 1e9:6.0f} "
-                f"{rate / ceiling:6.1%} {version.error:8.1e}"
+                f"{begin} {version.name:<20} {median:8.1f} {rate / 1e9:6.0f} {rate / ceiling:6.1%} {version.error:8.1e}"
             )
         ours = {v.name: statistics.median(v.times) for v in group}
         best = min(t for name, t in ours.items() if name == "ours bf16" or name.startswith("SDPA"))
         faster = ", ".join(f"{n} {best / ours[f'ours {n}']:.2f}x" for n in FORMATS if f"ours {n}" in ours)
-        print(f"{batch:5} {n_token:8}  against the best bf16: {faster}", end="")
+        print(f"{begin} against the best bf16: {faster}", end="")
         peers = [t for name, t in ours.items() if name.startswith("SDPA")]
-        print(f"; our bf16 is {min(peers) / ours['ours bf16']:.2f}x the best SDPA" if peers else "")
+        print(f"; our bf16 is {min(peers) / ours['ours bf16']:.2f}x the best SDPA" if peers else "", flush=True)
         del group
         torch.cuda.empty_cache()
     return {
-        "device": device, "ceiling_tb_s": round(ceiling / 1e12, 3), "shape": vars(heads), "rows": rows,
-        "torch": torch.__version__, "command": sys.argv,
+        "device": device, "ceiling_tb_s": round(ceiling / 1e12, 3), "rows": rows, "torch": torch.__version__,
+        "command": sys.argv,
     }  # fmt: skip
 
 
@@ -258,19 +275,22 @@ def main() -> None:
     parser = Parser("bench_kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [(1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 32768), (32, 8192)]
     parser.add_argument("--shapes", nargs="+", type=parse_shape, default=default, help="batch x context, e.g. 8x32768")
-    parser.add_argument("--n_head", type=int, default=32)
-    parser.add_argument("--n_kv_head", type=int, default=8)
-    parser.add_argument("--head_dim", type=int, default=128)
+    parser.add_argument("--n_head", nargs="+", type=positive, default=[32], help="query heads (default: 32)")
+    parser.add_argument("--n_kv_head", nargs="+", type=positive, default=[8], help="(default: 8)")
+    parser.add_argument("--head_dim", nargs="+", type=positive, default=[128], help="(default: 128)")
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="beside bfloat16 (default: all)"
+    )
     parser.add_argument("--slots", type=int, default=128, help="tokens that quantised caches keep in full precision")
     parser.add_argument("--rounds", type=int, default=30, help="replays of each version")
     parser.add_argument("--no_sdpa", action="store_true", help="only our own kernels")
     parser.add_argument("--output", type=Path, help="write the JSON line here too")
     with program("bench_kernels.py", "interrupted: nothing is written"):
         args = parser.parse(sys.argv[1:])
-        heads = Heads(args.n_head, args.n_kv_head, args.head_dim)
+        heads = combinations(args.n_head, args.n_kv_head, args.head_dim)
         if args.output:
             require_writable(args.output, "--output")
-        line = to_json(run(heads, args.shapes, args.slots, args.rounds, not args.no_sdpa))
+        line = to_json(run(heads, args.shapes, args.slots, args.rounds, not args.no_sdpa, args.formats))
         print(line)
         if args.output:
             write_whole(args.output, line + "\n")

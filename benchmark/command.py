@@ -150,7 +150,7 @@ def run_kernels(checkpoint: Checkpoint, device: torch.device, args: argparse.Nam
     if device.type == "cuda":
         shapes = [(batch, context) for batch in args.batch for context in args.context]
         heads = bench_kernels.Heads(c.n_head, c.n_kv_head, c.head_dim)
-        return bench_kernels.run(heads, shapes, rounds=args.rounds)
+        return bench_kernels.run([heads], shapes, rounds=args.rounds)
     if args.batch != [1]:
         raise UserError("--kernels measures batch 1 on a CPU")
     rows = bench_attention.run(args.context, c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim, args.rounds)

@@ -16,9 +16,9 @@ from conftest import ROOT
 from forks import run_forked
 from torch import Tensor
 
+from benchmark import attention_kernels, peers, room
 from benchmark import command as benchmark
 from benchmark import contestant as contest
-from benchmark import peers, room
 from benchmark.rows import no_slower_from
 from checkpoint import load_model, open_checkpoint
 from cli.plan import make_plan
@@ -130,6 +130,13 @@ def test_a_prompt_is_read_and_what_storing_took_is_told(tmp_path: Path) -> None:
 def test_kernels_alone(tmp_path: Path) -> None:
     (record,) = run(tmp_path, "--kernels", "--context", "100")
     assert {"full", "quantize_kv", "SDPA, packed group"} <= set(record["rows"][0]["ms"])
+
+
+def test_attention_alone_is_timed_in_every_combination_of_heads() -> None:
+    found = attention_kernels.combinations([8, 56], [8], [64, 128])
+    assert [(h.n_head, h.n_kv_head, h.head_dim) for h in found] == [(8, 8, 64), (8, 8, 128), (56, 8, 64), (56, 8, 128)]
+    with pytest.raises(UserError, match="30 query heads do not divide among 8 KV heads"):
+        attention_kernels.combinations([32, 30], [8], [128])
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(tmp_path: Path) -> None:
