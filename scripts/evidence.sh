@@ -52,8 +52,11 @@ step() {
         [ "${1: -1}" = 1 ] || mine=("${more[@]}")
         evaluate ruler "${which[@]}" --dtype bfloat16 "${keys[@]}" --tasks niah_single niah_multikey fwe \
             --lengths 1024 2048 4096 8192 --trials 100 --caches "${mine[@]}" ;;
+    smollm2/ruler-vt | smollm2/ruler-cwe) # variable tracking, common words
+        evaluate ruler "${which[@]}" --dtype bfloat16 "${keys[@]}" --tasks "${1#*ruler-}" \
+            --lengths 1024 2048 4096 8192 --trials 100 --caches "${some[@]}" "${more[@]}" ;;
     smollm2/ruler-full) # and what it cannot
-        evaluate ruler "${which[@]}" --dtype bfloat16 "${keys[@]}" --tasks niah_multiuuid vt cwe --lengths 1024 2048 4096 8192 --trials 50 --caches full ;;
+        evaluate ruler "${which[@]}" --dtype bfloat16 "${keys[@]}" --tasks niah_multiuuid --lengths 1024 2048 4096 8192 --trials 100 --caches full ;;
     smollm2/frontier | frontier)
         evaluate divergence "${real[@]}" "${windows[@]}" --text "$books" --context 8192 --windows 2 --caches "${frontier[@]}" ;;
     smollm2/weights-*) # int8, int4-64: groups of 64
@@ -65,7 +68,7 @@ step() {
     esac
 }
 
-[ $# -gt 0 ] || set -- smollm2/{perplexity,passkey,ruler-1,ruler-2,divergence-window,divergence-window-4k,frontier,ruler-full,weights-int8,weights-int4-64} \
+[ $# -gt 0 ] || set -- smollm2/{perplexity,passkey,ruler-1,ruler-2,ruler-vt,ruler-cwe,divergence-window,divergence-window-4k,frontier,ruler-full,weights-int8,weights-int4-64} \
     perplexity passkey passkey-{wikitext2,longctx,squality} rouge frontier
 for name in "$@"; do
     out=$root/results/$name.json
