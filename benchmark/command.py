@@ -7,6 +7,7 @@ import gc
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ import torch
 from benchmark import attention_kernels as bench_kernels
 from benchmark import first_token, peers
 from benchmark import layer as bench_attention
+from benchmark.ahead import gated_batches, runs_of
 from benchmark.clock import read_ceiling
-from benchmark.contestant import Contestant, gate
+from benchmark.contestant import Contestant
 from benchmark.flags import DEFAULT_CACHES, DEFAULT_STEPS, main, make_parser
+from benchmark.gate import gate
 from benchmark.room import Entry, Model, in_turn, largest_batch, plans, require_room, together
 from benchmark.rows import print_slopes, print_table
 from benchmark.saved import load_saved
@@ -29,8 +32,10 @@ from common.errors import UserError, printable
 from common.files import append_line, require_writable, to_json
 from common.messages import note, say, size
 from common.program import ran_out
+from engine import Sampling
 from engine.link import Link
 from engine.parallel import connect, rank_device
+from engine.precompile import compiled_ahead
 from kv_cache import format_policy, parse_policy
 from model import Config, Transformer
 from selective_kv import KVCache, Shape
@@ -175,21 +180,22 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
         planned = [plans(config, policies, args, shape, weights) for weights in settings]
         require_room(planned, policies, free_memory(device, args.ranks))
     models = []
-    for weights in settings:
-        note(f"loading {checkpoint.name}")
-        made = load_model(
-            checkpoint, device, dtype, random_weights=args.random_weights, weights=weights, ranks=args.ranks
-        )
-        models.append(Model(str(weights or 16), made))
-        for policy in policies:
-            # The largest batch is not known yet: 32 sequences take the kernels' plan for many.
-            batches = [1, 32] if args.largest_batch else args.batch
-            if args.first_token:
-                worst = first_token.gate(made, policy, shape)
-            else:
-                worst = max(gate(made, policy, replace(shape, batch=n)) for n in batches)
-            of = f", weights {weights or 16}," if len(settings) > 1 else ""
-            print(f"gate: {format_policy(policy)}{of} within {worst:.2g} of its reference", file=sys.stderr)
+    runs = runs_of(config, policies, args, shape, settings)
+    with compiled_ahead(config, runs, Sampling(temperature=0), args.ranks):
+        for weights in settings:
+            note(f"loading {checkpoint.name}")
+            made = load_model(
+                checkpoint, device, dtype, random_weights=args.random_weights, weights=weights, ranks=args.ranks
+            )
+            models.append(Model(str(weights or 16), made))
+        note("compiling kernels")
+    for (name, made), policy in product(models, policies):
+        if args.first_token:
+            worst = first_token.gate(made, policy, shape)
+        else:
+            worst = max(gate(made, policy, replace(shape, batch=n)) for n in gated_batches(args))
+        of = f", weights {name}," if len(settings) > 1 else ""
+        print(f"gate: {format_policy(policy)}{of} within {worst:.2g} of its reference", file=sys.stderr)
     of = f"{str(dtype).removeprefix('torch.')}, weights {', '.join(model.weights for model in models)}"
     about = {
         "model": checkpoint.name,

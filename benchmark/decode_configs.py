@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from benchmark.command import release
-from benchmark.contestant import Contestant, gate
+from benchmark.contestant import Contestant
+from benchmark.gate import gate
 from checkpoint import find_demo, load_model, open_checkpoint, parse_device, parse_dtype
 from cli.options import Parser, positive
 from cli.plan import require_suits

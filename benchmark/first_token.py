@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from benchmark.clock import timed
-from benchmark.contestant import GATE_ERROR, Peak, StoreClock, distance
+from benchmark.contestant import Peak, StoreClock
+from benchmark.gate import GATE_ERROR, distance
 from benchmark.room import Model
 from cli.plan import parameter_bytes
 from common.errors import UserError
 from common.messages import say, size
 from common.tables import table
 from engine import Engine, Sampling
+from engine.packing import Part
 from engine.parallel import Parallel
 from kv_cache import ModelCache, format_policy
 from model import Transformer
@@ -30,12 +32,18 @@ GATE_CHUNKS = (1500, 700)  # tokens: enough for every kernel that a GPU has for 
 GATE_8BIT = 3e-2  # what attention in 8 bits to history in 4 may be off by (a fourth of what 4 bits are: LOG.md)
 
 
+def gate_parts(shape: Shape) -> tuple[Shape, list[Part]]:
+    """The shape of the gate's cache, and the chunks that it reads."""
+    first, second = GATE_CHUNKS
+    return dataclasses.replace(shape, batch=1, capacity=first + second), [Part(0, 0, first), Part(0, first, second)]
+
+
 @torch.inference_mode()
 def gate(model: Transformer, policy: KVCache, shape: Shape) -> float:
     """The largest relative error of a layer's attention in a prompt's second chunk, beside the reference; UserError
     past what rounding explains. Values share a direction, as a model's do."""
-    config, n_token = model.config, sum(GATE_CHUNKS)
-    at = dataclasses.replace(shape, batch=1, capacity=n_token)
+    at, parts = gate_parts(shape)
+    config, n_token = model.config, at.capacity
     layers = [dataclasses.replace(policy) for _ in range(2)]
     for layer in layers:
         layer.allocate(at)
@@ -49,15 +57,15 @@ def gate(model: Transformer, policy: KVCache, shape: Shape) -> float:
     q, k, v = random(config.n_head), random(config.n_kv_head), random(config.n_kv_head)
     v = v + v[:, :, :1]
     positions = torch.arange(n_token, device=shape.device)[None]
-    worst, start = 0.0, 0
-    for n in GATE_CHUNKS:
+    worst = 0.0
+    for _, start, n in parts:
         part = slice(start, start + n)
         chunk = Chunk(positions[:, part], start=start)
         got, want = (
             layer.attend(q[:, :, part], k[:, :, part], v[:, :, part], chunk, model.rope(chunk.positions))
             for layer in layers
         )
-        worst, start = max(worst, distance(got, want)), start + n
+        worst = max(worst, distance(got, want))
     most = GATE_ERROR[shape.dtype] if shape.dtype == torch.float32 else GATE_8BIT
     if not worst <= most:
         raise UserError(f"{format_policy(policy)}: a prompt is {worst:.2g} from its reference, and {most:g} is allowed")

@@ -39,11 +39,11 @@ from common.files import require_writable, write_json
 from common.messages import say
 from common.phases import mark, marks, process_age
 from common.program import uninterrupted
-from engine import Engine, Sampling, Timing
+from engine import Engine, Sampling, Timing, chunk_size
 from engine.link import Link
 from engine.packing import most_at_once
 from engine.parallel import connect, rank_device
-from engine.precompile import compiled_ahead
+from engine.precompile import Run, compiled_ahead, prompt_parts
 from engine.saved import SavedCache
 from kv_cache import ModelCache, make_policy
 from selective_kv import KVCache, Shape
@@ -155,9 +155,9 @@ def build(job: Job, hooks: Sequence[Hook] = (), saving: Saving | None = None) ->
     began = time.perf_counter()
     config = job.checkpoint.config
     lengths, kept = list(map(len, job.prompts)), saving.kept if saving is not None else ()
-    kernels = compiled_ahead(
-        config, job.policy, job.shape, job.sampling, lengths, job.chunk, job.weights, kept, job.ranks
-    )
+    chunk = chunk_size(job.policy, config.context, job.chunk)
+    parts = prompt_parts(lengths or [job.shape.capacity], chunk, kept)  # nothing is known of a conversation's prompts
+    kernels = compiled_ahead(config, [Run(job.policy, job.shape, parts, job.weights)], job.sampling, job.ranks)
     with nullcontext() if job.reference else kernels:
         model = load_model(
             job.checkpoint, device, dtype, job.random_weights, job.seed, weights=job.weights, ranks=job.ranks

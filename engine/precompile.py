@@ -13,14 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from checkpoint.quantised import skeleton
 from common.messages import say
-from engine import FusedChunk, FusedStep, Sampling, chunk_size, gpu_start
+from engine import FusedChunk, FusedStep, Sampling, gpu_start
 from engine.fused import use_kernels
 from engine.packing import Part
 from engine.parallel import Parallel
@@ -37,43 +37,49 @@ META = torch.device("meta")
 MOST_WORKERS = 16
 
 
+class Run(NamedTuple):
+    """What decides, beside the model and the sampling, which kernels a run launches. parts: of prompts that it reads,
+    as `prompt_parts` has them; none, and it only takes steps.
+    """
+
+    policy: KVCache
+    shape: Shape
+    parts: Sequence[Part] = ()
+    weights: WeightSetting | None = None
+
+
 @contextmanager
 def compiled_ahead(
-    config: Config,
-    policy: KVCache,
-    shape: Shape,
-    sampling: Sampling,
-    lengths: Sequence[int],
-    chunk: int,
-    weights: WeightSetting | None = None,
-    kept: Sequence[int] = (),
-    ranks: Parallel | None = None,
+    config: Config, runs: Sequence[Run], sampling: Sampling, ranks: Parallel | None = None
 ) -> Iterator[None]:
-    """Compile in the background; at the end wait for it. Nothing happens where no Triton kernel will run.
+    """Compile in the background what all these runs, on one device and in one dtype, launch; at the end wait for it.
+    Nothing happens where no Triton kernel will run.
 
-    lengths: tokens of the prompts; none: a conversation, of which nothing is known. chunk: as in `Engine`;
-    kept: of each prompt, how many tokens the cache has already.
     An error here is printed and ends nothing: the launch that needs the kernel raises it again.
     """
-    if shape.device.type != "cuda":
+    if not runs or runs[0].shape.device.type != "cuda":
         yield
         return
+    device, dtype = runs[0].shape.device, runs[0].shape.dtype
     failed: list[Exception] = []
-    parts = prompt_parts(lengths or [shape.capacity], chunk_size(policy, config.context, chunk), kept)
-    longest = max((part.n_token for part in parts), default=1)
+    longest = max((part.n_token for run in runs for part in run.parts), default=1)
+
+    def walk_all() -> None:
+        for run in runs:
+            walk(config, run.policy, run.shape, sampling, run.parts, run.weights, ranks)
 
     def work() -> None:
         try:
-            if uses_triton(shape.device):
+            if uses_triton(device):
                 gpu_start.wait()
-                compile_all(lambda: walk(config, policy, shape, sampling, parts, weights, ranks), shape.device)
-                make_plans(shape.device, shape.dtype, config.n_head, config.n_kv_head, config.head_dim, longest)
+                compile_all(walk_all, device)
+                make_plans(device, dtype, config.n_head, config.n_kv_head, config.head_dim, longest)
         except Exception as error:
             failed.append(error)
 
     def multiply() -> None:
         try:
-            first_product(shape.device, shape.dtype, config.dim, longest)
+            first_product(device, dtype, config.dim, longest)
         except Exception as error:
             failed.append(error)
 

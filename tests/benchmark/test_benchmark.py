@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmark import attention_kernels, peers, room
 from benchmark import command as benchmark
 from benchmark import contestant as contest
+from benchmark import gate as gates
 from benchmark.rows import no_slower_from
 from checkpoint import load_model, open_checkpoint
 from cli.plan import make_plan
@@ -196,17 +197,17 @@ def test_a_wrong_kernel_is_never_timed(tmp_path: Path) -> None:
     model, shape = tiny(tmp_path)
     wrong = replace(PYTORCH, decode_attention=lambda *a: 1.01 * PYTORCH.decode_attention(*a))
     with pytest.raises(UserError, match="from its reference"):
-        contest.gate(model, SelectiveCache(4, 8), shape, attention=wrong)
+        gates.gate(model, SelectiveCache(4, 8), shape, attention=wrong)
 
 
 def test_the_gate_goes_past_any_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of 200 tokens never left a window of 256, and what reads integers could be as wrong as it liked."""
     model, shape = tiny(tmp_path)
-    assert contest.gate(model, SelectiveCache(4, 256), shape) < 1e-5
+    assert gates.gate(model, SelectiveCache(4, 256), shape) < 1e-5
     right = eager._sum_tiles
     monkeypatch.setattr(eager, "_sum_tiles", lambda prob, tiles, form, n: 1e3 * right(prob, tiles, form, n))
     with pytest.raises(UserError, match="from its reference"):
-        contest.gate(model, SelectiveCache(4, 256), shape)
+        gates.gate(model, SelectiveCache(4, 256), shape)
 
 
 def test_the_gate_looks_at_every_sequence_of_a_batch(tmp_path: Path) -> None:
@@ -218,9 +219,9 @@ def test_the_gate_looks_at_every_sequence_of_a_batch(tmp_path: Path) -> None:
         return out
 
     kernels = replace(PYTORCH, decode_attention=wrong)
-    contest.gate(model, SelectiveCache(4, 8), shape, attention=kernels)
+    gates.gate(model, SelectiveCache(4, 8), shape, attention=kernels)
     with pytest.raises(UserError, match="batch 4: "):
-        contest.gate(model, SelectiveCache(4, 8), replace(shape, batch=4), attention=kernels)
+        gates.gate(model, SelectiveCache(4, 8), replace(shape, batch=4), attention=kernels)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
@@ -229,10 +230,10 @@ def test_the_gate_looks_at_the_fused_step(tmp_path: Path) -> None:
     from engine.kernels.triton_backend import TRITON
 
     model, shape = tiny(tmp_path)
-    assert contest.gate(model, SelectiveCache(4, 8), shape, TRITON) < 1e-5
+    assert gates.gate(model, SelectiveCache(4, 8), shape, TRITON) < 1e-5
     wrong = replace(TRITON, linear=lambda *a, **k: 1.01 * TRITON.linear(*a, **k))
     with pytest.raises(UserError, match="from its reference"):
-        contest.gate(model, SelectiveCache(4, 8), shape, wrong)
+        gates.gate(model, SelectiveCache(4, 8), shape, wrong)
 
 
 def test_the_gate_measures_products_against_float32() -> None:
@@ -240,7 +241,7 @@ def test_the_gate_measures_products_against_float32() -> None:
     torch.manual_seed(0)
     x, norm, weight = (torch.randn(*shape).bfloat16() for shape in ((3, 64), (64,), (96, 64)))
     cos, sin = torch.rand(3, 16), torch.rand(3, 16)
-    compared = contest.Compared(STEP)
+    compared = gates.Compared(STEP)
     compared.linear(x, weight, norm=norm, eps=1e-5)
     assert 1e-4 < compared.error < 1e-2
     compared.error = 0.0

@@ -6,6 +6,7 @@ import functools
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch
 from conftest import ROOT, STORIES, needs
 
 from benchmark import command as benchmark
-from benchmark import contestant as contest
+from benchmark import gate as gates
 from checkpoint import load_model, open_checkpoint
 from engine import Engine, Sampling
-from engine.precompile import compiled_ahead
+from engine.precompile import Run, compiled_ahead, prompt_parts
 from generate import main as generate_main
 from kv_cache import ModelCache
 from model import Config, Transformer
@@ -65,8 +66,8 @@ def test_the_captured_step_writes_what_the_eager_step_writes(policy: KVCache) ->
 def test_the_kernels_agree_with_the_reference(policy: KVCache) -> None:
     """Attention by attention, on the q, k and v of a model: what `gate` allows before anything is timed."""
     config = open_checkpoint(None, "llama-3.2-1b").config
-    shape = Shape(1, config.n_kv_head, config.head_dim, contest.GATE_TOKENS, torch.bfloat16, CUDA)
-    contest.gate(small_model(), policy, shape)
+    shape = Shape(1, config.n_kv_head, config.head_dim, gates.GATE_TOKENS, torch.bfloat16, CUDA)
+    gates.gate(small_model(), policy, shape)
 
 
 def test_the_host_may_run_ahead_and_an_end_token_still_ends() -> None:
@@ -161,7 +162,7 @@ def compile_ahead_and_run(name: str, batch: int) -> None:
     shape = Shape(batch, config.n_kv_head, config.head_dim, 400, torch.bfloat16, device)
     greedy, compiled = Sampling(temperature=0), []
     triton.knobs.runtime.jit_post_compile_hook = lambda **it: compiled.append(it["fn"].name)
-    with compiled_ahead(config, policy, shape, greedy, [300] * batch, 128):
+    with compiled_ahead(config, [Run(policy, shape, prompt_parts([300] * batch, 128))], greedy):
         pass
     assert compiled
     compiled.clear()
@@ -169,6 +170,31 @@ def compile_ahead_and_run(name: str, batch: int) -> None:
     assert len(list(engine.generate([list(range(300))] * batch, 5))) == 5
     assert engine.graph is not None
     assert compiled == [], compiled
+
+
+@pytest.mark.parametrize("more", [[], ["--prefill"], ["--first_token"]], ids=str)
+def test_a_benchmark_compiles_ahead_what_its_gate_and_its_caches_launch(more: list[str]) -> None:
+    """One after the other, kernels of nine caches took longer than all that was timed."""
+    folders = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)]
+    code = f"import sys; sys.path[:0] = {folders}; import test_gpu; test_gpu.benchmark_and_tell({more})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout.splitlines()[-1])
+    assert compiled["ahead"] > 20 and compiled["late"] == []
+
+
+def benchmark_and_tell(more: list[str]) -> None:
+    import triton
+
+    compiled = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **it: compiled.append(
+        (threading.current_thread().name, it["fn"].name)
+    )
+    caches = ["full", "quantize_kv", "quantize_kv:k_bits=4,v_bits=4", "compress_kv"]
+    argv = ["--random_weights", "--model", "llama-3.2-1b", "--batch", "1", "3", "--context", "2500", "--rounds", "1"]
+    benchmark.main([*argv, "--caches", *caches, *more])
+    late = [name for thread, name in compiled if thread == "MainThread"]
+    print(json.dumps({"ahead": len(compiled) - len(late), "late": late}))
 
 
 @pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 200}, {"top_k": 200, "top_p": 0.9}], ids=str)

@@ -104,7 +104,7 @@ def test_looking_ahead_imports_no_compiler_of_torchs() -> None:
 
 def test_nothing_happens_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "Thread", None)
-    with precompile.compiled_ahead(CONFIG, FullCache(), CPU, Sampling(), [4], 8):
+    with precompile.compiled_ahead(CONFIG, [precompile.Run(FullCache(), CPU)], Sampling()):
         pass
 
 
@@ -114,7 +114,7 @@ def test_an_error_is_told_and_ends_nothing(monkeypatch: pytest.MonkeyPatch, caps
 
     monkeypatch.setattr(precompile, "uses_triton", fail)
     shape = Shape(1, 2, 16, 64, torch.float32, torch.device("cuda", 0))
-    with precompile.compiled_ahead(CONFIG, FullCache(), shape, Sampling(), [4], 8):
+    with precompile.compiled_ahead(CONFIG, [precompile.Run(FullCache(), shape)], Sampling()):
         pass
     err = capsys.readouterr().err
     assert "no such luck" in err and err.count("\n") == 1
