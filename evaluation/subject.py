@@ -32,6 +32,7 @@ from common.errors import UserError
 from common.files import read_text_file
 from common.messages import note, progress, size
 from engine import PREFILL_CHUNK, Engine, Sampling
+from engine.precompile import Run, compiled_ahead, prompt_parts
 from engine.sampling import BAD
 from evaluation import scoring
 from evaluation.flags import SCORED
@@ -100,6 +101,7 @@ class Subject:
             self.reference = load_model(checkpoint, self.device, self.dtype)
         require_finite(self.model)
         self.engines: dict[str, Engine] = {}
+        self.compiled: Shape | None = None  # of the engines whose kernels are there
 
     @property
     def weights_name(self) -> str:
@@ -244,12 +246,23 @@ class Subject:
             kept.reset()
         else:
             del kept  # its memory is free before the next one's is taken
+            self.compile(shape)
             captured = self.device.type == "cuda"
             cache = ModelCache(policy, self.config.n_layer, shape)
             kept = Engine(self.model, cache, Sampling(temperature=0), self.end_ids, capture=captured, lag=0)
         if self.device.type == "cuda":
             self.engines[name] = kept
         return kept
+
+    def compile(self, shape: Shape) -> None:
+        """Compile what engines of this shape launch, all settings side by side; on a CPU nothing, nor a second time."""
+        if self.compiled == shape:
+            return
+        self.compiled = shape
+        lengths = [shape.capacity] * shape.batch
+        runs = [Run(p, shape, prompt_parts(lengths, self.chunk(p)), self.weights) for p in self.policies]
+        with compiled_ahead(self.config, runs, Sampling(temperature=0)):
+            pass
 
     def chunk(self, policy: KVCache) -> int:
         """The most tokens of a prompt that an engine reads at once."""
