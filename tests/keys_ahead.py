@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,11 @@ from selective_kv.kernels import decode_config as triton_plan  # noqa: E402
 
 triton_plan.processor = lambda device: triton_plan.Processor(132, True, 232_448)  # type: ignore[assignment]
 
+from benchmark.gate import gate, gate_runs  # noqa: E402
+from common.errors import UserError  # noqa: E402
 from engine import Engine, Sampling, chunk_size  # noqa: E402
+from engine.fused import use_kernels  # noqa: E402
+from engine.kernels.triton_backend import TRITON as STEP  # noqa: E402
 from engine.precompile import prompt_parts, walk  # noqa: E402
 from kv_cache import ModelCache  # noqa: E402
 from model import Config, Transformer  # noqa: E402
@@ -80,7 +85,25 @@ def compare(policy: KVCache, batch: int, biased: bool = False) -> dict[str, Any]
     return {"ahead": ahead, "run": sorted(set(asked))}
 
 
+@torch.inference_mode()
+def compare_gate(policy: KVCache) -> dict[str, Any]:
+    """The gate of a benchmark, batch 8."""
+    shape = Shape(8, CONFIG.n_kv_head, CONFIG.head_dim, 1, torch.bfloat16, torch.device("cpu"))
+    asked.clear()
+    with compiling():
+        for run in gate_runs(policy, shape, None):
+            walk(CONFIG, run.policy, run.shape, GREEDY, run.parts)
+    ahead = sorted(set(asked))
+    asked.clear()
+    model = Transformer(CONFIG).to(torch.bfloat16)
+    use_kernels(model, STEP)
+    with compiling(), suppress(UserError):  # what nobody computed is not near its reference
+        gate(model, policy, shape, STEP)
+    return {"ahead": ahead, "run": sorted(set(asked))}
+
+
 if __name__ == "__main__":
     triton.knobs.runtime.jit_cache_hook = note
     found = {f"{policy} x {batch}": compare(policy, batch) for policy in POLICIES for batch in (1, 8, 32)}
-    print(json.dumps(found | {"biased": compare(POLICIES[-1], 1, biased=True)}))
+    gates = {str(policy): compare_gate(policy) for policy in POLICIES}
+    print(json.dumps(found | {"biased": compare(POLICIES[-1], 1, biased=True), "gates": gates}))
