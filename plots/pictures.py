@@ -91,7 +91,7 @@ def draw_frontier(records: Iterable[Record]) -> Figure | None:
     families = list(dict.fromkeys(family(s) for s in sorted({s for rows in shown.values() for s in rows}, key=order)))
     best = {s: rows[s]["cache_bytes"] for rows in shown.values() for s in frontier_of(rows)}
     numbers = {s: str(i) for i, s in enumerate(sorted(best, key=lambda s: (best[s], order(s))), 1)}  # along the line
-    across = min(3, len(runs))
+    across = 2 if len(runs) == 4 else min(3, len(runs))  # no empty places
     down = -(-len(runs) // across)
     size = (4.0 * across, 3.6 * down) if len(runs) > 1 else (6.5, 4.6)
     figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, sharex=True, sharey=True)
