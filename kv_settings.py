@@ -19,7 +19,10 @@ def make_settings(name: str, knobs: Mapping[str, Any]) -> CacheSettings:
     """
     known = known_settings()
     if name not in known:
-        raise UserError(f"no cache is called {name!r}: there are {', '.join(known)}{nearest(name, known)}")
+        first = name.split()[0] if name.split() else name
+        flags = "; in one word knobs stand behind a colon, as in quantize_kv:k_bits=4,v_bits=4"
+        near = flags if first in known else nearest(name, known)
+        raise UserError(f"no cache is called {name!r}: there are {', '.join(known)}{near}")
     fields = {f.name: f for f in dataclasses.fields(known[name])}
     values: dict[str, Any] = {}
     for knob, value in knobs.items():

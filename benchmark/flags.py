@@ -63,7 +63,9 @@ DEFAULT_STEPS = 16
 
 
 def make_parser() -> Parser:
-    p = Parser("benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(
+        "benchmark.py", stray="--caches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--checkpoint_path", type=Path)
     p.add_argument("--model", metavar="NAME")
     p.add_argument("--random_weights", action="store_true")

@@ -23,13 +23,22 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """One line on a mistake, and the nearest name when one is unknown. Options and positionals mix freely."""
+    """One line on a mistake, and the nearest name when one is unknown. Options and positionals mix freely.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    stray: the flag that a word without one is most likely meant for.
+    """
+
+    def __init__(self, *args: Any, stray: str = "", **options: Any) -> None:
         super().__init__(*args, **options)
         self.register("type", Path, _path)  # Path("") would be the working directory
+        self.stray = stray
 
     def error(self, message: str) -> NoReturn:
+        told, found, names = message.partition("arguments are required: ")
+        if found:
+            message = told + found + ", ".join(map(self._spelled, names.split(", ")))
+        if self.stray and message.startswith("unrecognized arguments: "):
+            message += f" (is it for {self.stray}?)"
         self.exit(2, f"{self.prog}: error: {printable(' '.join(message.splitlines()))}\n")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -39,11 +48,22 @@ class Parser(argparse.ArgumentParser):
                 near = "" if len(flag.split()) > 1 else nearest(flag, self._option_string_actions)
                 if flag in ("--cache", "--caches") and any(a.dest == "cache" for a in self._actions):
                     near = ": the cache is a word here, and its knobs are flags, as in: quantize_kv --bits 4"
+                if "--caches" in self._option_string_actions and flag[2:] in {"bits", *_knob_names()}:
+                    near = ": knobs stand behind the cache's name here, as in --caches quantize_kv:k_bits=4,v_bits=4"
                 self.error(f"unknown argument {flag}{near}{self._hint(before)}")
             if re.fullmatch(r"-[A-Za-z].*", word) and flag not in self._option_string_actions:
                 longer = [f"; did you mean {known}?" for known in self._option_string_actions if known[1:3] == word[:2]]
                 self.error(f"unknown argument {flag}: flags have two dashes{''.join(longer[:1])}{self._hint(before)}")
         return self.parse_intermixed_args(argv)
+
+    def _spelled(self, name: str) -> str:
+        """A required argument with what may stand there."""
+        action = next((a for a in self._actions if name in ("/".join(a.option_strings), a.dest)), None)
+        if action is None:
+            return name
+        if action.option_strings:
+            return f"{name} {action.metavar or action.dest.upper()}"
+        return f"{name} ({', '.join(map(str, action.choices))})" if action.choices else name
 
     def _hint(self, before: str) -> str:
         """How to give a word that begins with dashes to the flag in front of it, where that one wants a value."""
@@ -77,7 +97,8 @@ MOST = 2**31 - 1  # of whatever is counted: sizes of tensors are made of it
 
 def positive(text: str) -> int:
     if not text.isdecimal() or not text.strip("0"):
-        raise argparse.ArgumentTypeError(f"{printable(repr(text), 60)} is not a whole number above zero")
+        several = "; several stand apart, as in 1 8" if re.fullmatch(r"\d+(,\d+)+", text) else ""
+        raise argparse.ArgumentTypeError(f"{printable(repr(text), 60)} is not a whole number above zero{several}")
     if len(text) > 12 or int(text) > MOST:
         raise argparse.ArgumentTypeError(f"{printable(text, 60)} is more than {MOST:,}")
     return int(text)
@@ -151,6 +172,10 @@ def _flag_options(f: dataclasses.Field[Any]) -> dict[str, Any]:
     return {"metavar": f"{{{choices}}}" if choices else type(f.default).__name__.upper(), "help": help_text}
 
 
+def _knob_names() -> set[str]:
+    return {f.name for cls in known_settings().values() for f in dataclasses.fields(cls)}
+
+
 def _field(cls: type[CacheSettings], f: dataclasses.Field[Any]) -> str:
     return f"class {cls.__name__}, field {f.name}"
 
@@ -160,7 +185,7 @@ def knobs_from(args: argparse.Namespace) -> dict[str, Any]:
 
     `kv_cache.make_policy` makes the cache of them. Raises UserError.
     """
-    names = {f.name for cls in known_settings().values() for f in dataclasses.fields(cls)}
+    names = _knob_names()
     knobs = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     make_settings(args.cache, knobs)
     return knobs

@@ -10,13 +10,22 @@ from pathlib import Path
 
 from common.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"llama_cpp": "llama-cpp-python", "lm_eval": "lm-eval", "PIL": "pillow", "yaml": "pyyaml"}  # as pip has them
 
 
 def missing(module: str, purpose: str) -> UserError:
     """What to say where `module` cannot be imported. purpose: what needs it."""
     name = NAMES.get(module.partition(".")[0], module.partition(".")[0])
-    return UserError(f"{purpose} needs the package {name}, which is not installed (pip install {name})")
+    return UserError(f"{purpose} needs the package {name}, which is not installed ({remedy(name)})")
+
+
+def remedy(name: str) -> str:
+    """How to get a package; where the project's own environment is there and is not in use, how to use that."""
+    venv = ROOT / ".venv"
+    if (venv / "bin" / "activate").is_file() and Path(sys.prefix).resolve() != venv.resolve():
+        return f"source {venv}/bin/activate, or pip install {name}"
+    return f"pip install {name}"
 
 
 def require(module: str, purpose: str) -> None:
@@ -40,8 +49,7 @@ def missing_packages_told() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         top = (error.name or "").partition(".")[0]
-        root = Path(__file__).resolve().parents[1]
-        if not top or (root / top).is_dir() or (root / f"{top}.py").is_file():
+        if not top or (ROOT / top).is_dir() or (ROOT / f"{top}.py").is_file():
             raise
         print(f"{program}: error: {missing(top, program)}", file=sys.stderr)
         sys.exit(2)

@@ -53,7 +53,7 @@ SETTINGS = {  # what a record names of the command line, defaults included
 
 
 def make_parser() -> Parser:
-    p = Parser("evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("evaluate.py", stray="--text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("kind", choices=tuple(SETTINGS))
     p.add_argument("--checkpoint_path", type=Path, help="(default: the bundled model)")
     p.add_argument("--model", metavar="NAME")

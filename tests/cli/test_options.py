@@ -7,15 +7,18 @@ import dataclasses
 import gc
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import generate
+from benchmark import flags as benchmark
+from cli import download
 from cli.options import load_plugin, parse_size
 from common.errors import UserError
+from evaluation import flags as evaluate
 from kv_cache import make_policy, parse_policy
 from selective_kv import SelectiveCache, SinkWindowCache, caches
 
@@ -209,6 +212,31 @@ def test_sizes() -> None:
 )
 def test_mistaken_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(message, fails(capsys, *argv))
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "message"),
+    [
+        (benchmark.main, ["quantize_kv"], r"unrecognized arguments: quantize_kv \(is it for --caches\?\)$"),
+        (benchmark.main, ["--bits", "4"], r"--bits: knobs stand behind .* --caches quantize_kv:k_bits=4,v_bits=4$"),
+        (benchmark.main, ["--caches", "quantize_kv --bits 4"], r"knobs stand behind a colon, as in quantize_kv:k_b"),
+        (
+            benchmark.main,
+            ["--batch", "1,8"],
+            r"'1,8' is not a whole number above zero; several stand apart, as in 1 8$",
+        ),
+        (evaluate.main, ["perplexity", "my.txt"], r"unrecognized arguments: my.txt \(is it for --text\?\)$"),
+        (evaluate.main, ["--caches", "full"], r"required: kind \(perplexity, divergence, passkey, ruler, rouge\)$"),
+        (download.main, ["meta-llama/x"], "the following arguments are required: --repo_id OWNER/NAME$"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_words_of_a_hurried_person(
+    main: Callable[[list[str]], None], argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2 and re.search(message, capsys.readouterr().err.strip())
 
 
 def test_a_value_that_begins_with_dashes(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

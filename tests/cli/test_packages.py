@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from common import packages
+
 WITHOUT = """
 import importlib.abc, runpy, sys
 class Absent(importlib.abc.MetaPathFinder):
@@ -62,6 +64,17 @@ def test_a_gguf_file_needs_its_package(tmp_path: Path) -> None:
         write()
     result = run_without("gguf", "generate.py", "--checkpoint_path", tmp_path / "a.gguf", "--prompt", "a")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "pip install gguf" in result.stderr
+
+
+def test_an_environment_that_is_there_and_not_in_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever had run demo.sh and came back in another shell was told to install torch."""
+    monkeypatch.setattr(packages, "ROOT", tmp_path)
+    assert packages.remedy("torch") == "pip install torch"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    assert packages.remedy("torch") == f"source {tmp_path}/.venv/bin/activate, or pip install torch"
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert packages.remedy("torch") == "pip install torch"
 
 
 def test_only_rouge_needs_rouge_score(tiny: Path) -> None:
