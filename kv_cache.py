@@ -48,8 +48,8 @@ class ModelCache:
         """Whether a sequence may be longer than the model's context."""
         return self.policy.endless_with(self.shape.reach)
 
-    def slot(self, b: int, start: int | None = None) -> ModelCache:
-        """start: the sequence's length, where the caller knows it."""
+    def sequence(self, b: int, start: int | None = None) -> ModelCache:
+        """One of a batch's sequences, as a cache of its own. start: its length, where the caller knows it."""
         view = copy.copy(self)
         view.start = start
         view.lengths = self.lengths[b : b + 1]
@@ -66,7 +66,7 @@ class ModelCache:
             return Chunk(self.lengths[:, None], self.row)
         lengths = [self.start] if self.start is not None else self.lengths.tolist()
         if len(set(lengths)) > 1:
-            raise ValueError("sequences of different lengths read their chunks one by one, by slot()")
+            raise ValueError("sequences of different lengths read their chunks one by one, by sequence()")
         self.check_room(lengths[0] + n_token)
         own = torch.arange(n_token, device=self.lengths.device)
         return Chunk(self.lengths[:, None] + own, self.row, lengths[0])

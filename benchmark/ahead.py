@@ -10,7 +10,7 @@ from itertools import product
 from benchmark import first_token
 from benchmark.gate import gate_runs
 from engine import PREFILL_CHUNK, chunk_size
-from engine.packing import Part
+from engine.packing import PromptPart
 from engine.precompile import Run, prompt_parts
 from model import Config
 from selective_kv import KVCache, Shape
@@ -40,7 +40,7 @@ def runs_of(
         for context in args.context:
             n_step = 0 if args.first_token else 1 + max(args.steps, args.each_step)
             at = replace(shape, batch=batch, capacity=context + n_step + 1)
-            parts: list[Part] = []
+            parts: list[PromptPart] = []
             if args.first_token or args.prefill:
                 parts = prompt_parts([context] * batch, chunk_size(policy, config.context, PREFILL_CHUNK))
             found.append(Run(policy, at, parts, weights))

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.messages import say, size
 from common.tables import table
 from engine import Engine, Sampling
-from engine.packing import Part
+from engine.packing import PromptPart
 from engine.parallel import Parallel
 from kv_cache import ModelCache, format_policy
 from model import Transformer
@@ -32,10 +32,13 @@ GATE_CHUNKS = (1500, 700)  # tokens: enough for every kernel that a GPU has for 
 GATE_8BIT = 3e-2  # what attention in 8 bits to history in 4 may be off by (a fourth of what 4 bits are: LOG.md)
 
 
-def gate_parts(shape: Shape) -> tuple[Shape, list[Part]]:
+def gate_parts(shape: Shape) -> tuple[Shape, list[PromptPart]]:
     """The shape of the gate's cache, and the chunks that it reads."""
     first, second = GATE_CHUNKS
-    return dataclasses.replace(shape, batch=1, capacity=first + second), [Part(0, 0, first), Part(0, first, second)]
+    return dataclasses.replace(shape, batch=1, capacity=first + second), [
+        PromptPart(0, 0, first),
+        PromptPart(0, first, second),
+    ]
 
 
 @torch.inference_mode()

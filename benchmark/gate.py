@@ -12,7 +12,7 @@ from torch import Tensor
 from common.errors import UserError
 from engine import FusedStep
 from engine.kernels import PYTORCH, StepKernels, step_kernels
-from engine.packing import Part
+from engine.packing import PromptPart
 from engine.precompile import Run
 from kv_cache import ModelCache, format_policy
 from model import Transformer
@@ -136,7 +136,7 @@ def gate_runs(policy: KVCache, shape: Shape, weights: WeightSetting | None) -> l
     """What `gate` runs, for compiling its kernels ahead. shape: its batch counts."""
     at = dataclasses.replace(shape, capacity=policy.n_exact + GATE_TOKENS)
     first, second = gate_chunks(policy)
-    parts = [Part(0, 0, first), Part(0, first, second)]
+    parts = [PromptPart(0, 0, first), PromptPart(0, first, second)]
     return [Run(policy, dataclasses.replace(at, batch=1), parts, weights), Run(policy, at, (), weights)]
 
 
@@ -151,7 +151,7 @@ def gate_sequence(
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, at.capacity), generator=generator).to(shape.device)
     for part in tokens.split([*chunks, *[1] * GATE_AFTER], 1):
-        model(part, cache.slot(0), last_only=True)
+        model(part, cache.sequence(0), last_only=True)
     return max(layer.error for layer in layers)
 
 

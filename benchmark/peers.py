@@ -108,7 +108,7 @@ def gate(model: Transformer, theirs: Any) -> float:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, GATE_TOKENS), generator=generator).to(weight.device)
     shape = Shape(1, model.config.n_kv_head, model.config.head_dim, GATE_TOKENS, weight.dtype, weight.device)
-    ours = model(tokens, ModelCache(FullCache(), model.config.n_layer, shape).slot(0)).float()
+    ours = model(tokens, ModelCache(FullCache(), model.config.n_layer, shape).sequence(0)).float()
     error = ((theirs(tokens).logits.float() - ours).norm() / ours.norm()).item()
     if not error < (1e-3 if weight.dtype == torch.float32 else 0.1):
         raise UserError(f"--peer transformers: its logits are {error:.2g} from ours")

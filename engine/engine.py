@@ -23,7 +23,7 @@ from common.errors import UserError
 from engine.fused import FusedStep, use_kernels
 from engine.fused_chunk import FusedChunk
 from engine.kernels import PYTORCH, step_kernels
-from engine.packing import PACK_TOKENS, PackedCache, Part, copy_sequences, packs, read_once
+from engine.packing import PACK_TOKENS, PackedCache, PromptPart, copy_sequences, packs, read_once
 from engine.parallel import Parallel
 from engine.sampling import BAD, Sampling
 from engine.settings import PREFILL_CHUNK
@@ -207,10 +207,10 @@ class Engine:
         self.logits = torch.cat([last[source] for source in sources])
         self._choose(self.logits)
 
-    def _read_pack(self, tokens: Tensor, pack: Sequence[Part]) -> Tensor:
+    def _read_pack(self, tokens: Tensor, pack: Sequence[PromptPart]) -> Tensor:
         """tokens: int64 [1, token]. Returns the logits after each part, [1, part, vocab_size]."""
         if len(pack) == 1:
-            return self.read_chunk(tokens, self.cache.slot(pack[0].row, pack[0].start), None)
+            return self.read_chunk(tokens, self.cache.sequence(pack[0].row, pack[0].start), None)
         packed = PackedCache(self.cache, pack)
         return self.read_chunk(tokens, packed, packed.last)
 

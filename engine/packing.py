@@ -21,7 +21,7 @@ from selective_kv import Chunk, KVCache
 PACK_TOKENS = 2048  # of prompts read together: with more a token takes no less (0.050 s for 2,048, 0.207 for 8,192)
 
 
-class Part(NamedTuple):
+class PromptPart(NamedTuple):
     """Some tokens of one prompt, read at once."""
 
     row: int  # the sequence
@@ -29,17 +29,17 @@ class Part(NamedTuple):
     n_token: int
 
 
-def packs(starts: Sequence[int], ends: Sequence[int], chunk: int, most: int = PACK_TOKENS) -> list[list[Part]]:
+def packs(starts: Sequence[int], ends: Sequence[int], chunk: int, most: int = PACK_TOKENS) -> list[list[PromptPart]]:
     """How prompts are read: what is read at once, in order. A prompt's chunks are those that it would have alone.
 
     starts, ends: of each sequence, the positions that are to be read. Whole chunks, and what is longer than `most`,
     are read alone.
     """
-    alone: list[list[Part]] = []
-    rest: list[list[Part]] = []
+    alone: list[list[PromptPart]] = []
+    rest: list[list[PromptPart]] = []
     for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
         for first in range(start, end, chunk):
-            part = Part(row, first, min(chunk, end - first))
+            part = PromptPart(row, first, min(chunk, end - first))
             room = min(chunk, most) - (sum(p.n_token for p in rest[-1]) if rest else 0)
             if part.n_token == chunk or part.n_token > most:
                 alone.append([part])
@@ -90,7 +90,7 @@ class PackedLayer:
 class PackedCache:
     """Parts of several sequences, none of them twice, as the one sequence that the model reads (`model.Cache`)."""
 
-    def __init__(self, cache: ModelCache, parts: Sequence[Part]) -> None:
+    def __init__(self, cache: ModelCache, parts: Sequence[PromptPart]) -> None:
         self.cache, self.parts = cache, parts
         self.layers = [PackedLayer(layer) for layer in cache.layers]
         device = cache.lengths.device

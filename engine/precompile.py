@@ -22,7 +22,7 @@ from checkpoint.quantised import skeleton
 from common.messages import say
 from engine import FusedChunk, FusedStep, Sampling, gpu_start
 from engine.fused import use_kernels
-from engine.packing import Part
+from engine.packing import PromptPart
 from engine.parallel import Parallel
 from engine.sums import PeerSums
 from kv_cache import ModelCache
@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
     policy: KVCache
     shape: Shape
-    parts: Sequence[Part] = ()
+    parts: Sequence[PromptPart] = ()
     weights: WeightSetting | None = None
 
 
@@ -106,16 +106,16 @@ def first_product(device: torch.device, dtype: torch.dtype, dim: int, n_token: i
     torch.nn.functional.linear(x, weight)
 
 
-def prompt_parts(lengths: Sequence[int], chunk: int, kept: Sequence[int] = ()) -> list[Part]:
+def prompt_parts(lengths: Sequence[int], chunk: int, kept: Sequence[int] = ()) -> list[PromptPart]:
     """The parts that `Engine.read` reads of prompts of these lengths, but one of each kind.
 
     A kernel's binary depends on how pointers are aligned, and so on the sequence modulo 4 (a scale has 4 bytes), on
     whether anything came before, and on whether there is one token or more. Of more, the longest part needs the most.
     """
-    longest: dict[tuple[int, int, bool], Part] = {}
+    longest: dict[tuple[int, int, bool], PromptPart] = {}
     for b, length in enumerate(lengths):
         for start in range(kept[b] if b < len(kept) else 0, length, chunk):
-            part = Part(b, start, min(chunk, length - start))
+            part = PromptPart(b, start, min(chunk, length - start))
             kind = b % 4, start, part.n_token == 1
             longest[kind] = max(longest.get(kind, part), part, key=lambda p: p.n_token)
     return list(longest.values())
@@ -179,7 +179,7 @@ class _Sums:
 
 @torch.inference_mode()
 def walk(
-    config: Config, policy: KVCache, shape: Shape, sampling: Sampling, parts: Sequence[Part],
+    config: Config, policy: KVCache, shape: Shape, sampling: Sampling, parts: Sequence[PromptPart],
     weights: WeightSetting | None = None, ranks: Parallel | None = None,
 ) -> None:  # fmt: skip
     """Call every kernel that a run does, on the meta device: only in `compiling`."""
@@ -200,7 +200,7 @@ def walk(
         tokens = torch.zeros(shape.batch, 1, dtype=torch.int64, device=META)
         logits = FusedStep(model, STEP)(tokens, cache)
         for row, start, n_token in parts:
-            view: Any = cache.slot(row)
+            view: Any = cache.sequence(row)
             view.start = start
             FusedChunk(model)(torch.zeros(1, n_token, dtype=torch.int64, device=META), view)
     if sampling.temperature == 0 and ranks is None:

@@ -231,7 +231,7 @@ class Subject:
             engine = self.engine(policy, capacity, len(bodies))
             if scoring.ParallelCache.can(policy) and max(map(len, bodies)) <= self.chunk(policy):
                 for b, ids in enumerate(bodies):
-                    adopt(engine.cache.slot(b), full().cache.slot(b), len(ids))
+                    adopt(engine.cache.sequence(b), full().cache.sequence(b), len(ids))
             else:
                 engine.read(bodies)
             return engine
@@ -287,7 +287,7 @@ def fed(engine: Engine, questions: Sequence[Ids], n_new: int) -> Iterator[list[i
 
 @torch.inference_mode()
 def adopt(cache: ModelCache, full: ModelCache, n_token: int) -> None:
-    """Store the first n_token tokens that a full cache's sequence holds (both are one, or a `slot` of several) as a
+    """Store the first n_token tokens that a full cache's sequence holds (both are one, or a `sequence` of several) as a
     prompt read at once."""
     for layer, source in zip(cache.layers, full.layers, strict=True):
         held = source.regions.sequences(full.row, 1)  # type: ignore[attr-defined]

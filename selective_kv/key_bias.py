@@ -32,7 +32,7 @@ PAIRS = 8
 
 # The sum of squares by which a head's bias swings within a tile, over head_dim, from which on it is taken out. 1: as
 # much as keys whose elements are about 1. At 4 bits that makes the error of attention a fifth larger, at 4 it doubles.
-LEAST = 1.0
+LEAST_SWING = 1.0
 
 
 class KeyBias(NamedTuple):
@@ -91,7 +91,7 @@ def key_bias(bias: Tensor, frequencies: Tensor, sink_size: int, n_tile: int) -> 
     energy = value.square().sum(-1) * swing(frequencies)
     n = min(PAIRS, head_dim // 2)
     most, pairs = energy.topk(n)
-    worth = most.sum(-1, keepdim=True) >= LEAST * head_dim
+    worth = most.sum(-1, keepdim=True) >= LEAST_SWING * head_dim
     if not worth.any():
         return None
     chosen = torch.where(worth[..., None], value.gather(1, pairs[..., None].expand(-1, -1, 2)), 0.0)

@@ -13,7 +13,7 @@ from selective_kv.formats import TILE, Format, key_format, require_finite, rotat
 from selective_kv.kernels import AttentionKernels, attention_kernels, chunk_attention
 from selective_kv.key_bias import key_bias
 from selective_kv.regions import Regions
-from selective_kv.score_error import LEAST, MOST_ROWS, score_error
+from selective_kv.score_error import LEAST_TOKENS, MOST_ROWS, score_error
 
 
 @dataclass
@@ -122,7 +122,7 @@ class RegionCache(KVCache):
         r = self.regions
         first = r.sink_size + r.n_left(n_token)  # of the tile that is stored next
         n = min(n_token - first, TILE)
-        if n < LEAST:
+        if n < LEAST_TOKENS:
             return None
         k = r.k[row, :, [r.slot(p) for p in range(first, first + n)]]
         kept_out = key_bias(*self._bias, first, 1) if self._bias is not None else None

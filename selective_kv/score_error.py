@@ -26,7 +26,7 @@ BOUND = 1.0
 
 # Sequences of a batch that are measured, its first ones: each chunk of one costs a copy of its last query.
 MOST_ROWS = 8
-LEAST = 16  # tokens to measure by: of so few the range, and with it the error, is two thirds of a whole tile's
+LEAST_TOKENS = 16  # tokens to measure by: of so few the range, and with it the error, is two thirds of a whole tile's
 
 
 def score_error(q: Tensor, k: Tensor, form: Format, bias: Tensor | None = None) -> Tensor:

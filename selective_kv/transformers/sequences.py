@@ -36,7 +36,7 @@ CUT_BEFORE = frozenset((2, 8, 32))
 
 
 @dataclass
-class Part:
+class PassPart:
     """Tokens of a forward pass that are read together: sequences `chunk.row` and on, and which columns of the pass."""
 
     chunk: Chunk
@@ -63,7 +63,7 @@ class Sequences:
         self.empty = True
         self.under_way = False  # between a forward pass's first layer and its last
         self.turn: Turn | None = None  # in decoding
-        self.parts: list[Part] = []  # of a chunk; `whole`: there is one, and it is all of the pass
+        self.parts: list[PassPart] = []  # of a chunk; `whole`: there is one, and it is all of the pass
         self.whole = False
         self.handle = -1  # what a compiled graph knows the memory by
         self.number = torch.empty(0)  # [handle, 0]: to a compiler sizes may vary, where other numbers are constants
@@ -341,10 +341,10 @@ class Sequences:
         if max(padding) >= 0:
             self.last_padding = n_column + max(padding) + 1
 
-    def _part(self, row: int, batch: int, start: int, columns: slice | Tensor) -> Part:
+    def _part(self, row: int, batch: int, start: int, columns: slice | Tensor) -> PassPart:
         n = columns.stop - columns.start if isinstance(columns, slice) else len(columns)
         own = torch.arange(start, start + n, device=self.counts.device).expand(batch, n)
-        return Part(Chunk(own, row, start), Turn(self.frequencies, own), columns)
+        return PassPart(Chunk(own, row, start), Turn(self.frequencies, own), columns)
 
     def _end(self, n: int, counts: Tensor) -> None:
         """The last layer has attended to a pass of n columns."""

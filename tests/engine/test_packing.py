@@ -14,7 +14,7 @@ from kernel_reference import DEVICES, FP32
 from torch import Tensor
 
 from engine import Engine, FusedChunk, Sampling
-from engine.packing import PACK_TOKENS, PackedCache, Part, most_at_once, packs
+from engine.packing import PACK_TOKENS, PackedCache, PromptPart, most_at_once, packs
 from kv_cache import ModelCache
 from model import Config, Transformer
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
@@ -77,7 +77,7 @@ def test_every_token_once_in_the_chunks_it_would_have_alone(
         assert len({part.row for part in pack}) == len(pack)
         assert len(pack) == 1 or sum(part.n_token for part in pack) <= min(chunk, most)
     for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        alone = [Part(row, first, min(chunk, end - first)) for first in range(start, end, chunk)]
+        alone = [PromptPart(row, first, min(chunk, end - first)) for first in range(start, end, chunk)]
         assert [part for pack in found for part in pack if part.row == row] == alone
 
 
@@ -187,12 +187,12 @@ def test_a_pack_by_fused_kernels(policy: KVCache, device: str) -> None:
     with torch.inference_mode():
         past = torch.randint(61, (1, 145), device=device)
         for cache in (packed, alone):
-            chunk(past, cache.slot(1))
-        parts = [Part(0, 0, 30), Part(1, 145, 20), Part(2, 0, 1)]
+            chunk(past, cache.sequence(1))
+        parts = [PromptPart(0, 0, 30), PromptPart(1, 145, 20), PromptPart(2, 0, 1)]
         ids = torch.randint(61, (1, 51), device=device)
         view = PackedCache(packed, parts)
         got = chunk(ids, view, view.last)
         for i, (row, tokens) in enumerate(zip(range(3), ids.split([30, 20, 1], 1), strict=True)):
-            want = chunk(tokens, alone.slot(row))
+            want = chunk(tokens, alone.sequence(row))
             assert torch.allclose(got[0, i], want[0, 0], rtol=3e-2, atol=3e-2)
     assert packed.lengths.tolist() == alone.lengths.tolist() == [30, 165, 1]

@@ -101,7 +101,7 @@ def test_a_chunk_is_the_model(policy: KVCache, qk_norm: bool, device: str) -> No
     with torch.inference_mode():
         for n in (20, 17, 1):
             ids = torch.randint(101, (1, n)).to(device)
-            got, want = chunk(ids, caches[0].slot(0)), model(ids, caches[1].slot(0), last_only=True)
+            got, want = chunk(ids, caches[0].sequence(0)), model(ids, caches[1].sequence(0), last_only=True)
             assert error(got, want.double()) < slack
     assert caches[0].lengths.tolist() == caches[1].lengths.tolist() == [38]
 

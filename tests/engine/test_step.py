@@ -202,7 +202,7 @@ def test_the_fused_step_is_the_model(n: int, family: str, policy: KVCache, tmp_p
                 continue  # a bias, a norm of q and k; the interpreter takes its time
             cache = ModelCache(policy, config.n_layer, shape)
             for b, length in enumerate((3, 7)[:n]):
-                model(tokens[:length, b].T, cache.slot(b))
+                model(tokens[:length, b].T, cache.sequence(b))
             step = (lambda t, c: model(t, c)[:, -1]) if kernels is None else FusedStep(model, kernels)
             outs.append(torch.stack([step(t, cache) for t in tokens[:4]]))
     assert (outs[1] - outs[0]).abs().max() < 1e-4

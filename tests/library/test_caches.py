@@ -101,7 +101,7 @@ def run(policy: KVCache, case: Case, reference: bool = False, slack: int = 0) ->
 
     for b, chunks in enumerate(case.chunks):
         for n in chunks:
-            feed(cache.slot(b), n, range(b, b + 1))
+            feed(cache.sequence(b), n, range(b, b + 1))
     for _ in range(case.n_decode):
         feed(cache, 1, range(len(qs)))
     return [torch.cat(o, 1) if o else torch.zeros(qs[0].shape[0], 0, case.head_dim) for o in outs]
