@@ -22,7 +22,7 @@ __all__ = ["ModelCache", "format_policy", "make_policy", "parse_policy", "plan",
 class ModelCache:
     """One cache per layer, and on the device how many tokens each sequence has: int64 `lengths` [batch].
 
-    The whole batch decodes a token at a time; `slot(b)` is the same cache seen as sequence b alone, to
+    The whole batch decodes a token at a time; `sequence(b)` is the same cache seen as sequence b alone, to
     read a prompt of its own length into it.
     """
 

@@ -35,10 +35,8 @@ GATE_8BIT = 3e-2  # what attention in 8 bits to history in 4 may be off by (a fo
 def gate_parts(shape: Shape) -> tuple[Shape, list[PromptPart]]:
     """The shape of the gate's cache, and the chunks that it reads."""
     first, second = GATE_CHUNKS
-    return dataclasses.replace(shape, batch=1, capacity=first + second), [
-        PromptPart(0, 0, first),
-        PromptPart(0, first, second),
-    ]
+    at = dataclasses.replace(shape, batch=1, capacity=first + second)
+    return at, [PromptPart(0, 0, first), PromptPart(0, first, second)]
 
 
 @torch.inference_mode()

@@ -1,9 +1,9 @@
 """Prefill and decoding: tokens through a model and its cache, and the clock beside them.
 
-Prompts are read each into its own slot, short ones together (packing.py: no padding, so every sequence is exact);
-the batch then decodes together, a token per sequence and step. On a CUDA device one captured graph
-serves every length: sampling is in it, lengths live on the device, and the host only replays it and
-picks up tokens that are already there, `LAG` steps behind.
+Each prompt is read into a sequence of the cache, short ones together (packing.py: no padding, so every sequence is
+exact); the batch then decodes together, a token per sequence and step. On a CUDA device one captured graph serves every
+length: sampling is in it, lengths live on the device, and the host only replays it and picks up tokens that are already
+there, `LAG` steps behind.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ LAG = 2  # steps that the host may be ahead of the tokens it has seen: enough to
 class Timing:
     """Seconds and counts of one run; decoding apart from prefill, and each synchronised at its ends."""
 
-    n_read: int = 0
-    n_written: int = 0
+    n_read: int = 0  # tokens of prompts
+    n_written: int = 0  # of all sequences, end tokens included
     prefill_seconds: float = 0.0
-    first_token_seconds: float = 0.0
+    first_token_seconds: float = 0.0  # from the beginning of prefill
     decode_seconds: float = 0.0
-    n_first: int = 0
+    n_first: int = 0  # of those written, the ones that prefill chose: one a sequence
 
     def __add__(self, other: Timing) -> Timing:
         """Of two runs together; the time to first token is the first one's."""

@@ -37,7 +37,7 @@ class FusedStep:
         model, linear = self.model, self.kernels.linear
         step = cache.begin(1)
         rope = model.rope(step.positions)
-        turn = rope.cos[:, 0, 0], rope.sin[:, 0, 0]
+        cos, sin = rope.cos[:, 0, 0], rope.sin[:, 0, 0]
         n_head, n_kv_head = model.config.n_head, model.config.n_kv_head
         x = self.kernels.embed(tokens[:, 0], model.tok_embeddings.weight, model.norm.weight.dtype)
         for block, layer_cache in zip(model.layers, cache.layers, strict=True):
@@ -50,14 +50,15 @@ class FusedStep:
                 wqkv.bias,
                 norm.weight,
                 model.config.norm_eps,
-                *turn,
+                cos,
+                sin,
                 n_head,
                 attention.n_qk,
                 self._norms(attention),
             )
             q, k, v = qkv[:, :, None].split([n_head, n_kv_head, n_kv_head], 1)
             wo = attention.wo.weight
-            chunk = replace(step, then=wo.ints if isinstance(wo, QuantizedWeight) else wo)
+            chunk = replace(step, next_weight=wo.ints if isinstance(wo, QuantizedWeight) else wo)
             y = layer_cache.attend(q, k, v, chunk, rope).reshape(len(x), -1)
             x = self._add(x, y, wo, attention.wo.bias)
             norm = block.ffn_norm

@@ -65,7 +65,7 @@ class Chunk:
     positions: Tensor  # int64 [batch, token], on the device
     row: int = 0
     start: int | None = None  # positions[:, 0] where it is one number that the host knows: never in decoding
-    then: Tensor | None = None  # the weight that is read right after attention: kernels may prefetch it into L2
+    next_weight: Tensor | None = None  # read right after attention: kernels may prefetch it into L2
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class RegionCache(KVCache):
         if k.shape[2] == 1:
             pos = chunk.positions[:, 0]
             self.kernels.append(regions, k[:, :, 0], v[:, :, 0], pos)
-            return self.kernels.decode_attention(q[:, :, 0], regions, pos, sink_rope, chunk.then)[:, :, None]
+            return self.kernels.decode_attention(q[:, :, 0], regions, pos, sink_rope, chunk.next_weight)[:, :, None]
         assert chunk.start is not None, "a chunk of several tokens starts at one known position"
         self.kernels.evict(regions, chunk.start)
         y = chunk_attention(self.kernels, q, k, v, regions, chunk.start, sink_rope)
