@@ -109,7 +109,7 @@ def _randomize(model: Transformer, generator: torch.Generator, share: Share | No
         whole = Transformer(model.config if share is None else share.whole)
     shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
     quantise = fillers(model)
-    kept = {id(p) for module in quantized(model) for p in (module.ints, module.scale, getattr(module, "pairs", None))}
+    kept = {id(p) for module in quantized(model) for name, p in module.named_parameters() if name != "bias"}
     for name, parameter in model.named_parameters():
         if id(parameter) in kept:
             continue

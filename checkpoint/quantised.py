@@ -73,7 +73,7 @@ def describe(fields: dict[str, Any], path: Path) -> Described | None:
             factors = tuple(map(float, scaling.get("factors", [])))
             shape["rope_scaling"] = RopeScaling(**_values(scaling, RopeScaling), factors=factors)
         config = Config(**shape)
-        setting = parse_weights(fields["weights"])
+        setting = parse_weights(_with_group(fields["weights"]))
         dtype = {str(d).removeprefix("torch."): d for d in FLOATS.values()}[fields["dtype"]]
         name = str(fields["name"])
     except UserError:
@@ -83,6 +83,14 @@ def describe(fields: dict[str, Any], path: Path) -> Described | None:
     if setting is None:
         raise UserError(f"{path}: weights {fields['weights']!r}, which are in no fewer bits")
     return Described(name, config, setting, dtype)
+
+
+def _with_group(weights: str) -> str:
+    """What the first folders left out: their 8 bits had a scale a row."""
+    if not weights.startswith("int8") or "group_size=" in weights:
+        return weights
+    rest = weights.partition(":")[2]
+    return "int8:group_size=0" + (f",{rest}" if rest else "")
 
 
 def _values(f: Fields, cls: type) -> dict[str, Any]:
@@ -154,7 +162,7 @@ def write_quantised(
     model = load()
     tensors: dict[str, Tensor] = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
     fields = {
-        "model_type": MODEL_TYPE, "version": VERSION, "name": name, "weights": str(weights),
+        "model_type": MODEL_TYPE, "version": VERSION, "name": name, "weights": weights.in_full(),
         "dtype": str(model.norm.weight.dtype).removeprefix("torch."), "config": asdict(model.config),
         "eos_token_id": list(eos_ids),
     }  # fmt: skip

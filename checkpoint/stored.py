@@ -23,7 +23,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import first_bytes, is_plain_file, read_json
 
-INTEGERS = {"I8": torch.int8, "I16": torch.int16}
+INTEGERS = {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16}
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What torch.load raises on damaged files: from its zip reader, its unpickler, its rebuilding of tensors
 UNPICKLING_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, MemoryError)

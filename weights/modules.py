@@ -22,10 +22,11 @@ DENSE_ROWS = 256  # a library's products like multiples of it
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight [n, k] in 8 bits (group 0) or 4: what a product takes where it would take a Tensor.
+    """A weight [n, k] in 8 bits or 4: what a product takes where it would take a Tensor.
 
     ints: int8 [n, k], or int16 [n, n_group * group / 4]; scale: float32 [n] (of 4 bits a row's unit); pairs: float16
-    [n, n_group, 2], scale and base of each group (None of 8 bits). `quantize.py` says what they mean.
+    [n, n_group, 2], scale and base of each group (None of 8 bits); group: elements of a group, 0 where a row is not cut
+    into groups; steps: uint8 [n, n_group], of 8 bits in groups. `quantize.py` says what they mean.
     """
 
     ints: Tensor
@@ -33,6 +34,7 @@ class QuantizedWeight:
     pairs: Tensor | None
     k: int
     group: int
+    steps: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -40,18 +42,24 @@ class QuantizedWeight:
 
     @property
     def bits(self) -> int:
-        return 4 if self.group else 8
+        return 8 if self.pairs is None else 4
 
     def __len__(self) -> int:
         return self.ints.shape[0]
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """Some of the rows: views."""
-        pairs = None if self.pairs is None else self.pairs[start:stop]
-        return QuantizedWeight(self.ints[start:stop], self.scale[start:stop], pairs, self.k, self.group)
+        return self.of(slice(start, stop))
+
+    def of(self, part: slice | Tensor) -> QuantizedWeight:
+        """Some of the rows: views, or copies of those at the given numbers."""
+        pairs, steps = (None if t is None else t[part] for t in (self.pairs, self.steps))
+        return QuantizedWeight(self.ints[part], self.scale[part], pairs, self.k, self.group, steps)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight in a float dtype, [n, k]."""
+        if self.steps is not None:
+            return quantize.dequantize8_groups(self.ints, self.steps, self.scale, self.group).to(dtype)
         if self.pairs is None:
             return quantize.dequantize8(self.ints, self.scale).to(dtype)
         u = quantize.unpack4(self.ints, self.group)
@@ -82,32 +90,37 @@ def _storage(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class QuantizedLinear(nn.Module):
-    """`nn.Linear` of a `QuantizedWeight`. group 0: 8 bits; otherwise 4. Values come from `fill`.
+    """`nn.Linear` of a `QuantizedWeight`. Values come from `fill`. bits: 8 or 4; group: 0 (of 8 bits alone): a scale a
+    row.
 
     multiply: what computes the product; `product`, unless a device has something better (`Engine` says so).
     """
 
     scale: Tensor
     pairs: Tensor | None
+    steps: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, n: int, k: int, group: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, n: int, k: int, bits: int, group: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.k, self.group = k, group
         self.multiply: Product = product
-        if group == 0:
+        n_group = quantize.n_groups(k, group) if group else 0
+        steps = pairs = None
+        if bits == 8:
             self.ints = _storage(n, k, dtype=torch.int8)
-            self.register_parameter("pairs", None)
+            steps = _storage(n, n_group, dtype=torch.uint8) if group else None
         else:
-            n_group = quantize.n_groups(k, group)
             self.ints = _storage(n, n_group * group // 4, dtype=torch.int16)
-            self.pairs = _storage(n, n_group, 2, dtype=torch.float16)
+            pairs = _storage(n, n_group, 2, dtype=torch.float16)
+        self.register_parameter("steps", steps)
+        self.register_parameter("pairs", pairs)
         self.scale = _storage(n, dtype=torch.float32)
         self.register_parameter("bias", _storage(n, dtype=dtype) if bias else None)
 
     @property
     def weight(self) -> QuantizedWeight:
-        return QuantizedWeight(self.ints, self.scale, self.pairs, self.k, self.group)
+        return QuantizedWeight(self.ints, self.scale, self.pairs, self.k, self.group, self.steps)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(x.reshape(-1, self.k), self.weight, self.bias).view(*x.shape[:-1], -1)
@@ -119,35 +132,46 @@ class QuantizedLinear(nn.Module):
             at = slice(start, start + len(chunk))
             chunk = chunk.to(self.ints.device)
             if self.pairs is None:
-                self.ints[at], self.scale[at] = quantize.quantize8(chunk)
+                _fill8(self, chunk, at)
             else:
                 u, self.pairs[at], self.scale[at] = quantize.quantize4(chunk, self.group)
                 self.ints[at] = quantize.pack4(u, self.group)
             start += len(chunk)
 
 
-class QuantizedEmbedding(nn.Module):
-    """`nn.Embedding` in 8 bits, a scale a row. Its rows come out in `dtype`."""
+def _fill8(into: QuantizedLinear | QuantizedEmbedding, w: Tensor, at: slice) -> None:
+    """Quantise w to be some of the rows."""
+    if into.steps is None:
+        into.ints[at], into.scale[at] = quantize.quantize8(w)
+    else:
+        into.ints[at], into.steps[at], into.scale[at] = quantize.quantize8_groups(w, into.group)
 
-    def __init__(self, n: int, dim: int, dtype: torch.dtype) -> None:
+
+class QuantizedEmbedding(nn.Module):
+    """`nn.Embedding` in 8 bits; group 0: a scale a row. Its rows come out in `dtype`."""
+
+    steps: Tensor | None
+
+    def __init__(self, n: int, dim: int, group: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.group = dtype, group
         self.ints = _storage(n, dim, dtype=torch.int8)
+        n_group = quantize.n_groups(dim, group) if group else 0
+        self.register_parameter("steps", _storage(n, n_group, dtype=torch.uint8) if group else None)
         self.scale = _storage(n, dtype=torch.float32)
 
     @property
     def weight(self) -> QuantizedWeight:
-        return QuantizedWeight(self.ints, self.scale, None, self.ints.shape[1], 0)
+        return QuantizedWeight(self.ints, self.scale, None, self.ints.shape[1], self.group, self.steps)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return (self.ints[tokens] * self.scale[tokens][..., None]).to(self.dtype)
+        return self.weight.of(tokens.flatten()).dense(self.dtype).view(*tokens.shape, -1)
 
     def fill(self, rows: Tensor, start: int) -> None:
         """As `QuantizedLinear.fill`."""
         step = max(1, quantize.at_once(self.ints.device) // rows.shape[1])
         for chunk in rows.split(step):
-            at = slice(start, start + len(chunk))
-            self.ints[at], self.scale[at] = quantize.quantize8(chunk.to(self.ints.device))
+            _fill8(self, chunk.to(self.ints.device), slice(start, start + len(chunk)))
             start += len(chunk)
 
 
@@ -181,11 +205,10 @@ def replace_matrices(model: Transformer, setting: WeightSetting, dtype: torch.dt
                 continue
             new: nn.Module
             if isinstance(module, nn.Embedding):
-                new = QuantizedEmbedding(module.num_embeddings, module.embedding_dim, dtype)
+                new = QuantizedEmbedding(module.num_embeddings, module.embedding_dim, setting.group_of(bits), dtype)
             else:
-                group = setting.group_size if bits == 4 else 0
                 n, k = module.out_features, module.in_features
-                new = QuantizedLinear(n, k, group, module.bias is not None, dtype)
+                new = QuantizedLinear(n, k, bits, setting.group_of(bits), module.bias is not None, dtype)
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, new)
     model.tie()

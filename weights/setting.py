@@ -12,9 +12,16 @@ if TYPE_CHECKING:
     from model import Config
 
 GROUP_SIZES = (32, 64, 128)
+DEFAULT_GROUPS = {8: 0, 4: 128}  # by bits
 
 
-def _bits(default: int, choices: tuple[int, ...], help_text: str) -> Any:
+_GROUPS = (
+    "elements that share a scale, in 4 bits also a base; in int8 of matrices in 8 bits too, where 0 is a whole row "
+    f"(default: {DEFAULT_GROUPS[4]} in int4, {DEFAULT_GROUPS[8]} in int8)"
+)
+
+
+def _bits(default: int | None, choices: tuple[int | None, ...], help_text: str) -> Any:
     return field(default=default, metadata={"choices": choices, "help": help_text})
 
 
@@ -22,11 +29,12 @@ def _bits(default: int, choices: tuple[int, ...], help_text: str) -> Any:
 class WeightSetting:
     """Bits of each kind of matrix; 16 is as the model's dtype has it. Norms and biases always are.
 
-    Spelled "int8", "int4", or with what differs from the defaults: "int4:group_size=64,down_bits=8".
+    Spelled "int8", "int4", or with what differs from the defaults: "int4:group_size=64,down_bits=8". group_size: None:
+    the default of these bits.
     """
 
     bits: int
-    group_size: int = _bits(128, GROUP_SIZES, "elements that share a scale and base in 4 bits")
+    group_size: int | None = _bits(None, (None, 0, *GROUP_SIZES), _GROUPS)
     embedding_bits: int = _bits(8, (8, 16), "of the embedding, and of the head where the two are tied")
     head_bits: int = _bits(8, (4, 8, 16), "of the head, which makes the logits")
     down_bits: int = _bits(0, (0, 4, 8, 16), "of the feed-forward's second matrix (w2); 0: as the others")
@@ -36,14 +44,25 @@ class WeightSetting:
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             if choices and value not in choices:
-                raise UserError(f"--weights: {f.name} must be one of {', '.join(map(str, choices))}, not {value}")
+                known = ", ".join(str(choice) for choice in choices if choice is not None)
+                raise UserError(f"--weights: {f.name} must be one of {known}, not {value}")
+        if self.bits == 4 and self.group_size == 0:
+            raise UserError("--weights: group_size must be one of 32, 64, 128 in 4 bits, not 0")
+        if self.group_size == DEFAULT_GROUPS[self.bits]:
+            object.__setattr__(self, "group_size", None)  # equal settings are equal
         if self.edge_layers < 0:
             raise UserError(f"--weights: edge_layers must not be negative, not {self.edge_layers}")
 
     def __str__(self) -> str:
-        values = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)[1:] if f.default is not None]
+        values = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)[1:]]
         changed = [f"{name}={value}" for name, value in values if value != getattr(type(self), name)]
         return f"int{self.bits}" + (":" + ",".join(changed) if changed else "")
+
+    def in_full(self) -> str:
+        """With the size of groups, which a file must say: a default may change."""
+        group = self.group_of(self.bits)
+        rest = str(dataclasses.replace(self, group_size=None)).partition(":")[2]
+        return f"int{self.bits}:group_size={group}" + (f",{rest}" if rest else "")
 
     def bits_of(self, module: str, config: Config) -> int:
         """Of the matrix of a module of `model.Transformer`, by its name there."""
@@ -55,6 +74,16 @@ class WeightSetting:
         if min(int(layer), config.n_layer - 1 - int(layer)) < self.edge_layers:
             return 8
         return self.down_bits or self.bits if name == "w2" else self.bits
+
+    def group_of(self, bits: int) -> int:
+        """Elements of a group in a matrix of so many bits; 0: none, a scale a row.
+
+        What has 8 bits among 4 is little, and keeps a scale a row.
+        """
+        if bits == 8 and self.bits != 8:
+            return 0
+        default = DEFAULT_GROUPS[bits]
+        return default if self.group_size is None else self.group_size or default
 
 
 def parse_weights(text: str) -> WeightSetting | None:
@@ -81,7 +110,8 @@ def parse_weights(text: str) -> WeightSetting | None:
 def weights_help(default: str) -> str:
     """What a command line says of `--weights`."""
     fields = dataclasses.fields(WeightSetting)[1:]
-    knobs = "; ".join(f"{f.name} {f.metadata['help']} (default: {f.default})" for f in fields)
+    defaults = ["" if f.default is None else f" (default: {f.default})" for f in fields]
+    knobs = "; ".join(f"{f.name} {f.metadata['help']}{default}" for f, default in zip(fields, defaults, strict=True))
     return (
         f"bits of the weights: int8, int4, or 16 as they are (default: {default}); "
         f"with settings as in int4:group_size=64,head_bits=16: {knobs}"

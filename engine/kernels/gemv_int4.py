@@ -308,7 +308,7 @@ def int4_fits(x: Tensor, weight: QuantizedWeight, around: Around) -> bool:
     n, k = weight.shape
     if (x.data_ptr() | weight.ints.data_ptr()) % 16:
         return False
-    fits = weight.group == GROUP and k % 16 == 0 and parts_of(k) <= MOST_PARTS and n >= 16
+    fits = weight.bits == 4 and weight.group == GROUP and k % 16 == 0 and parts_of(k) <= MOST_PARTS and n >= 16
     if around.turn is not None:
         fits = fits and around.turn.cos.shape[1] % 16 == 0
     return len(x) == 1 and x.element_size() == 2 and fits and (INTERPRET or processor(x.device).overlap)

@@ -312,9 +312,9 @@ def plan(n_unit: int, chunks: int, paired: bool, n_processor: int) -> Plan:
 
 
 def integers_fit(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether `run_integers` is for this token: 16-bit activations, rows of whole 16 bytes."""
+    """Whether `run_integers` is for this token: 16-bit activations, rows of whole 16 bytes, 8 bits not in groups."""
     _, k = weight.shape
-    return len(x) == 1 and x.element_size() == 2 and k % 16 == 0 and chunks_of(weight) <= 2048
+    return weight.steps is None and len(x) == 1 and x.element_size() == 2 and k % 16 == 0 and chunks_of(weight) <= 2048
 
 
 def run_integers(x: Tensor, weight: QuantizedWeight, around: Around, p: Plan) -> Tensor:

@@ -94,7 +94,7 @@ def chosen(keys: Tensor) -> Tensor:
 def embed(tokens: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """Rows of an embedding: see the contract."""
     if isinstance(weight, QuantizedWeight):
-        return (weight.ints[tokens] * weight.scale[tokens][:, None]).to(dtype)
+        return weight.of(tokens).dense(dtype)
     return F.embedding(tokens, weight)
 
 

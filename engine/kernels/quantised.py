@@ -28,17 +28,22 @@ from weights.modules import QuantizedWeight, blocks
 @triton.jit
 def dense_kernel(
     ints, unit, pairs, out, n_row,
-    K: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, columns of `ints`): make them dense. ints, unit and pairs as for the products; out: [n_row, K]."""
+    """Program (rows, columns of `ints`): make them dense. ints, unit and pairs (of 8 bits in groups: their steps) as
+    for the products; out: [n_row, K]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = row < n_row
     at = row.to(tl.int64)[:, None]
     scale = tl.load(unit + row, there, 0.0)[:, None]
-    if GROUP == 0:
+    if BITS == 8:
         inside = there[:, None] & (column < K)[None, :]
-        value = tl.load(ints + at * K + column[None, :], inside, 0).to(tl.float32) * scale
+        value = tl.load(ints + at * K + column[None, :], inside, 0).to(tl.float32)
+        if GROUP > 0:  # exact, as the reference has it
+            N_STEP: tl.constexpr = (K + GROUP - 1) // GROUP
+            value *= tl.load(pairs + at * N_STEP + (column // GROUP)[None, :], inside, 0).to(tl.float32)
+        value *= scale
         tl.store(out + at * K + column[None, :], value.to(out.dtype.element_ty), inside)
     else:
         QUARTER: tl.constexpr = GROUP // 4
@@ -58,12 +63,12 @@ def dense_kernel(
 def make_dense(weight: QuantizedWeight, out: Tensor) -> None:
     """weight's values into out, [n, k], contiguous, a float dtype."""
     n, length = weight.ints.shape
-    pairs = weight.scale if weight.pairs is None else weight.pairs
+    pairs = next(t for t in (weight.pairs, weight.steps, weight.scale) if t is not None)
     columns = min(1024, triton.next_power_of_2(length))
     rows = max(1, 4096 // columns)
     launch(dense_kernel, (triton.cdiv(n, rows), triton.cdiv(length, columns)))(
-        weight.ints, weight.scale, pairs, out, n, K=weight.k, GROUP=weight.group, ROWS=rows, COLUMNS=columns,
-        num_warps=4,
+        weight.ints, weight.scale, pairs, out, n, K=weight.k, BITS=weight.bits, GROUP=weight.group, ROWS=rows,
+        COLUMNS=columns, num_warps=4,
     )  # fmt: skip
 
 
@@ -97,15 +102,22 @@ def in_one_launch(x: Tensor, weight: QuantizedWeight, around: Around) -> Tensor 
 
 
 @triton.jit
-def embed_kernel(tokens, ints, scale, out, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    """Program: a token's row of an embedding in 8 bits. tokens: int64; ints: [vocab, N]; out: [token, N]."""
+def embed_kernel(
+    tokens, ints, scale, steps, out,
+    N: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Program: a token's row of an embedding in 8 bits. tokens: int64; ints: [vocab, N]; steps: of its groups, where
+    GROUP is not 0; out: [token, N]."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
     k = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens + at)
-    value = tl.load(ints + token * N + k, k < N, 0).to(tl.float32) * tl.load(scale + token)
+    value = tl.load(ints + token * N + k, k < N, 0).to(tl.float32)
+    if GROUP > 0:
+        value *= tl.load(steps + token * ((N + GROUP - 1) // GROUP) + k // GROUP, k < N, 0).to(tl.float32)
+    value *= tl.load(scale + token)
     tl.store(out + at * N + k, value.to(out.dtype.element_ty), k < N)
 
 
@@ -114,8 +126,8 @@ def embed(tokens: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor
     overlap = processor(tokens.device).overlap
     out = torch.empty(len(tokens), weight.k, dtype=dtype, device=tokens.device)
     launch(embed_kernel, (len(tokens),))(
-        tokens, weight.ints, weight.scale, out, N=weight.k, BLOCK=triton.next_power_of_2(weight.k), OVERLAP=overlap,
-        launch_pdl=overlap, num_warps=8,
+        tokens, weight.ints, weight.scale, weight.scale if weight.steps is None else weight.steps, out, N=weight.k,
+        GROUP=weight.group, BLOCK=triton.next_power_of_2(weight.k), OVERLAP=overlap, launch_pdl=overlap, num_warps=8,
     )  # fmt: skip
     return out
 

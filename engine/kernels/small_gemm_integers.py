@@ -266,7 +266,7 @@ class Plan(NamedTuple):
 
 def plan_tokens(weight: QuantizedWeight, n_token: int, n_processor: int, shared: int) -> Plan:
     """What measured best on an H100 for Llama 8B's shapes and 8 tokens (LOG.md, 2026-11-26)."""
-    four = weight.group > 0
+    four = weight.bits == 4
     if four and len(weight) > 64 * n_processor:
         p = Plan(64, 4, weight.group // 4, 3)
     elif four:
@@ -287,8 +287,9 @@ def plan_tokens(weight: QuantizedWeight, n_token: int, n_processor: int, shared:
 
 
 def integers_fit_tokens(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether `run_tokens_integers` is for these tokens: 16-bit activations, groups of 64 or 128."""
-    fits = weight.group >= 64 or (weight.group == 0 and weight.k % 16 == 0)
+    """Whether `run_tokens_integers` is for these tokens: 16-bit activations, no groups of 8 bits, none of 32 of 4."""
+    fits = weight.k % 16 == 0 if weight.bits == 8 else weight.group >= 64
+    fits = fits and weight.steps is None
     return 1 <= len(x) <= MOST_TOKENS and x.element_size() == 2 and fits and weight.k % 8 == 0
 
 

@@ -30,8 +30,9 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def weight(n: int, k: int, group: int, device: str) -> QuantizedWeight:
-    made = QuantizedLinear(n, k, group, False, FP32)
+def weight(n: int, k: int, group: int, device: str, bits: int = 0) -> QuantizedWeight:
+    """bits: 0: 4 where there are groups."""
+    made = QuantizedLinear(n, k, bits or (4 if group else 8), group, False, FP32)
     w = torch.randn(n, k) / k**0.5
     w[0] = 0
     w[-1, : k // 2] = 0.25
@@ -45,13 +46,16 @@ def check(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     assert error(got, want) < CLOSE[dtype]
 
 
-@pytest.mark.parametrize(("dtype", "group"), [(BF16, 0), (BF16, 128), (FP16, 64), (FP16, 32), (FP32, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "bits", "group"),
+    [(BF16, 8, 0), (BF16, 8, 64), (BF16, 4, 128), (FP16, 4, 64), (FP16, 4, 32), (FP16, 8, 32), (FP32, 4, 128)],
+)
 @pytest.mark.parametrize("n_token", [1, 9, 65])  # each has its way, and float32 a library's
-def test_linear(n_token: int, dtype: torch.dtype, group: int, device: str) -> None:
+def test_linear(n_token: int, dtype: torch.dtype, bits: int, group: int, device: str) -> None:
     """Groups and chunks that do not divide a row; more rows than a program's."""
     for k, n in ((176, 18),) if n_token < 65 else ((100, 6),):
         for swiglu in (False, True):
-            w = weight(2 * n if swiglu else n, k, group, device)
+            w = weight(2 * n if swiglu else n, k, group, device, bits)
             x, norm, residual = torch.randn(n_token, k), 1 + torch.rand(k), torch.randn(n_token, n)
             x[:, 1] *= 30  # an outlier channel
             around: list[dict[str, Tensor]] = [{}, {"norm": norm, "residual": residual}]
@@ -140,9 +144,9 @@ def test_what_is_no_number_stays_none(n: int, group: int, bad: str, device: str)
     assert (zeros == 0).all()
 
 
-@pytest.mark.parametrize("group", [0, 32, 128])
-def test_rows_made_dense(group: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    w = weight(37, 300, group, device)
+@pytest.mark.parametrize(("bits", "group"), [(8, 0), (8, 64), (4, 32), (4, 128)])
+def test_rows_made_dense(bits: int, group: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = weight(37, 300, group, device, bits)
     out = torch.full((37, 300), float("nan"), device=device)
     quantised.make_dense(w, out)
     assert torch.allclose(out, w.dense(FP32), atol=1e-6)
@@ -151,8 +155,9 @@ def test_rows_made_dense(group: int, device: str, monkeypatch: pytest.MonkeyPatc
     assert error(quantised.product_of_many(x, w, None), x.double() @ w.dense(torch.float64).T) < 1e-5
 
 
-def test_rows_of_an_embedding(device: str) -> None:
-    made = QuantizedEmbedding(10, 96, FP32)
+@pytest.mark.parametrize("group", [0, 64])
+def test_rows_of_an_embedding(group: int, device: str) -> None:
+    made = QuantizedEmbedding(10, 96, group, FP32)
     made.fill(torch.randn(10, 96), 0)
     made.to(device)
     tokens = torch.tensor([9, 0, 3], device=device)
@@ -161,8 +166,9 @@ def test_rows_of_an_embedding(device: str) -> None:
 
 
 def test_views_of_rows_are_the_rows() -> None:
-    w = weight(20, 96, 32, "cpu")
-    assert torch.equal(w.rows(5, 12).dense(FP32), w.dense(FP32)[5:12])
+    for bits in (4, 8):
+        w = weight(20, 96, 32, "cpu", bits)
+        assert torch.equal(w.rows(5, 12).dense(FP32), w.dense(FP32)[5:12])
     assert replace(w, scale=w.scale * 2).dense(FP32).norm() > w.dense(FP32).norm()
 
 

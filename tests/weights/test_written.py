@@ -35,7 +35,9 @@ def source() -> Path:
     return find_demo()
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4:group_size=32", "int4:group_size=32,embedding_bits=16,down_bits=8"])
+@pytest.mark.parametrize(
+    "weights", ["int8", "int8:group_size=64", "int4:group_size=32", "int4:group_size=32,embedding_bits=16,down_bits=8"]
+)
 def test_what_is_written_is_what_loading_would_make(source: Path, tmp_path: Path, weights: str) -> None:
     command.main(["--checkpoint_path", str(source), "--weights", weights, "--out", str(tmp_path), "--device", "cpu"])
     before, after = open_checkpoint(source), open_checkpoint(tmp_path)
@@ -159,14 +161,28 @@ def test_a_weight_that_is_no_number_is_named(source: Path, tmp_path: Path) -> No
         load_model(open_checkpoint(tmp_path), CPU, torch.float32, weights=parse_weights("int4"))
 
 
-def test_a_plan_counts_what_will_be_allocated(source: Path) -> None:
-    checkpoint, setting = open_checkpoint(source), parse_weights("int4:group_size=32")
+def test_the_first_folders_of_8_bits_had_a_scale_a_row(source: Path, tmp_path: Path) -> None:
+    """They say "int8" alone, whatever a default is now; a folder says its groups in full."""
+    command.main(
+        ["--checkpoint_path", str(source), "--weights", "int8:group_size=0,down_bits=16", "--out", str(tmp_path)]
+    )
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config["weights"] == "int8:group_size=0,down_bits=16"
+    now = load_model(open_checkpoint(tmp_path), CPU, torch.bfloat16)
+    file.write_text(json.dumps(config | {"weights": "int8:down_bits=16"}))
+    assert same(now, load_model(open_checkpoint(tmp_path), CPU, torch.bfloat16))
+
+
+@pytest.mark.parametrize("weights", ["int4:group_size=32", "int8:group_size=64", "int8:group_size=0"])
+def test_a_plan_counts_what_will_be_allocated(source: Path, weights: str) -> None:
+    checkpoint, setting = open_checkpoint(source), parse_weights(weights)
     config = checkpoint.config
     shape = Shape(1, config.n_kv_head, config.head_dim, 64, torch.bfloat16, CPU)
     plan = make_plan(config, FullCache(), shape, 16, setting)
     model = load_model(checkpoint, CPU, torch.bfloat16, weights=setting, to_run=False)
     assert plan.weights == parameter_bytes(model) < plan.dense_weights
-    assert any("int4" in line for line in plan.lines())
+    assert any(weights[:4] in line for line in plan.lines())
 
 
 def test_an_8b_in_4_bits_fits_a_small_card() -> None:
@@ -178,15 +194,19 @@ def test_an_8b_in_4_bits_fits_a_small_card() -> None:
     assert plan.weights == pytest.approx(layers * 4.25 / 8 + 2 * 128256 * 4096, rel=2e-3)
 
 
-def test_random_weights_are_quantised_too() -> None:
+@pytest.mark.parametrize("weights", ["int4", "int8:group_size=64"])
+def test_random_weights_are_quantised_too(weights: str) -> None:
+    setting = parse_weights(weights)
     checkpoint = Checkpoint(None, "small", Config(64, 64, 2, 2, 2, 96, 128, 32))
-    model = load_model(checkpoint, CPU, torch.float32, random_weights=True, weights=parse_weights("int4"), to_run=False)
+    model = load_model(checkpoint, CPU, torch.float32, random_weights=True, weights=setting, to_run=False)
     w2 = model.layers[1].feed_forward.w2
     assert isinstance(w2, QuantizedLinear)
     assert w2.weight.dense(torch.float32).std() == pytest.approx(0.01, rel=0.1)
 
 
-@pytest.mark.parametrize(("weights", "most"), [("int8", 2e-3), ("int4:group_size=64", 0.2)])
+@pytest.mark.parametrize(
+    ("weights", "most"), [("int8", 2e-3), ("int8:group_size=64", 1e-3), ("int4:group_size=64", 0.2)]
+)
 def test_a_model_says_nearly_the_same(source: Path, weights: str, most: float) -> None:
     """Mean KL from the weights as they are, through a CPU's products: one token and many."""
     checkpoint = open_checkpoint(source)
