@@ -65,7 +65,8 @@ def compare(
         for model, found in zip(models, planned, strict=True):
             for policy, plan in zip(policies, found[batch, context], strict=False):  # a peer's plans are behind them
                 name = format_policy(policy)
-                ours = partial(Contestant, model.transformer, policy, *rest, args.saved.get(name), args.ranks)
+                saved = args.saved.get(name)
+                ours = partial(Contestant, model.transformer, policy, *rest, saved, args.ranks, args.share)
                 entries.append(Entry(model, name, plan, ours))
         if theirs is not None:
             # As full ones are their plans; a package that is not installed leaves one of them out.
@@ -175,7 +176,8 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     args.weight_settings = settings = [chosen_weights(checkpoint, text) for text in args.weights or [None]]
     shape = Shape(1, config.n_kv_head, config.head_dim, 1, dtype, device)
     for saved in args.saved.values():
-        saved.require(config, saved.policy(), replace(shape, batch=args.batch[0]))
+        whole = config if args.share is None else args.share.whole
+        saved.require(whole, saved.policy(), replace(shape, batch=args.batch[0]))
     if not args.largest_batch:
         planned = [plans(config, policies, args, shape, weights) for weights in settings]
         require_room(planned, policies, free_memory(device, args.ranks))
@@ -235,17 +237,18 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
 
 def run(args: argparse.Namespace, argv: list[str], link: Link | None) -> None:
     device = rank_device(args.device, link)
-    if link is not None and (args.kernels or args.largest_batch or args.peer or args.load_cache):
-        raise UserError("--kernels, --largest_batch, --peer and --load_cache are measured on one device")
+    if link is not None and (args.kernels or args.largest_batch or args.peer):
+        raise UserError("--kernels, --largest_batch and --peer are measured on one device")
     if link is None and args.sums != "auto":
         raise UserError("--sums goes with several ranks (torchrun)")
     load_saved(args)
     args.caches, args.steps = args.caches or DEFAULT_CACHES, args.steps or DEFAULT_STEPS
     where = None if args.random_weights else args.checkpoint_path or find_demo()
     checkpoint = open_checkpoint(where, args.model)
-    args.ranks = None
+    args.ranks, args.share = None, None
     if link is not None:
         checkpoint = checkpoint.share_of(link.rank, link.size)
+        args.share = checkpoint.share
         args.ranks = connect(link, device, args.sums)
     for flag, path in (("--json", args.json), ("--png", args.png)):
         if path:

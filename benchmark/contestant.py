@@ -17,6 +17,7 @@ import torch
 
 import kv_cache
 from benchmark.clock import timed
+from checkpoint import Share
 from cli.plan import bytes_read, parameter_bytes
 from common.errors import UserError
 from engine import PREFILL_CHUNK, Engine, Sampling
@@ -197,9 +198,10 @@ class Contestant(Timed):
 
     def __init__(
         self, model: Transformer, policy: KVCache, shape: Shape, context: int, prefill: bool = False,
-        saved: SavedCache | None = None, ranks: Parallel | None = None,
+        saved: SavedCache | None = None, ranks: Parallel | None = None, share: Share | None = None,
     ) -> None:  # fmt: skip
-        """Filled to `context` with a prompt (prefill), with what `saved` holds, or with random values."""
+        """Filled to `context` with a prompt (prefill), with what `saved` holds, or with random values. share: of the
+        model, where it is one rank's."""
         super().__init__(format_policy(policy), shape.batch, context, shape.device)
         self.ranks = ranks
         with self.peak.watch():
@@ -208,7 +210,7 @@ class Contestant(Timed):
             if prefill:
                 self.read(model.config.vocab_size)
             elif saved is not None:
-                saved.load(self.engine, [context] * shape.batch)
+                saved.load(self.engine, [context] * shape.batch, share)
             else:
                 fill(self.engine, context)
         held = dataclasses.replace(shape, capacity=context, device=torch.device("meta"))

@@ -19,9 +19,11 @@ from conftest import ROOT, STORIES, needs
 from ranks import Rank, finish, start
 
 import generate
+from benchmark import command as benchmark
 from common.errors import UserError
 from engine import Engine, link, parallel
 from engine.link import Link
+from engine.saved import SavedCache
 from model import Transformer
 
 QUANTIZE = ["quantize_kv", "--sink_size", "2", "--window_size", "4"]
@@ -240,3 +242,25 @@ def test_a_prompt_is_read_once_whoever_reads_it(
     assert finish(ranks) == [0, 0] and ranks[0].out.read_text() == rest
     monkeypatch.setattr("sys.stdin", io.StringIO("went on\n"))
     assert alone(capsys, *talk, "--load_cache", file) == rest
+
+
+def test_the_benchmark_on_ranks_times_a_saved_cache(tiny: Path, tmp_path: Path) -> None:
+    """Two ranks' file, of two sequences: rank 0 alone prints and writes, with every rank's peak."""
+    files, out = [tmp_path / name for name in ("full", "int8")], tmp_path / "r.jsonl"
+    for file, cache in zip(files, ([], QUANTIZE), strict=True):
+        argv = ["--checkpoint_path", tiny, "--prompt", "The red fox", "--num_samples", 2, "--save_cache", file]
+        assert finish(run(2, tmp_path / f"save-{file.name}", *argv, "--max_new_tokens", 2, *cache)) == [0, 0]
+    argv = ["--checkpoint_path", tiny, "--load_cache", *files, "--rounds", 1, "--steps", 2, "--json", out]
+    ranks = start(2, lambda rank: benchmark.main([str(a) for a in argv]), tmp_path / "time")
+    assert finish(ranks) == [0, 0], ranks[0].err.read_text()
+    record = json.loads(out.read_text())
+    n_token = len(SavedCache(files[0]).tokens[0])
+    assert record["world_size"] == 2
+    assert [row["cache"].split(":")[0] for row in record["rows"]] == ["full", "quantize_kv"]
+    for row in record["rows"]:
+        assert (row["batch"], row["context"]) == (2, n_token) and len(row["rank_peak_memory_bytes"]) == 2
+    assert ranks[1].out.read_text() == "" and ranks[0].out.read_text().count("read ceiling") == 1
+    other = start(2, lambda rank: benchmark.main([*map(str, argv), "--dtype", "float16"]), tmp_path / "other")
+    assert finish(other) == [2, 2]
+    (line,) = "".join(rank.err.read_text() for rank in other).splitlines()
+    assert "of another dtype" in line

@@ -1,0 +1,168 @@
+"""What each of two ranks does on its own GPU for tests/engine/test_two_gpus.py, which starts it by torchrun: the same
+texts first with the whole model, alone, and then with its share of it. Rank 0 writes what it found to
+FOLDER/found.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from conftest import SENTENCES
+
+from checkpoint import find_demo, load_model, open_checkpoint
+from engine import Engine, Sampling
+from engine.link import linked
+from engine.parallel import Parallel, connect, rank_device
+from engine.saved import SavedCache, save_cache
+from engine.sums import PeerSums
+from kv_cache import ModelCache, parse_policy
+from selective_kv import Shape
+
+REGIONS = "sink_size=4,window_size=32"
+CACHES = [
+    "full", f"compress_kv:{REGIONS}", f"quantize_kv:{REGIONS}", f"quantize_kv:{REGIONS},k_bits=4,v_bits=4",
+    f"quantize_kv:{REGIONS},k_bits=3,v_bits=3",
+]  # fmt: skip
+DTYPES = [torch.float32, torch.bfloat16]
+N_NEW = 60
+
+
+class Runs:
+    """The bundled model on this GPU, or a rank's share of it: the same prompts through every cache."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, ranks: Parallel | None = None) -> None:
+        checkpoint = open_checkpoint(find_demo())
+        tokenizer = checkpoint.tokenizer()
+        assert tokenizer is not None
+        texts = [" ".join(SENTENCES[:12]), "Once upon a time"]  # the first closes a tile
+        self.prompts = [tokenizer.encode(text) for text in texts]
+        assert len(self.prompts[0]) > 4 + 128 + 32
+        if ranks is not None:
+            checkpoint = checkpoint.share_of(ranks.rank, ranks.size)
+        self.dtype, self.device, self.ranks, self.share = dtype, device, ranks, checkpoint.share
+        self.config = checkpoint.config
+        self.model = load_model(checkpoint, device, dtype, ranks=ranks)
+
+    def engine(self, cache: str, sampling: Sampling) -> Engine:
+        shape = Shape(2, self.config.n_kv_head, self.config.head_dim, 400, self.dtype, self.device)
+        model_cache = ModelCache(parse_policy(cache), self.config.n_layer, shape)
+        return Engine(self.model, model_cache, sampling, ranks=self.ranks)
+
+    def whole(self, logits: torch.Tensor) -> torch.Tensor:
+        """float32 [batch, vocabulary], of all ranks."""
+        every = logits if self.ranks is None else self.ranks.gather(logits, self.config.vocab_size)
+        return every.float().clone()
+
+    def write(self, cache: str, sampling: Sampling) -> list[list[int | None]]:
+        engine = self.engine(cache, sampling)
+        assert engine.captures
+        return list(engine.generate(self.prompts, N_NEW))
+
+    @torch.inference_mode()
+    def score(self, cache: str, tokens: list[list[int | None]]) -> torch.Tensor:
+        """Logits after the prompts and after each of these tokens, fed one by one: [step, batch, vocabulary]."""
+        engine = self.engine(cache, Sampling(0))
+        engine.read(self.prompts)
+        assert engine.logits is not None
+        found = [self.whole(engine.logits)]
+        for row in tokens[:-1]:
+            found.append(self.whole(engine.forward(torch.tensor(row, device=self.device)[:, None])))
+        return torch.stack(found)
+
+    def save(self, cache: str, file: Path) -> None:
+        engine = self.engine(cache, Sampling(0))
+        engine.read(self.prompts)
+        save_cache(file, engine, self.prompts, share=self.share)
+
+    def go_on(self, cache: str, file: Path) -> list[list[int | None]]:
+        engine, saved = self.engine(cache, Sampling(0)), SavedCache(file)
+        saved.load(engine, [len(prompt) for prompt in self.prompts], self.share)
+        return list(engine.generate([[], []], N_NEW))
+
+
+def sums_of(ranks: Parallel) -> dict[str, float]:
+    """By the GPUs' memory, of every dtype: the largest error over what one rounding makes of it. Five sums each, so
+    that both halves of the memory are used again, and a captured one.
+    """
+    (sums, _) = ranks.sums
+    assert isinstance(sums, PeerSums)
+    worst = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        worst[str(dtype)] = 0.0
+        for shape in ((1, 4096), (3, 1000), (8, 4096)):
+            x = torch.empty(shape, device=ranks.device, dtype=dtype)
+            residual = torch.empty_like(x)
+            graph = torch.cuda.CUDAGraph()
+            sums.sum(x, residual)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                out = sums.sum(x, residual)
+            for seed in range(5):
+                generator = torch.Generator(ranks.device).manual_seed(seed)
+                residual.copy_(torch.randn(shape, generator=generator, device=ranks.device))
+                generator.manual_seed(100 + 10 * seed + ranks.rank)
+                x.copy_(torch.randn(shape, generator=generator, device=ranks.device))
+                parts = [torch.empty_like(x) for _ in range(ranks.size)]
+                dist.all_gather(parts, x, ranks.group)
+                want = sum((part.double() for part in parts), residual.double())
+                eager = sums.sum(x, residual)
+                graph.replay()
+                assert torch.equal(eager, out)
+                allowed = torch.finfo(dtype).eps * (want.abs() + 1e-3)
+                worst[str(dtype)] = max(worst[str(dtype)], float(((out.double() - want).abs() / allowed).max()))
+    return worst
+
+
+def compared(one: torch.Tensor, both: torch.Tensor) -> dict[str, float]:
+    """Of logits [step, batch, vocabulary]. doubtful: steps whose likeliest token differs though one device's best two
+    are further apart than twice the largest difference."""
+    error = (both - one).abs().amax()
+    best = one.topk(2, -1).values
+    differ = both.argmax(-1) != one.argmax(-1)
+    doubtful = differ & (best[..., 0] - best[..., 1] > 2 * error)
+    return {"error": float(error / one.abs().amax()), "differ": int(differ.sum()), "doubtful": int(doubtful.sum())}
+
+
+def main(folder: Path) -> None:
+    with linked("two_gpus") as link:
+        assert link is not None
+        device = rank_device("cuda", link)
+        torch.cuda.set_device(device)
+        samplings = {"greedy": Sampling(0), "sampled": Sampling(0.9, 50, 0.95, seed=3)}
+        alone = {dtype: Runs(dtype, device) for dtype in DTYPES}
+        want = {
+            (dtype, cache, name): alone[dtype].write(cache, sampling)
+            for dtype in DTYPES for cache in CACHES for name, sampling in samplings.items()
+        }  # fmt: skip
+        ranks = connect(link, device)
+        found: dict[str, Any] = {"sums": sums_of(ranks), "path": ranks.path, "rows": []}
+        for dtype in DTYPES:
+            one, both = alone[dtype], Runs(dtype, device, ranks)
+            for cache in CACHES:
+                row: dict[str, Any] = {"dtype": str(dtype), "cache": cache}
+                for name, sampling in samplings.items():
+                    text, expected = both.write(cache, sampling), want[dtype, cache, name]
+                    row[name] = next((i for i in range(N_NEW) if text[i] != expected[i]), N_NEW)  # equal steps
+                    row[f"{name} by all"] = len({str(t) for t in ranks.from_all(text)}) == 1
+                tokens = want[dtype, cache, "greedy"]
+                row |= compared(one.score(cache, tokens), both.score(cache, tokens))
+                file = folder / f"{len(found['rows'])}"
+                both.save(cache, file)
+                theirs = both.write(cache, samplings["greedy"])
+                row["loaded by two"] = both.go_on(cache, file) == theirs
+                row["loaded by one"] = next(
+                    (i for i, row in enumerate(one.go_on(cache, file)) if row != tokens[i]), N_NEW
+                )
+                found["rows"].append(row)
+        if ranks.rank == 0:
+            (folder / "found.json").write_text(json.dumps(found))
+        link.finish()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
