@@ -118,7 +118,8 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    with linked("generate.py") as link, program("generate.py", ""):  # an interrupted run has told what it took
+    # What an interrupted run took it has told already.
+    with linked("generate.py") as link, program("generate.py", "", ranks=True):
         load_plugin(argv)
         for i, word in enumerate(argv[:-1]):  # "--json quantize_kv": the subcommand, not a file of that name
             if word == "--json" and argv[i + 1] in known_settings():

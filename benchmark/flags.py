@@ -133,7 +133,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    with linked("benchmark.py") as link, program("benchmark.py", "interrupted: nothing is written"):
+    with linked("benchmark.py") as link, program("benchmark.py", "interrupted: nothing is written", ranks=True):
         load_plugin(argv)
         args = make_parser().parse(argv)
         check_flags(args)

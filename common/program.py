@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -61,10 +62,11 @@ def importing() -> Iterator[None]:
 
 
 @contextmanager
-def program(name: str, interrupted: str = "interrupted") -> Iterator[None]:
+def program(name: str, interrupted: str = "interrupted", ranks: bool = False) -> Iterator[None]:
     """The body of a `main`: what it raises becomes one line on standard error and an exit code.
 
-    interrupted: what there is to say at a Ctrl-C; "" says nothing.
+    interrupted: what there is to say at a Ctrl-C; "" says nothing. ranks: whether it may be one of several processes
+    of one run; otherwise each would do all of the work and write the same files.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a model writes, and a table, fit no smaller alphabet
@@ -73,6 +75,8 @@ def program(name: str, interrupted: str = "interrupted") -> Iterator[None]:
         sys.stdin.reconfigure(errors="surrogateescape")
     try:
         with _interrupts_recognised():
+            if not ranks:
+                _require_alone()
             yield
         sys.stdout.flush()  # not at the interpreter's end, where an error could only be ignored
     except UserError as error:
@@ -92,6 +96,21 @@ def program(name: str, interrupted: str = "interrupted") -> Iterator[None]:
         if not ran_out(error):
             raise
         fail(name, "the device's memory ran out: does another program run?")
+
+
+def _require_alone() -> None:
+    """Raises UserError on the first of several ranks that `torchrun` started. The others end in silence, and a little
+    later: torchrun ends everybody at the first who does.
+    """
+    n_rank, rank = (os.environ.get(name, "0") for name in ("WORLD_SIZE", "RANK"))
+    if not n_rank.isdecimal() or int(n_rank) < 2 or "RANK" not in os.environ:
+        return
+    if rank != "0":
+        time.sleep(1)
+        sys.exit(2)
+    raise UserError(
+        f"it runs on one device, and {n_rank} ranks were started (generate.py and scripts/benchmark.py share)"
+    )
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from common.errors import UserError
 from engine import Engine, link, parallel
 from engine.link import Link
 from engine.saved import SavedCache
+from evaluation import flags as evaluate
 from model import Transformer
 
 QUANTIZE = ["quantize_kv", "--sink_size", "2", "--window_size", "4"]
@@ -137,6 +138,16 @@ def test_a_mistake_that_one_rank_finds_is_told_by_rank_0(
     assert finish(ranks, DEADLINE) == [2, 2]
     (line,) = "".join(rank.err.read_text() for rank in ranks).splitlines()
     assert line == "rank 1: generate.py: error: rank 1 is without a GPU: 1 here (--nproc_per_node 1)"
+
+
+def test_what_runs_on_one_device_is_not_started_twice(tiny: Path, tmp_path: Path) -> None:
+    """Each rank would have evaluated all of it, and written the same file."""
+    out = tmp_path / "r.json"
+    argv = ["perplexity", "--checkpoint_path", tiny, "--json", out]
+    ranks = start(2, lambda rank: evaluate.main([str(a) for a in argv]), tmp_path)
+    assert finish(ranks) == [2, 2] and not out.exists()
+    (line,) = "".join(rank.err.read_text() for rank in ranks).splitlines()
+    assert line.startswith("evaluate.py: error: it runs on one device, and 2 ranks were started")
 
 
 def test_ranks_that_never_come(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
