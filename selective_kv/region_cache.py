@@ -44,7 +44,7 @@ class RegionCache(KVCache):
         else:  # no tile is ever full, and nothing leaves: where tokens are dropped, whatever the window has no room for
             window = ring = max(1, rest if formats else min(window, rest))
 
-        # Zeros, not garbage: what is masked is still multiplied by zero, and 0 * NaN is NaN.
+        # Zeros, not garbage: a value that is masked is still multiplied by zero, and 0 * NaN is NaN.
         slots = (shape.batch, shape.n_kv_head, sink + ring, shape.head_dim)
         k, v = (torch.zeros(slots, dtype=shape.dtype, device=shape.device) for _ in "kv")
         self.regions = Regions(k, v, sink, window)
@@ -83,6 +83,9 @@ class RegionCache(KVCache):
 
     def reset(self) -> None:
         self._last_q.clear()
+        if self.regions.k_tiles is not None:  # a value that is masked may be an earlier text's, and that one NaN
+            with torch.inference_mode():  # in which it may have been allocated
+                self.regions.v.zero_()
 
     def storage(self) -> list[Tensor] | None:
         return [*self.regions.tensors().values()]

@@ -77,7 +77,8 @@ def held(
     formats: Formats = INT8,
 ) -> Regions:  # fmt: skip
     """The memory of a cache that has seen the first lengths[b] tokens of k, v [batch, n_kv_head, token, D]; n_tile 0:
-    what leaves is dropped."""
+    what leaves is dropped. Slots without a token hold NaN, but for values where a tile has closed: those are large.
+    """
     batch, n_kv_head, _, head_dim = k.shape
     ring = window + (TILE if n_tile else 0)
     slots = [torch.full((batch, n_kv_head, sink + ring, head_dim), float("nan"), dtype=k.dtype) for _ in "kv"]
@@ -86,6 +87,8 @@ def held(
         part.random_(0, 256) if part.dtype == torch.uint8 else part.fill_(float("nan"))
     for b, n in enumerate(lengths):
         left = n_left(n, sink, window, n_tile > 0)
+        if n_tile and left:
+            slots[1][b] = 1e4
         for x, slot, tile, form in zip((k, v), slots, tiles, formats, strict=True):
             for pos in (*range(min(sink, n)), *range(sink + left, n)):
                 slot[b, :, pos if pos < sink else sink + (pos - sink) % ring] = x[b, :, pos]

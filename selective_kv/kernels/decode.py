@@ -10,9 +10,9 @@ Full-precision slots and then tiles are one range of work, measured in bytes, ro
 the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing
 has left the window, the result is the full cache's, bit for bit.
 
-Of n tokens the first n_left after the sinks are in whole tiles. The others are slots: sinks first, then the ring from
-its oldest token on, which `at_slot` finds. `online_softmax.py` and `tile_softmax.py` tell what happens to a block,
-`tile_share.py` to a program's tiles.
+Of n tokens the first n_left after the sinks are in whole tiles. The others are in slots: sinks first, then a ring. All
+slots are gone through in the order of memory; up to 127 of them hold tokens that are in a tile by now, and are masked.
+`online_softmax.py` and `tile_softmax.py` tell what happens to a block, `tile_share.py` to a program's tiles.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from selective_kv.kernels.basics import INTERPRET, in_order
 from selective_kv.kernels.bias import bias_queries
 from selective_kv.kernels.decode_config import Plan, cuts, fitting, merging, plan, processor, sharing
 from selective_kv.kernels.launch import launch
-from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, at_slot, float_block, load_q
+from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, float_block, load_q
 from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
 from selective_kv.kernels.split_kv import count_left, fetch, first_blocks, partition, written
 from selective_kv.kernels.tile_share import store_sums, tile_queries, tile_share
@@ -47,12 +47,12 @@ MOST_THEN, MOST_THEN_EACH = 4 << 20, 16 << 10
 
 @triton.jit
 def float_share(
-    x, partner, k, v, cos, sin, lo, hi, sink_size, oldest, n_slot, n_dropped, step,
+    x, partner, k, v, cos, sin, lo, hi, sink_size, oldest, n_slot, n_ring, n_dropped, step,
     HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
     TURN_SINKS: tl.constexpr, RING: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Tokens lo to hi - 1 of those in slots. x: queries, float32 [D, HEADS]; partner: the same with the halves of D
-    swapped; cos, sin: pointers to this sequence's [HEAD_DIM], see `decode_attention`; oldest: see `at_slot`.
+    """The tokens in slots lo to hi - 1. x: queries, float32 [D, HEADS]; partner: the same with the halves of D swapped;
+    cos, sin: pointers to this sequence's [HEAD_DIM], see `decode_attention`; oldest, n_ring: see `float_block`.
 
     Returns of each warp weighted sums of values [WARPS, D, HEADS], largest scores in log2 units and sums of weights,
     [WARPS, HEADS].
@@ -61,7 +61,7 @@ def float_share(
     HEADS: tl.constexpr = x.shape[1]
     BLOCK: tl.constexpr = WARPS * SLICE
     dtype: tl.constexpr = tl.float32 if INTERPRET else k.dtype.element_ty
-    tok = (tl.arange(0, WARPS) * SLICE)[:, None] + tl.arange(0, SLICE)[None, :]
+    slot = (tl.arange(0, WARPS) * SLICE)[:, None] + tl.arange(0, SLICE)[None, :]
     state = (
         tl.full((WARPS, HEADS), NEGATIVE, tl.float32),
         tl.zeros((WARPS, SLICE, HEADS), tl.float32),
@@ -81,11 +81,12 @@ def float_share(
             step,
             k,
             v,
-            tok + start,
+            slot + start,
             hi,
             sink_size,
             oldest,
             n_slot,
+            n_ring,
             HEAD_DIM,
             TURN_SINKS,
             RING,
@@ -151,12 +152,8 @@ def split_kernel(
         if AHEAD > 0 and lo < hi:
             ITEM: tl.constexpr = k.dtype.element_ty.primitive_bitwidth // 8
             SLOT: tl.constexpr = HEAD_DIM * ITEM
-            begin = lo
-            if HAS_INT:
-                begin = at_slot(lo, sink_size, oldest, n_slot)
-            end = tl.minimum(begin + hi - lo, n_slot)
-            fetch(k + slot_at + begin * HEAD_DIM, k + slot_at + end * HEAD_DIM, AHEAD * SLOT)
-            fetch(v + slot_at + begin * HEAD_DIM, v + slot_at + end * HEAD_DIM, AHEAD * SLOT)
+            fetch(k + slot_at + lo * HEAD_DIM, k + slot_at + hi * HEAD_DIM, AHEAD * SLOT)
+            fetch(v + slot_at + lo * HEAD_DIM, v + slot_at + hi * HEAD_DIM, AHEAD * SLOT)
         if HAS_INT and AHEAD > 0 and tile_lo < tile_hi:
             fetch(k_codes + tile_lo * K_TILE // TILE, k_codes + tile_hi * K_TILE // TILE, AHEAD * K_TILE // TILE)
             v_lo, v_hi = v_pairs + tile_lo * V_TILE // (2 * TILE), v_pairs + tile_hi * V_TILE // (2 * TILE)
@@ -201,8 +198,8 @@ def split_kernel(
             partner = load_q(q, q_stride_h, head, group, swapped, d < HEAD_DIM)
         out, best, total = float_share(
             x, partner, k + slot_at, v + slot_at, cos + batch * HEAD_DIM, sin + batch * HEAD_DIM, lo, hi, sink_size,
-            oldest, n_slot, n_token - n_slot, log2_scale, HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS,
-            HAS_INT, INTERPRET,
+            oldest, n_slot, n_token.to(tl.int32) - n_left - sink_size, n_token - n_slot, log2_scale, HEAD_DIM, WARPS,
+            FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, HAS_INT, INTERPRET,
         )  # fmt: skip
         result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split) * WARPS + tl.arange(0, WARPS)
         at = result[:, None] * HEADS + member[None, :]

@@ -33,11 +33,14 @@ def at_slot(index, sink_size, oldest, n_slot):
 
 @triton.jit
 def float_block(
-    state, q, step, k, v, tok, end, sink_size, oldest, n_slot,
+    state, q, step, k, v, slot, end, sink_size, oldest, n_slot, n_ring,
     HEAD_DIM: tl.constexpr, TURN_SINKS: tl.constexpr, RING: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Add the tokens tok [WARPS, SLICE] of those in slots, if before `end`, to the softmax. RING: not all slots hold
-    one, see `at_slot`; without, token and slot are the same, and a softmax does not mind a ring's order.
+    """Add the tokens in the slots `slot` [WARPS, SLICE], if before `end`, to the softmax, which does not mind a ring's
+    order. RING: only the n_ring slots of the ring from its `oldest` on count; what stands in the others is in a tile.
+
+    To go through slots in the order of memory, and mask those few, takes an addition a row; to find the slot of each
+    token (`at_slot`) took 350 instructions after a decode step's PDL wait.
 
     q: [WARPS, D, N] in the slots' dtype; with TURN_SINKS [WARPS, D, 2 * N], each query beside the one that stands in
     for it where sinks are looked at. step: from products to log2 units.
@@ -45,11 +48,9 @@ def float_block(
     top, total, out = state
     DIM: tl.constexpr = q.shape[1]
     d = tl.arange(0, DIM)
-    slot = tl.minimum(tok, end - 1)  # what lies beyond may be NaN, and 0 * NaN is NaN
-    if RING:
-        slot = at_slot(slot, sink_size, oldest, n_slot)
-    k_at = k + slot[:, :, None] * HEAD_DIM + d[None, None, :]
-    v_at = v + slot[:, None, :] * HEAD_DIM + d[None, :, None]  # [WARPS, D, SLICE]
+    within = tl.minimum(slot, end - 1)  # what lies beyond may be NaN, and 0 * NaN is NaN
+    k_at = k + within[:, :, None] * HEAD_DIM + d[None, None, :]
+    v_at = v + within[:, None, :] * HEAD_DIM + d[None, :, None]  # [WARPS, D, SLICE]
     if DIM == HEAD_DIM:
         keys, values = tl.load(k_at), tl.load(v_at)
     else:
@@ -59,9 +60,14 @@ def float_block(
         keys, values = keys.to(tl.float32), values.to(tl.float32)
     score = tl.dot(keys, q, input_precision="ieee")  # [WARPS, SLICE, N]
     if TURN_SINKS:
-        own, back = tl.split(tl.reshape(score, (tok.shape[0], tok.shape[1], q.shape[2] // 2, 2)))
-        score = tl.where((tok < sink_size)[:, :, None], back, own)
-    score = tl.where((tok < end)[:, :, None], score, UNSEEN)
+        own, back = tl.split(tl.reshape(score, (slot.shape[0], slot.shape[1], q.shape[2] // 2, 2)))
+        score = tl.where((slot < sink_size)[:, :, None], back, own)
+    seen = slot < end
+    if RING:
+        age = slot - sink_size - oldest
+        age = tl.where(age < 0, age + (n_slot - sink_size), age)
+        seen = seen & ((slot < sink_size) | (age < n_ring))
+    score = tl.where(seen[:, :, None], score, UNSEEN)
     new_top = tl.maximum(top, tl.max(score, 1))
     prob = tl.exp2((score - new_top[:, None, :]) * step)
     keep = tl.exp2((top - new_top) * step)

@@ -32,14 +32,14 @@ def partition(
 
     n_left: tokens in tiles, a multiple of INT_BLOCK; without tiles (HAS_INT) what does not fit n_slot slots is gone.
     A block of slots is FLOAT_COST long there and one of a tile INT_COST; program s takes the blocks that begin in
-    [s * each, (s + 1) * each), see `first_blocks`. Returns each, the number of tokens in slots, of their blocks and of
-    the tiles' blocks. Exact while the whole range is below 2**29. As long as there are no tiles, `each` is a number of
-    blocks and depends on neither n_slot nor the costs: the shares are the full cache's.
+    [s * each, (s + 1) * each), see `first_blocks`. Returns each, the number of slots in use (where there are tiles, of
+    all: those whose tokens are in a tile by now are masked), of their blocks and of the tiles' blocks. Exact while the
+    whole range is below 2**29. As long as there are no tiles, `each` is a number of blocks and depends on neither
+    n_slot nor the costs: the shares are the full cache's.
     """
     n_full = tl.minimum(n_token, n_slot).to(tl.int32)
     int_blocks = n_full * 0
     if HAS_INT:
-        n_full = n_token.to(tl.int32) - n_left
         int_blocks = n_left // INT_BLOCK
     float_blocks = tl.cdiv(n_full, FLOAT_BLOCK)
     work, unit = float_blocks, FLOAT_COST

@@ -245,6 +245,17 @@ def test_two_threads_with_a_cache_each_get_what_each_alone_would() -> None:
         assert all(pool.map(work, range(2)))
 
 
+def test_no_value_of_an_earlier_text_is_left_to_be_masked() -> None:
+    """A decode step multiplies values whose token is in a tile by zero: a NaN of the text before a reset would show."""
+    cache = SelectiveCache(4, 16)
+    with torch.inference_mode():
+        cache.allocate(Shape(1, 2, 8, 400, torch.float32, CPU))
+    with torch.inference_mode():
+        cache.regions.v.fill_(float("nan"))
+    cache.reset()
+    assert cache.regions.v.isfinite().all()
+
+
 @pytest.mark.parametrize("policy", [FullCache(), SelectiveCache(4, 8), SinkWindowCache(4, 8)])
 def test_reset_forgets(policy: KVCache) -> None:
     """torchao's mask flag survived into the next prompt; here the same tokens twice give the same output."""

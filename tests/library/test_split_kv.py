@@ -70,7 +70,7 @@ def shares(
 def check(device: str, sink: int, window: int, n_more: int, n_split: int, cost: tuple[int, int]) -> None:
     slots, tiles, wrote = shares(sink + window + n_more, sink, window, n_split, cost, True, device)
     n_left = n_more // TILE * TILE
-    n_blocks = -(-(sink + window + n_more - n_left) // SLOTS), n_left // TOKENS
+    n_blocks = -(-(sink + window + min(n_more, TILE)) // SLOTS), n_left // TOKENS
     for parts, n in zip((slots, tiles), n_blocks, strict=True):  # every block once, in order
         assert parts[0].start == 0 and parts[-1].stop == n
         assert all(a.stop == b.start and a.start <= a.stop for a, b in pairwise(parts))
