@@ -1,12 +1,15 @@
 """What each of two ranks does on its own GPU for tests/engine/test_two_gpus.py, which starts it by torchrun: the same
 texts first with the whole model, alone, and then with its share of it. Rank 0 writes what it found to
-FOLDER/found.json.
+FOLDER/found.json. By hand, for every cache and dtype, from the project's folder:
+
+    PYTHONPATH=.:tests torchrun --standalone --nproc_per_node 2 tests/two_gpus.py FOLDER all
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ import torch.distributed as dist
 from conftest import SENTENCES
 
 from checkpoint import find_demo, load_model, open_checkpoint
-from engine import Engine, Sampling
+from common.messages import say
+from engine import PREFILL_CHUNK, Engine, Sampling
 from engine.link import linked
 from engine.parallel import Parallel, connect, rank_device
+from engine.precompile import Run, compiled_ahead, prompt_parts
 from engine.saved import SavedCache, save_cache
 from engine.sums import PeerSums
 from kv_cache import ModelCache, parse_policy
@@ -28,14 +33,17 @@ CACHES = [
     "full", f"compress_kv:{REGIONS}", f"quantize_kv:{REGIONS}", f"quantize_kv:{REGIONS},k_bits=4,v_bits=4",
     f"quantize_kv:{REGIONS},k_bits=3,v_bits=3",
 ]  # fmt: skip
-DTYPES = [torch.float32, torch.bfloat16]
+FP32, BF16 = torch.float32, torch.bfloat16
+TESTED = [(FP32, CACHES[0]), (FP32, CACHES[2]), (BF16, CACHES[3])]
 N_NEW = 60
 
 
 class Runs:
     """The bundled model on this GPU, or a rank's share of it: the same prompts through every cache."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, ranks: Parallel | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, caches: list[str], ranks: Parallel | None = None
+    ) -> None:
         checkpoint = open_checkpoint(find_demo())
         tokenizer = checkpoint.tokenizer()
         assert tokenizer is not None
@@ -44,13 +52,16 @@ class Runs:
         assert len(self.prompts[0]) > 4 + 128 + 32
         if ranks is not None:
             checkpoint = checkpoint.share_of(ranks.rank, ranks.size)
-        self.dtype, self.device, self.ranks, self.share = dtype, device, ranks, checkpoint.share
+        self.device, self.ranks, self.share = device, ranks, checkpoint.share
         self.config = checkpoint.config
-        self.model = load_model(checkpoint, device, dtype, ranks=ranks)
+        self.shape = Shape(2, self.config.n_kv_head, self.config.head_dim, 400, dtype, device)
+        parts = prompt_parts([len(prompt) for prompt in self.prompts], PREFILL_CHUNK)
+        runs = [Run(parse_policy(cache), self.shape, parts) for cache in caches]
+        with compiled_ahead(self.config, runs, Sampling(0), ranks):
+            self.model = load_model(checkpoint, device, dtype, ranks=ranks)
 
     def engine(self, cache: str, sampling: Sampling) -> Engine:
-        shape = Shape(2, self.config.n_kv_head, self.config.head_dim, 400, self.dtype, self.device)
-        model_cache = ModelCache(parse_policy(cache), self.config.n_layer, shape)
+        model_cache = ModelCache(parse_policy(cache), self.config.n_layer, self.shape)
         return Engine(self.model, model_cache, sampling, ranks=self.ranks)
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
@@ -118,6 +129,11 @@ def sums_of(ranks: Parallel) -> dict[str, float]:
     return worst
 
 
+def equal_steps(one: list[Any], other: list[Any]) -> int:
+    """How many steps two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+
+
 def compared(one: torch.Tensor, both: torch.Tensor) -> dict[str, float]:
     """Of logits [step, batch, vocabulary]. doubtful: steps whose likeliest token differs though one device's best two
     are further apart than twice the largest difference."""
@@ -128,41 +144,43 @@ def compared(one: torch.Tensor, both: torch.Tensor) -> dict[str, float]:
     return {"error": float(error / one.abs().amax()), "differ": int(differ.sum()), "doubtful": int(doubtful.sum())}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, cases: list[tuple[torch.dtype, str]]) -> None:
     with linked("two_gpus") as link:
         assert link is not None
         device = rank_device("cuda", link)
         torch.cuda.set_device(device)
         samplings = {"greedy": Sampling(0), "sampled": Sampling(0.9, 50, 0.95, seed=3)}
-        alone = {dtype: Runs(dtype, device) for dtype in DTYPES}
+        caches: dict[torch.dtype, list[str]] = {}
+        for dtype, cache in cases:
+            caches.setdefault(dtype, []).append(cache)
+        alone = {dtype: Runs(dtype, device, caches[dtype]) for dtype in caches}
         want = {
             (dtype, cache, name): alone[dtype].write(cache, sampling)
-            for dtype in DTYPES for cache in CACHES for name, sampling in samplings.items()
+            for dtype, cache in cases for name, sampling in samplings.items()
         }  # fmt: skip
+        say("written alone")
         ranks = connect(link, device)
         found: dict[str, Any] = {"sums": sums_of(ranks), "path": ranks.path, "rows": []}
-        for dtype in DTYPES:
-            one, both = alone[dtype], Runs(dtype, device, ranks)
-            for cache in CACHES:
-                row: dict[str, Any] = {"dtype": str(dtype), "cache": cache}
-                for name, sampling in samplings.items():
-                    text, expected = both.write(cache, sampling), want[dtype, cache, name]
-                    row[name] = next((i for i in range(N_NEW) if text[i] != expected[i]), N_NEW)  # equal steps
-                    row[f"{name} by all"] = len({str(t) for t in ranks.from_all(text)}) == 1
-                tokens = want[dtype, cache, "greedy"]
-                row |= compared(one.score(cache, tokens), both.score(cache, tokens))
-                file = folder / f"{len(found['rows'])}"
-                both.save(cache, file)
-                theirs = both.write(cache, samplings["greedy"])
-                row["loaded by two"] = both.go_on(cache, file) == theirs
-                row["loaded by one"] = next(
-                    (i for i, row in enumerate(one.go_on(cache, file)) if row != tokens[i]), N_NEW
-                )
-                found["rows"].append(row)
+        together = {dtype: Runs(dtype, device, caches[dtype], ranks) for dtype in caches}
+        for dtype, cache in cases:
+            one, both = alone[dtype], together[dtype]
+            row: dict[str, Any] = {"dtype": str(dtype), "cache": cache}
+            for name, sampling in samplings.items():
+                text, expected = both.write(cache, sampling), want[dtype, cache, name]
+                row[name] = equal_steps(text, expected)
+                row[f"{name} by all"] = len({str(t) for t in ranks.from_all(text)}) == 1
+            tokens = want[dtype, cache, "greedy"]
+            row |= compared(one.score(cache, tokens), both.score(cache, tokens))
+            file = folder / f"{len(found['rows'])}"
+            both.save(cache, file)
+            row["loaded by two"] = both.go_on(cache, file) == both.write(cache, samplings["greedy"])
+            row["loaded by one"] = equal_steps(one.go_on(cache, file), tokens)
+            found["rows"].append(row)
+            say(str(row))
         if ranks.rank == 0:
             (folder / "found.json").write_text(json.dumps(found))
         link.finish()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), list(product((FP32, BF16), CACHES)) if sys.argv[2:] == ["all"] else TESTED)

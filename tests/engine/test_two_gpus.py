@@ -30,8 +30,8 @@ def torchrun(*words: object) -> list[str]:
 
 
 def test_two_ranks_do_as_one_gpu(tmp_path: Path) -> None:
-    """Sums of every dtype; every cache's text, greedy and sampled, in float32; logits in bfloat16, and texts that part
-    only where two tokens are equally likely; and caches saved by two ranks, for two and for one.
+    """Sums of every dtype; texts, greedy and sampled, in float32; logits in bfloat16, and texts that part only where
+    two tokens are equally likely; and caches saved by two ranks, for two and for one.
     """
     path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
     argv = torchrun(TESTS / "two_gpus.py", tmp_path)
@@ -50,19 +50,18 @@ def test_two_ranks_do_as_one_gpu(tmp_path: Path) -> None:
 
 
 def test_a_cache_saved_by_two_ranks_goes_on(tmp_path: Path) -> None:
-    """generate.py: what two wrote, two and one read."""
+    """generate.py: what two wrote, one reads."""
     argv = [ROOT / "generate.py", *PROMPT, "--max_new_tokens", 40, "--dtype", "float32"]
     caches = ["quantize_kv", "--bits", 4]
     file, texts = tmp_path / "cache", []
     for words in (
         torchrun(*argv, "--save_cache", file, *caches),
-        torchrun(*argv, "--load_cache", file, *caches),
         [sys.executable, *map(str, [*argv, "--load_cache", file, *caches])],
     ):
         done = subprocess.run(words, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         texts.append(done.stdout)
-    assert len(texts[0]) > 100 and texts[1:] == texts[:1] * 2
+    assert len(texts[0]) > 100 and texts[1] == texts[0]
 
 
 def started(tmp_path: Path) -> tuple[subprocess.Popen[bytes], Path, Path, dict[int, int]]:
@@ -89,15 +88,14 @@ def all_ended(ranks: dict[int, int]) -> bool:
     return all(not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z" for state in states)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_ends_the_other(killed: int, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_other(tmp_path: Path) -> None:
     """Amid captured steps, whose sums would wait for ever."""
     process, _, err, ranks = started(tmp_path)
-    os.kill(ranks[killed], signal.SIGKILL)
+    os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(DEADLINE) not in (0, None)
     assert all_ended(ranks)
     lines = [line for line in err.read_text().splitlines() if "error:" in line and "has ended" in line]
-    assert len(lines) == 1 and f"rank {killed} has ended" in lines[0], err.read_text()
+    assert len(lines) == 1 and "rank 1 has ended" in lines[0], err.read_text()
     assert err.read_text().count("Traceback") <= 1  # torchrun's own
 
 
