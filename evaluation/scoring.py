@@ -72,7 +72,7 @@ class ParallelLayer:
         self.sink = seen.sink_size
         self.window = 1 << 62 if seen.window_size is None else seen.window_size
         self.formats = seen.formats
-        self.turns = seen.within
+        self.within = seen.within
         self.bias = bias
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Any, rope: Any) -> Tensor:
@@ -82,7 +82,7 @@ class ParallelLayer:
         if n_token < self.sink + self.window + tile:  # nothing ever leaves
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        k, v = wide(k).flatten(0, 1), wide(v).flatten(0, 1)  # a sequence's heads are as apart as one sequence's
+        k, v = wide(k).flatten(0, 1), wide(v).flatten(0, 1)  # to attention another sequence's head is another head
         shape, q = q.shape, q.flatten(0, 1)
         out = torch.empty_like(q)
         if self.formats is None:
@@ -136,7 +136,7 @@ class ParallelLayer:
         first = min(max(sink, lo - self.window + 1), hi)  # what is before it is gone for every query here
         rows = wide(q).reshape(n_kv_head, -1, dim) * dim**-0.5  # [n_kv_head, group * query, dim]
         turned = rows
-        if self.turns:
+        if self.within:
             dropped = (pos + 1 - self.sink - self.window).clamp_min(0)  # before each query
             turned = rotate(wide(q), -dropped[:, None], frequencies).reshape(rows.shape) * dim**-0.5
         s = torch.cat((turned @ k[:, :sink].transpose(-1, -2), rows @ k[:, first:].transpose(-1, -2)), -1)

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selective_kv.transformers import SelectiveKVCache, captured_decoding
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 path, prompt = sys.argv[1], " ".join(sys.argv[2:]) or "Once upon a time"
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="selective_kv", dtype="auto")

@@ -4,7 +4,7 @@
 
 Any text file will do. Matrices learn with Muon, the rest with AdamW; the first part of the time goes to
 short sequences (attention over 8k tokens costs three times the rest), the second to whole ones. A tenth
-of the sequences need the far past (demo_data.py). The schedule follows the clock, so a run ends when it
+of the sequences need the far past (data.py). The schedule follows the clock, so a run ends when it
 was told to, on any hardware; Ctrl-C keeps its state, and `--resume` goes on from there. At its end it
 writes weights, config and tokenizer, scores itself on held-out text and on passkeys, and writes a model
 card with its figures.
