@@ -21,7 +21,7 @@ MANY = 32  # sequences: where the largest batch is not known yet, the kernels' l
 
 def gated_batches(args: argparse.Namespace) -> list[int]:
     """The batches of which the gate asks for right attention and products."""
-    return [1, MANY] if args.largest_batch else args.batch
+    return [1, MANY] if args.largest_batch else sorted({batch for batch, _ in args.shapes})
 
 
 def runs_of(
@@ -37,7 +37,7 @@ def runs_of(
             found.append(Run(policy, *first_token.gate_parts(shape), weights))
         else:
             found += gate_runs(policy, replace(shape, batch=batch), weights)
-        for context in args.context:
+        for context in sorted({context for n, context in args.shapes if n == batch or args.largest_batch}):
             n_step = 0 if args.first_token else 1 + max(args.steps, args.each_step)
             at = replace(shape, batch=batch, capacity=context + n_step + 1)
             parts: list[PromptPart] = []

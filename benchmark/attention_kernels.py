@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmark.clock import read_ceiling
-from cli.options import Parser, positive
+from cli.options import Parser, parse_shape, positive
 from common.errors import UserError
 from common.files import require_writable, to_json, write_whole
 from common.program import program
@@ -196,17 +196,6 @@ def time_all(group: list[Version], rounds: int) -> None:
             end.record()
             end.synchronize()
             version.times.append(start.elapsed_time(end) * 1e3 / version.n_launch)
-
-
-def parse_shape(text: str) -> tuple[int, int]:
-    """ "8x32768" -> (8, 32768)."""
-    try:
-        batch, n_token = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        batch = n_token = 0
-    if batch < 1 or n_token < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a batch and a context such as 8x32768")
-    return batch, n_token
 
 
 def combinations(n_head: Iterable[int], n_kv_head: Iterable[int], head_dim: Iterable[int]) -> list[Heads]:

@@ -154,12 +154,13 @@ def run_kernels(checkpoint: Checkpoint, device: torch.device, args: argparse.Nam
     """`--kernels`: the model's attention shape, by bench_kernels.py on a GPU and bench_attention.py on a CPU."""
     c = checkpoint.config
     if device.type == "cuda":
-        shapes = [(batch, context) for batch in args.batch for context in args.context]
         heads = bench_kernels.Heads(c.n_head, c.n_kv_head, c.head_dim)
-        return bench_kernels.run([heads], shapes, rounds=args.rounds)
-    if args.batch != [1]:
+        return bench_kernels.run([heads], args.shapes, rounds=args.rounds)
+    if any(batch > 1 for batch, _ in args.shapes):
         raise UserError("--kernels measures batch 1 on a CPU")
-    rows = bench_attention.run(args.context, c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim, args.rounds)
+    rows = bench_attention.run(
+        [context for _, context in args.shapes], c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim, args.rounds
+    )
     return {"device": str(device), "rows": rows}
 
 
@@ -167,7 +168,6 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     """The whole model, every cache: a record for every setting of weights."""
     dtype = parse_dtype(args.dtype, checkpoint, device)
     policies = [parse_policy(text) for text in args.caches]
-    args.context = sorted(set(args.context))
     config = checkpoint.config
     for policy in policies:
         require_suits(policy, config)
@@ -177,7 +177,7 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     shape = Shape(1, config.n_kv_head, config.head_dim, 1, dtype, device)
     for saved in args.saved.values():
         whole = config if args.share is None else args.share.whole
-        saved.require(whole, saved.policy(), replace(shape, batch=args.batch[0]))
+        saved.require(whole, saved.policy(), replace(shape, batch=args.shapes[0][0]))
     if not args.largest_batch:
         planned = [plans(config, policies, args, shape, weights) for weights in settings]
         require_room(planned, policies, free_memory(device, args.ranks))
@@ -195,7 +195,7 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
         if args.first_token:
             worst = first_token.gate(made, policy, shape)
         else:
-            worst = max(gate(made, policy, replace(shape, batch=n)) for n in gated_batches(args))
+            worst = gate(made, policy, shape, batches=gated_batches(args))
         of = f", weights {name}," if len(settings) > 1 else ""
         print(f"gate: {format_policy(policy)}{of} within {worst:.2g} of its reference", file=sys.stderr)
     of = f"{str(dtype).removeprefix('torch.')}, weights {', '.join(model.weights for model in models)}"
@@ -206,7 +206,7 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
         "world_size": 1 if args.ranks is None else args.ranks.size,
     }
     if args.first_token:
-        rows = first_token.compare(models, policies, args.batch, args.context, args.rounds, shape, args.ranks)
+        rows = first_token.compare(models, policies, args.shapes, args.rounds, shape, args.ranks)
         print(f"{printable(checkpoint.name, 80)}, {of}")
         first_token.print_rows(rows)
         return [about | {"weights": m.weights, "rows": [r for r in rows if r["weights"] == m.weights]} for m in models]
@@ -219,10 +219,9 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
     for r in rows if args.largest_batch else ():
         base = next(b["batch"] for b in rows if b["context"] == r["context"])
         print(f"{r['context']} tokens, {r['cache']}: {r['batch']} sequences, {r['batch'] / base:.2f}x the first's")
-    if len(args.context) > 1 and not args.largest_batch:
+    slopes = {}
+    if not args.largest_batch:
         slopes = {model.weights: print_slopes([r for r in rows if r["weights"] == model.weights]) for model in models}
-    else:
-        slopes = {}
     return [
         about
         | {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmark.clock import timed
 from benchmark.contestant import Peak, StoreClock
-from benchmark.gate import GATE_ERROR, distance
+from benchmark.gate import GATE_ERROR, distance, shallow
 from benchmark.room import Model
 from cli.plan import parameter_bytes
 from common.errors import UserError
@@ -74,13 +74,10 @@ def gate(model: Transformer, policy: KVCache, shape: Shape) -> float:
 
 
 def warm(engine: Engine, prompts: list[list[int]]) -> None:
-    """Read the prompts by the model's first layers, so that nothing is compiled or planned later."""
-    model, cache = copy.copy(engine.model), copy.copy(engine.cache)
-    model._modules = {**engine.model._modules, "layers": engine.model.layers[:WARM_LAYERS]}
-    cache.layers = cache.layers[:WARM_LAYERS]
-    model.config = dataclasses.replace(model.config, n_layer=len(cache.layers))
-    shallow = Engine(model, cache, engine.sampling, capture=False, ranks=engine.ranks)
-    shallow.read(prompts)
+    """Read the prompts by a few of the model's layers, so that nothing is compiled or planned later."""
+    model, cache = shallow(engine.model, WARM_LAYERS), copy.copy(engine.cache)
+    cache.layers = cache.layers[: model.config.n_layer]
+    Engine(model, cache, engine.sampling, capture=False, ranks=engine.ranks).read(prompts)
     engine.reset()
 
 
@@ -101,12 +98,13 @@ def read(
 
 
 def compare(
-    models: list[Model], policies: list[KVCache], batches: list[int], contexts: list[int], rounds: int, shape: Shape,
+    models: list[Model], policies: list[KVCache], shapes: list[tuple[int, int]], rounds: int, shape: Shape,
     ranks: Parallel | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for every cache, weight setting, batch and context: seconds to the first token, the rounds' median."""
+    """A row for every cache, weight setting, and batch and context of `shapes`: seconds to the first token, the rounds'
+    median."""
     rows = []
-    for batch, context in product(batches, contexts):
+    for batch, context in shapes:
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(models[0].transformer.config.vocab_size, (batch, context), generator=generator).tolist()
         at = dataclasses.replace(shape, batch=batch, capacity=context + 1)

@@ -5,6 +5,7 @@
   python scripts/benchmark.py --random_weights --model llama-3.1-8b --weights 16 int8 int4   weights beside each other
   python scripts/benchmark.py --peer transformers                          its caches beside ours
   python scripts/benchmark.py --first_token --context 8192 32768           how long prompts take to read
+  python scripts/benchmark.py --shapes 1x131072 8x32768                    just these batches and contexts
   python scripts/benchmark.py --kernels                                    one layer's decode attention alone
   python scripts/benchmark.py --largest_batch --context 8000               how many sequences fit
   torchrun --standalone --nproc_per_node 2 scripts/benchmark.py ...        one model on two GPUs
@@ -32,11 +33,13 @@ import sys
 from pathlib import Path
 
 from cli.options import (
+    MOST_SEQUENCES,
     Parser,
     add_plugin_flag,
     at_most,
     check_cache_names,
     load_plugin,
+    parse_shape,
     parse_size,
     positive,
     require_weights,
@@ -76,8 +79,12 @@ def make_parser() -> Parser:
         "--caches", nargs="+", metavar="CACHE", help=f"the first is the base (default: {' '.join(DEFAULT_CACHES)})"
     )
     add_plugin_flag(p)
-    p.add_argument("--batch", nargs="+", type=at_most(65535), help="(default: 1)")
+    p.add_argument("--batch", nargs="+", type=at_most(MOST_SEQUENCES), help="(default: 1)")
     p.add_argument("--context", nargs="+", type=positive, help="(default: 256 2048 8000)")
+    p.add_argument(
+        "--shapes", nargs="+", type=parse_shape, metavar="BATCHxCONTEXT",
+        help="instead of every --batch at every --context, just these: 1x131072 8x32768",
+    )  # fmt: skip
     p.add_argument(
         "--load_cache", nargs="+", type=Path, metavar="FILE", default=[],
         help="time the caches that generate.py --save_cache wrote, as long as they are",
@@ -120,6 +127,8 @@ def check_flags(args: argparse.Namespace) -> None:
         require("matplotlib", "--png")
     if args.peer:
         require("transformers", "--peer")
+    if args.shapes and (args.batch or args.context or args.largest_batch):
+        raise UserError("--shapes goes instead of --batch and --context, and without --largest_batch")
     require_weights(args)
     check_cache_names(args.caches or ())
     settings = [parse_weights(text) for text in args.weights or ()]

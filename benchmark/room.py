@@ -57,14 +57,13 @@ def plans(
     """What each cache takes at every batch and context beside these weights; with a peer, its caches too, as full ones
     that are copied when they grow."""
     found = {}
-    for batch in args.batch:
-        for context in args.context:
-            at = replace(shape, batch=batch, capacity=context + max(args.steps, args.each_step) + 2)
-            chunk = PREFILL_CHUNK if args.prefill or args.first_token else 1
-            found[batch, context] = [make_plan(config, p, at, chunk, weights) for p in policies]
-            if args.peer:
-                theirs = make_plan(config, FullCache(), at, chunk, weights)
-                found[batch, context] += [replace(theirs, cache=theirs.cache | {"copy": theirs.full_cache})] * 2
+    for batch, context in args.shapes:
+        at = replace(shape, batch=batch, capacity=context + max(args.steps, args.each_step) + 2)
+        chunk = PREFILL_CHUNK if args.prefill or args.first_token else 1
+        found[batch, context] = [make_plan(config, p, at, chunk, weights) for p in policies]
+        if args.peer:
+            theirs = make_plan(config, FullCache(), at, chunk, weights)
+            found[batch, context] += [replace(theirs, cache=theirs.cache | {"copy": theirs.full_cache})] * 2
     return found
 
 

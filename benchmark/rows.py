@@ -29,14 +29,17 @@ def no_slower_from(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> in
 
 
 def print_slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Each cache's slope, of rows over one setting of weights: printed, and by the cache and batch it is of."""
+    """Each cache's slope, of rows over one setting of weights, where a batch has several contexts: printed, and by the
+    cache and batch it is of."""
     slopes = {}
     for batch in dict.fromkeys(r["batch"] for r in rows):
         by_cache: dict[str, list[dict[str, Any]]] = {}
-        for r in rows:
+        for r in sorted(rows, key=lambda r: r["context"]):
             if r["batch"] == batch:
                 by_cache.setdefault(r["cache"], []).append(r)
         base, base_rows = next(iter(by_cache.items()))
+        if len(base_rows) < 2:
+            continue
         for name, found in by_cache.items():
             slopes[f"{name} batch {batch}"] = slope(found)
             start = no_slower_from(found, base_rows)

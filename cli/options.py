@@ -92,6 +92,7 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+MOST_SEQUENCES = 65535  # a kernel's grid is no wider
 MOST = 2**31 - 1  # of whatever is counted: sizes of tensors are made of it
 
 
@@ -128,6 +129,14 @@ def parse_size(text: str) -> int:
     if not 1 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 20GiB")
     return int(number)
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """A batch and a context: "8x32768"."""
+    batch, found, n_token = text.lower().partition("x")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{printable(repr(text), 60)} is not a batch and a context such as 8x32768")
+    return at_most(MOST_SEQUENCES)(batch), positive(n_token)
 
 
 def require_name(name: str, flag: str = "--profile") -> None:

@@ -27,6 +27,7 @@ from cli.fidelity import KeyCheck
 from cli.flags import chosen_knobs, sampling_of
 from cli.interactive import converse
 from cli.job import Job, Output
+from cli.options import MOST_SEQUENCES
 from cli.plan import choose_bits, make_plan, require_fit
 from cli.provenance import FORMAT, made_from
 from cli.ranks import make_profiler, memory_budget, rank_part, world_size
@@ -53,9 +54,6 @@ from tokenizer import Tokenizer
 def chosen_policy(args: argparse.Namespace) -> KVCache:
     """The cache of the command line. Raises UserError."""
     return make_policy(args.cache, chosen_knobs(args))
-
-
-MOST_SEQUENCES = 65535  # a kernel's grid is no wider
 
 
 def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None) -> Job:

@@ -350,3 +350,21 @@ def test_caches_that_do_not_fit_together_are_timed_one_after_the_other(
         run(tmp_path, *argv)
     err = capsys.readouterr().err
     assert exit_.value.code == 2 and err.count("\n") == 1 and "full, 1 x 60 tokens:" in err and "are free" in err
+
+
+def test_just_the_shapes_that_are_asked_for(tmp_path: Path) -> None:
+    """Every batch at every context was more than a card holds, where a table wants one long and one wide shape."""
+    (record,) = run(tmp_path, "--shapes", "3x40", "1x90", "1x60", "--caches", "full")
+    assert [(r["batch"], r["context"]) for r in record["rows"]] == [(3, 40), (1, 90), (1, 60)]
+    assert list(record["slope_us_per_1000_tokens"]) == ["full batch 1"]
+    for argv in (["--batch", "1"], ["--context", "9"], ["--largest_batch"]):
+        with pytest.raises(SystemExit):
+            benchmark.main(["--shapes", "1x8", *argv])
+
+
+def test_the_gate_takes_the_first_and_the_last_layer(tmp_path: Path) -> None:
+    model, _ = tiny(tmp_path)
+    short = gates.shallow(model, 2)
+    assert [*short.layers] == [model.layers[0], model.layers[-1]] and short.config.n_layer == 2
+    assert [*gates.shallow(model, 99).layers] == [*model.layers] and len(model.layers) == model.config.n_layer
+    assert [*gates.shallow(model, 1).layers] == [model.layers[0]]
