@@ -31,6 +31,8 @@ from engine.kernels.gemv_integers import plan as plan_integers
 from engine.kernels.peer_sum import MOST_RANKS, MOST_ROWS, MOST_WORDS, WORDS, choose_kernel, places, sum_kernel
 from engine.kernels.quantised import dense_kernel, embed_kernel
 from engine.kernels.small_gemm import padded, plan_tokens, tokens_kernel
+from engine.kernels.small_gemm_int4 import parts_of as parts_of_tokens
+from engine.kernels.small_gemm_int4 import tokens_int4_kernel
 from engine.kernels.small_gemm_integers import tokens_integers_kernel
 from selective_kv.formats import rotation_size
 from selective_kv.kernels.decode import combine_kernel, split_kernel
@@ -98,15 +100,17 @@ def compile_tokens_kernel(
     return counted(compile_kernel(tokens_kernel, types, constants, p.warps, True))
 
 
-def compile_integers_kernel(k: int, group: int, swiglu: bool = False, norm: bool = True) -> dict[str, int] | None:
+def compile_integers_kernel(
+    k: int, bits: int, group: int, swiglu: bool = False, norm: bool = True
+) -> dict[str, int] | None:
     """What counts in `integers_kernel` by its plan, for a product of 4096 outputs."""
-    words = -(-k // group) * group // 8 if group else k // 4
+    words = -(-k // group) * group // 8 if bits == 4 else k // 4
     chunks = max(32, triton.next_power_of_2(words // 4))
     p = plan_integers(4096, chunks, swiglu, 132)
     units = max(1, p.units // 2) if swiglu else p.units
     types = {name: "*i32" for name in ("x", "ints", "pairs", "norm")} | {"unit": "*fp32", "eps": "fp32"}
     types |= {name: "*bf16" for name in ("bias", "residual", "out")} | {"cos": "*fp32", "sin": "*fp32"}
-    constants = {"K": k, "GROUP": group, "UNITS": units, "CHUNKS": chunks, "HEAD_DIM": 0, "NORM": norm,
+    constants = {"K": k, "BITS": bits, "GROUP": group, "UNITS": units, "CHUNKS": chunks, "HEAD_DIM": 0, "NORM": norm,
                  "SWIGLU": swiglu, "BIAS": False, "ADD": False, "FLOAT16": False, "OVERLAP": True,
                  "INTERPRET": False}  # fmt: skip
     compiled = compile_kernel(integers_kernel, types, constants, p.warps, True)
@@ -125,20 +129,39 @@ def compile_int4_kernel(n_unit: int, k: int, swiglu: bool = False, head_dim: int
                  "OVERLAP": True, "INTERPRET": False}  # fmt: skip
     compiled = compile_kernel(int4_kernel, types, constants, p.warps, True)
     found = counted(compiled)
+    return found and found | {"lanes": lanes_of_assembly(compiled), "blocks": 4 // p.split, **of_integers(compiled)}
+
+
+def compile_tokens_int4_kernel(
+    k: int, swiglu: bool = False, head_dim: int = 0, norm: bool = True, dtype: str = "bf16"
+) -> dict[str, Any] | None:
+    """What counts in `tokens_int4_kernel`, and which lanes have what of the assembly's operands: `lanes`."""
+    types = {name: "*i32" for name in ("x", "ints", "norm")} | {"pairs": "*i64", "unit": "*fp32", "eps": "fp32"}
+    types |= {name: f"*{dtype}" for name in ("bias", "residual", "out")} | {"cos": "*fp32", "sin": "*fp32"}
+    constants = {"K": k, "PARTS": parts_of_tokens(k), "HEAD_DIM": head_dim, "NORM": norm, "SWIGLU": swiglu,
+                 "BIAS": False, "ADD": not swiglu and not head_dim, "FLOAT16": dtype == "fp16", "OVERLAP": True,
+                 "INTERPRET": False}  # fmt: skip
+    compiled = compile_kernel(tokens_int4_kernel, types, constants, parts_of_tokens(k), True)
+    found = counted(compiled)
+    return found and found | {"lanes": lanes_of_assembly(compiled), **of_integers(compiled)}
+
+
+def lanes_of_assembly(compiled: Any) -> list[str]:
+    """The layouts of what inline assembly of matrix units, or between lanes, returns."""
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\S.*)$", compiled.asm["ttgir"], re.MULTILINE))
-    used = set(re.findall(r"mma\.sync.*?-> tensor<\d+x16xi32, (#\w+)>", compiled.asm["ttgir"]))
-    lanes = sorted(layouts[name].partition(", warpsPerCTA")[0] for name in used)
-    return found and found | {"lanes": lanes, "blocks": 4 // p.split, **of_integers(compiled)}
+    used = set(re.findall(r"(?:mma|shfl)\.sync.*?-> \(?tensor<\d+x16x\w+, (#\w+)>", compiled.asm["ttgir"]))
+    return sorted(layouts[name].partition(", warpsPerCTA")[0] for name in used)
 
 
-def compile_tokens_integers_kernel(k: int, group: int, n_token: int = 8) -> dict[str, int] | None:
+def compile_tokens_integers_kernel(k: int, bits: int, group: int, n_token: int = 8) -> dict[str, int] | None:
     """What counts in `tokens_integers_kernel`."""
-    slice_ = group // 4 or 128
+    slice_ = (group // 4 if bits == 4 else group) or 128
     types = {name: "*bf16" for name in ("x", "bias", "norm", "residual", "out")} | {"unit": "*fp32", "eps": "fp32"}
-    types |= {"ints": "*i16" if group else "*i8", "pairs": "*i32" if group else "*bf16", "cos": "*fp32", "sin": "*fp32"}
-    constants = {"K": k, "GROUP": group, "N": padded(n_token), "ROWS": 32, "WARPS": 4, "SLICE": slice_, "STAGES": 3,
-                 "EARLY": 512, "HEAD_DIM": 0, "NORM": False, "SWIGLU": False, "BIAS": False, "ADD": False,
-                 "FLOAT16": False, "OVERLAP": True, "INTERPRET": False}  # fmt: skip
+    types |= {"ints": "*i16" if bits == 4 else "*i8", "pairs": "*i32"}
+    types |= {"cos": "*fp32", "sin": "*fp32"}
+    constants = {"K": k, "BITS": bits, "GROUP": group, "N": padded(n_token), "ROWS": 32, "WARPS": 4, "SLICE": slice_,
+                 "STAGES": 3, "EARLY": 512, "HEAD_DIM": 0, "NORM": False, "SWIGLU": False, "BIAS": False,
+                 "ADD": False, "FLOAT16": False, "OVERLAP": True, "INTERPRET": False}  # fmt: skip
     compiled = compile_kernel(tokens_integers_kernel, types, constants, 4, True)
     found = counted(compiled)
     return found and found | of_integers(compiled)

@@ -28,8 +28,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels.epilogue import Around, finish, rows_of, what_follows
-from engine.kernels.gemv_integers import SMALLEST, byte, halves, largest, two_terms, words_of
-from selective_kv.kernels.basics import INTERPRET
+from engine.kernels.gemv_integers import byte, halves, words_of
+from engine.kernels.token_columns import load_token, token_columns
+from selective_kv.kernels.basics import INTERPRET, prefetch
 from selective_kv.kernels.decode_config import processor
 from selective_kv.kernels.launch import launch
 from weights.modules import QuantizedWeight
@@ -107,6 +108,16 @@ def block_product(low, high, even, odd, lane, PARTS: tl.constexpr, INTERPRET: tl
 
 
 @triton.jit
+def prefetch_rows(ints, first, apart, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """Prefetch into L2 8 rows from `first` on and, of 16 ROWS, 8 more that are `apart` from these. ints: int32 [n,
+    WORDS].
+    """
+    row = tl.arange(0, ROWS)[:, None]
+    line = tl.arange(0, triton.next_power_of_2((WORDS + 31) // 32))[None, :]
+    prefetch(ints + (first + row % 8 + row // 8 * apart).to(tl.int64) * WORDS + tl.minimum(line * 32, WORDS - 1))
+
+
+@triton.jit
 def load_tile(at, to_high, inside, SPLIT: tl.constexpr, MASKED: tl.constexpr):
     """Blocks of 64 bytes of rows g and of rows g + 8, one pair after the other: 4 pairs, or (SPLIT 2) 2 and these
     again."""
@@ -117,55 +128,6 @@ def load_tile(at, to_high, inside, SPLIT: tl.constexpr, MASKED: tl.constexpr):
         l2, h2 = words_of(at + 32, inside, MASKED), words_of(at + (to_high + 32), inside, MASKED)
         l3, h3 = words_of(at + 48, inside, MASKED), words_of(at + (to_high + 48), inside, MASKED)
     return l0, h0, l1, h1, l2, h2, l3, h3
-
-
-@triton.jit
-def token_columns(
-    x, norm, eps, K: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, FLOAT16: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """The token as the matrix unit's columns, a group of a part and a term of it each: words that meet low nibbles, and
-    high ones, int32 [8 * PARTS, 16]; then, float32 [PARTS, 1, 4], a group's step and its sums of activations: 8 times
-    those that meet high nibbles, and all; and 1 / rms.
-    """
-    i = tl.arange(0, 8 * PARTS)[:, None]
-    column = i % 8
-    word = tl.arange(0, 16)[None, :]
-    at = (4 * (i // 8) + column // 2) * 64 + word  # in pairs: `quantize.py` has the order
-    EXACT: tl.constexpr = PARTS * 512 == K
-    a0, a1 = halves(words_of(x + at, at < K // 2, not EXACT), FLOAT16)
-    b0, b1 = halves(words_of(x + at + 16, at + 16 < K // 2, not EXACT), FLOAT16)
-    c0, c1 = halves(words_of(x + at + 32, at + 32 < K // 2, not EXACT), FLOAT16)
-    d0, d1 = halves(words_of(x + at + 48, at + 48 < K // 2, not EXACT), FLOAT16)
-    scale = 1.0
-    if NORM:
-        squares = a0 * a0 + a1 * a1 + b0 * b0 + b1 * b1 + c0 * c0 + c1 * c1 + d0 * d0 + d1 * d1
-        g, h = halves(words_of(norm + at, at < K // 2, not EXACT), FLOAT16)
-        a0, a1 = a0 * g, a1 * h
-        g, h = halves(words_of(norm + at + 16, at + 16 < K // 2, not EXACT), FLOAT16)
-        b0, b1 = b0 * g, b1 * h
-        g, h = halves(words_of(norm + at + 32, at + 32 < K // 2, not EXACT), FLOAT16)
-        c0, c1 = c0 * g, c1 * h
-        g, h = halves(words_of(norm + at + 48, at + 48 < K // 2, not EXACT), FLOAT16)
-        d0, d1 = d0 * g, d1 * h
-        scale = tl.rsqrt(tl.sum(tl.reshape(squares, (PARTS * 128,)), 0) / (2 * K) + eps)  # both terms' columns
-    most = tl.maximum(tl.max(tl.maximum(largest(a0, a1, b0, b1), largest(c0, c1, d0, d1)), 1), SMALLEST)
-    inverse = (127.0 / most)[:, None]
-    hi, lo = two_terms(a0, c0, a1, c1, inverse, INTERPRET)
-    even = tl.where(column % 2 == 0, hi, lo)
-    hi, lo = two_terms(b0, d0, b1, d1, inverse, INTERPRET)
-    odd = tl.where(column % 2 == 0, hi, lo)
-    odd_sums = tl.sum((b0 + b1) + (d0 + d1), 1)
-    sums = tl.sum((a0 + a1) + (c0 + c1), 1) + odd_sums
-    step = most * (1.0 / (127.0 * 254.0 * 16.0)) + (sums - sums)  # no number, where an activation is none
-    return even, odd, of_groups(step, PARTS), of_groups(8 * odd_sums, PARTS), of_groups(sums, PARTS), scale
-
-
-@triton.jit
-def of_groups(of_columns, PARTS: tl.constexpr):
-    """[8 * PARTS], equal for both terms, to [PARTS, 1, 4]."""
-    first, _ = tl.split(tl.reshape(of_columns, (PARTS, 4, 2)))
-    return first[:, None, :]
 
 
 @triton.jit
@@ -194,12 +156,28 @@ def tile_sums(
     scale, base = halves(line, True)
     if SPLIT == 2:  # the first two groups are of rows g, the others of rows g + 8
         low = tl.where(tl.arange(0, 4)[None, None, :] < 2, low, high)
-    y = tl.sum(tl.sum((low * step + eight) * scale + base * sums, 2), 0)
-    other = y
+    y = tl.sum((low * step + eight) * scale + base * sums, 2)
     if SPLIT == 1:
         scale, base = halves(line_high, True)
-        other = tl.sum(tl.sum((high * step + eight) * scale + base * sums, 2), 0)
+        y, other = over_warps(tl.join(y, tl.sum((high * step + eight) * scale + base * sums, 2)), PARTS)
+    else:
+        y, other = over_warps(tl.join(y, y), PARTS)
     return y, other, (l0, h0, l1, h1, l2, h2, l3, h3)
+
+
+@triton.jit
+def over_warps(value, PARTS: tl.constexpr):
+    """The sums over parts of [PARTS, 8, 2]: two of [8].
+
+    Two warps' go to one thread and the others' to its neighbours: warps meet once for that, and twice in a `tl.sum`.
+    """
+    if PARTS > 1:
+        value = tl.permute(tl.reshape(value, (PARTS // 2, 2, 8, 2)), (2, 3, 0, 1))
+        value, other = tl.split(value)
+        value = tl.sum(value + other, 2)
+    else:
+        value = tl.reshape(value, (8, 2))
+    return tl.split(value)
 
 
 @triton.jit
@@ -248,7 +226,12 @@ def int4_kernel(
     line, line_high = lines_of(line_at, rows_apart * N_GROUP, line_inside, SPLIT)
     if OVERLAP:
         gdc_wait()
-    even, odd, step, eight, sums, scale = token_columns(x, norm, eps, K, PARTS, NORM, FLOAT16, INTERPRET)
+    loaded = load_token(x, norm, K, PARTS, NORM)
+    if OVERLAP:  # not before: the token would stand behind them
+        second = tl.minimum(start + tl.minimum(1, steps - 1) * UNITS, n_unit - UNITS)
+        second = rows_of(second, n_out, HEAD_DIM, SWIGLU)[0]
+        prefetch_rows(ints, second, rows_apart, 16 // SPLIT, WORDS)
+    even, odd, step, eight, sums, scale = token_columns(loaded, lane, eps, K, PARTS, NORM, FLOAT16, INTERPRET)
     for n in range(steps):
         first, _ = rows_of(tl.minimum(start + n * UNITS, n_unit - UNITS), n_out, HEAD_DIM, SWIGLU)
         row = first + tl.arange(0, UNITS)

@@ -166,44 +166,48 @@ def largest(a, b, c, d):
 @triton.jit(do_not_specialize=["n_out", "n_unit", "n_turned", "steps"])
 def integers_kernel(
     x, ints, unit, pairs, bias, norm, residual, cos, sin, out, n_out, n_unit, n_turned, steps, eps,
-    K: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
     HEAD_DIM: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     FLOAT16: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program: `steps` times UNITS units of the output, for one token.
 
-    x, norm: [K / 2] int32, two 16-bit floats each; ints: int32 [n_row, WORDS]; unit: float32 [n_row]; pairs: int32
-    [n_row, n_group], scale and base in float16. GROUP 0: int8, no pairs. A chunk is 16 bytes of a row.
+    x, norm: [K / 2] int32, two 16-bit floats each; ints: int32 [n_row, WORDS]; unit: float32 [n_row]; pairs: of 4 bits
+    int32 [n_row, n_group], scale and base in float16; of 8 bits in groups their steps, int32 [n_row, n_group / 4], four
+    bytes each, or uint8 [n_row, n_group] where 4 does not divide n_group. A chunk is 16 bytes of a row.
     """
     if OVERLAP:
         gdc_launch_dependents()
     PAIRED: tl.constexpr = SWIGLU or HEAD_DIM > 0
     N_GROUP: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
-    WORDS: tl.constexpr = N_GROUP * GROUP // 8 if GROUP > 0 else K // 4
+    WORDS: tl.constexpr = N_GROUP * GROUP // 8 if BITS == 4 else K // 4
+    FOURS: tl.constexpr = BITS == 8 and N_GROUP % 4 == 0  # steps that a load brings
+    LINES: tl.constexpr = N_GROUP // 4 if FOURS else N_GROUP
     WHOLE: tl.constexpr = CHUNKS * 4 == WORDS  # every thread has as many chunks
     ROWS: tl.constexpr = 2 * UNITS if PAIRED else UNITS
     chunk, word = tl.arange(0, CHUNKS), tl.arange(0, 4)
     # Tensors are [CHUNKS, ROWS, 4] or less, in this order: so a compiler gives a thread a chunk of every row.
     column = (chunk[:, None] * 4 + word[None, :])[:, None, :]  # [CHUNKS, 1, 4]
     inside = (chunk < WORDS // 4)[:, None, None]
-    group = tl.minimum(chunk * 32 // GROUP, N_GROUP - 1) if GROUP > 0 else chunk
+    group = tl.minimum(chunk * (128 // BITS) // GROUP, N_GROUP - 1) if GROUP > 0 else chunk
+    line_of = group // 4 if FOURS else group
     r = tl.arange(0, ROWS)  # the first rows of all units, then the second ones
     start = tl.program_id(0) * (UNITS * steps)
     first, apart = rows_of(tl.minimum(start, n_unit - UNITS), n_out, HEAD_DIM, SWIGLU)
     # Units one after the other are rows one after the other: a row's offset from the first is a constant.
     row_offset = r % UNITS + r // UNITS * apart
-    offset, line_offset = (row_offset * WORDS)[None, :, None], (row_offset * N_GROUP)[None, :]
+    offset, line_offset = (row_offset * WORDS)[None, :, None], (row_offset * LINES)[None, :] + line_of[:, None]
     tile = words_of(ints + first.to(tl.int64) * WORDS + column + offset, inside, not WHOLE)
     line = tile
     if GROUP > 0:
-        line = tl.load(pairs + first.to(tl.int64) * N_GROUP + group[:, None] + line_offset)
+        line = tl.load(pairs + first.to(tl.int64) * LINES + line_offset)
     if OVERLAP:
         gdc_wait()
 
     # The token: a chunk's largest, its sum, and its terms. Of 4 bits, word p of a group has elements 2p and 2p + 1 of
     # each quarter of the group: `quantize.py` has the order.
     squares = tl.zeros((CHUNKS, 1, 4), tl.float32)
-    if GROUP > 0:
+    if BITS == 4:
         QUARTER: tl.constexpr = GROUP // 8  # in pairs
         EXACT: tl.constexpr = WHOLE and K % GROUP == 0
         at = column // QUARTER * (GROUP // 2) + column % QUARTER
@@ -260,9 +264,9 @@ def integers_kernel(
         tile_ahead = words_of(ints + first_ahead * WORDS + column + offset, inside, not WHOLE)
         line_ahead = line
         if GROUP > 0:
-            line_ahead = tl.load(pairs + first_ahead * N_GROUP + group[:, None] + line_offset)
+            line_ahead = tl.load(pairs + first_ahead * LINES + line_offset)
 
-        y = sum_of(tile, line, hi, lo, hi_odd, lo_odd, step, sums, GROUP, INTERPRET) * row_unit
+        y = sum_of(tile, line, group, hi, lo, hi_odd, lo_odd, step, sums, BITS, GROUP, FOURS, INTERPRET) * row_unit
         other = y
         if PAIRED:
             y, other = tl.split(tl.permute(tl.reshape(y, (2, UNITS)), (1, 0)))
@@ -271,16 +275,35 @@ def integers_kernel(
 
 
 @triton.jit
-def sum_of(tile, line, hi, lo, hi_odd, lo_odd, step, sums, GROUP: tl.constexpr, INTERPRET: tl.constexpr):
+def step_of(line, group, FOURS: tl.constexpr):
+    """A group's step as float32. line: it, uint8, or (FOURS) int32, of four groups each; group: which of all."""
+    bits = (line >> group % 4 * 8) & 255 if FOURS else line.to(tl.int32)
+    # Set under 2**23's exponent they count ones: a conversion is slow.
+    return (bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+def steps_as_loaded(weight: QuantizedWeight) -> Tensor:
+    """Steps of 8 bits, [n_row, n_group]: four to an int32 where they are as many, otherwise uint8."""
+    assert weight.steps is not None
+    return weight.steps.view(torch.int32) if weight.steps.shape[1] % 4 == 0 else weight.steps
+
+
+@triton.jit
+def sum_of(
+    tile, line, group, hi, lo, hi_odd, lo_odd, step, sums,
+    BITS: tl.constexpr, GROUP: tl.constexpr, FOURS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
     """Rows' products with the token, but for the rows' units: float32 [ROWS]. tile: [CHUNKS, ROWS, 4]."""
     hi, lo = tl.broadcast_to(hi, tile.shape), tl.broadcast_to(lo, tile.shape)
-    if GROUP > 0:
+    if BITS == 4:
         hi_odd, lo_odd = tl.broadcast_to(hi_odd, tile.shape), tl.broadcast_to(lo_odd, tile.shape)
         total = tl.sum(dot_nibbles(tile, hi, lo, hi_odd, lo_odd, INTERPRET), 2).to(tl.float32) * step
         scale, base = halves(line, True)
         part = total * scale + base * sums
     else:
         part = tl.sum(dot_bytes(tile, hi, lo, INTERPRET), 2).to(tl.float32) * step
+        if GROUP > 0:
+            part *= step_of(line, group[:, None], FOURS)
     return tl.sum(part, 0)
 
 
@@ -312,9 +335,9 @@ def plan(n_unit: int, chunks: int, paired: bool, n_processor: int) -> Plan:
 
 
 def integers_fit(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether `run_integers` is for this token: 16-bit activations, rows of whole 16 bytes, 8 bits not in groups."""
+    """Whether `run_integers` is for this token: 16-bit activations, rows of whole 16 bytes."""
     _, k = weight.shape
-    return weight.steps is None and len(x) == 1 and x.element_size() == 2 and k % 16 == 0 and chunks_of(weight) <= 2048
+    return len(x) == 1 and x.element_size() == 2 and k % 16 == 0 and chunks_of(weight) <= 2048
 
 
 def run_integers(x: Tensor, weight: QuantizedWeight, around: Around, p: Plan) -> Tensor:
@@ -332,11 +355,13 @@ def run_integers(x: Tensor, weight: QuantizedWeight, around: Around, p: Plan) ->
     out = torch.empty(1, n_out, dtype=x.dtype, device=x.device)
     words = weight.ints.view(torch.int32)
     pairs = words if weight.pairs is None else weight.pairs.view(torch.int32)
+    if weight.steps is not None:
+        pairs = steps_as_loaded(weight)
     bias, norm, residual, cos, sin = around.pointers(x)
     launch(integers_kernel, (triton.cdiv(around.n_unit(weight.ints), p.units * p.steps),))(
         x.view(torch.int32), words, weight.scale, pairs, bias, norm.view(torch.int32), residual, cos, sin, out,
         n_out, around.n_unit(weight.ints), around.n_turned, p.steps, around.eps,
-        K=x.shape[1], GROUP=weight.group, UNITS=p.units, CHUNKS=chunks_of(weight), **around.constants,
+        K=x.shape[1], BITS=weight.bits, GROUP=weight.group, UNITS=p.units, CHUNKS=chunks_of(weight), **around.constants,
         FLOAT16=x.dtype == torch.float16, OVERLAP=overlap, INTERPRET=INTERPRET, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip
     return out

@@ -1,8 +1,9 @@
 """Products with weights in 8 and 4 bits, whatever the number of tokens, and an embedding's rows.
 
-One token: `gemv_integers.py`. Up to 64: `small_gemm_integers.py`. More, and what those two are not for (float32, rows
-of no whole 16 bytes): a weight is made dense, some rows at a time, in memory that stays in the L2, for a library's
-product. That reads 16 bits where 8 or 4 are stored, which a prompt's thousands of tokens do not notice.
+One token: `gemv_int4.py` for groups of 128 in 4 bits, otherwise `gemv_integers.py`. Up to 8: `small_gemm_int4.py` for
+such groups, and up to 64 `small_gemm_integers.py`. More, and what they are not for (float32, rows of no whole 16 bytes,
+several tokens and groups of 32 in 4 bits): a weight is made dense, some rows at a time, in memory that stays in the L2,
+for a library's product. That reads 16 bits where 8 or 4 are stored, which a prompt's thousands of tokens do not notice.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from engine.kernels.gemv import gated, normed, rotate_qk
 from engine.kernels.gemv_int4 import int4_fits, run_int4
 from engine.kernels.gemv_int4 import plan as plan_int4
 from engine.kernels.gemv_integers import chunks_of, integers_fit, plan, run_integers
+from engine.kernels.small_gemm_int4 import run_tokens_int4, steps_of, tokens_int4_fit
 from engine.kernels.small_gemm_integers import integers_fit_tokens, plan_tokens, run_tokens_integers
 from selective_kv.kernels.decode_config import processor
 from selective_kv.kernels.launch import launch
@@ -88,17 +90,24 @@ def product_of_many(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> 
 def in_one_launch(x: Tensor, weight: QuantizedWeight, around: Around) -> Tensor | None:
     """The product of a few tokens with its prologue and epilogue, fused; None where no kernel takes these operands.
 
-    For more than one token the norm must have been computed already.
+    For more than one token the norm must have been computed already, unless `norm_fits`.
     """
     here = processor(x.device)
+    n_unit = around.n_unit(weight.ints)
     if integers_fit(x, weight):
-        n_unit = around.n_unit(weight.ints)
         if int4_fits(x, weight, around):
             return run_int4(x, weight, around, plan_int4(n_unit, weight.k, around.paired, here.multiprocessors))
         return run_integers(x, weight, around, plan(n_unit, chunks_of(weight), around.paired, here.multiprocessors))
+    if tokens_int4_fit(x, weight, around):
+        return run_tokens_int4(x, weight, around, steps_of(n_unit, weight.k, around.paired, here.multiprocessors))
     if integers_fit_tokens(x, weight) and around.norm is None:
         return run_tokens_integers(x, weight, around, plan_tokens(weight, len(x), here.multiprocessors, here.shared))
     return None
+
+
+def norm_fits(x: Tensor, weight: QuantizedWeight, around: Around) -> bool:
+    """Whether a norm is part of the launch of the product after it."""
+    return integers_fit(x, weight) or tokens_int4_fit(x, weight, around)
 
 
 @triton.jit
@@ -143,9 +152,10 @@ def linear(
 ) -> Tensor:
     """weight @ x with what stands around it; the twin says exactly what. x: [n_token, k]."""
     x = x.contiguous()
-    if norm is not None and not integers_fit(x, weight):
-        x, norm = normed(x, norm, eps), None
-    y = in_one_launch(x, weight, Around(bias, norm, eps, swiglu, residual))
+    around = Around(bias, norm, eps, swiglu, residual)
+    if norm is not None and not norm_fits(x, weight, around):
+        x, around = normed(x, norm, eps), around._replace(norm=None)
+    y = in_one_launch(x, weight, around)
     if y is not None:
         return y
     y = product_of_many(x, weight, bias)
@@ -159,13 +169,13 @@ def qkv(
     n_head: int, n_qk: int, norms: HeadNorms | None,
 ) -> Tensor:  # fmt: skip
     """A layer's queries, keys and values, turned; the twin says exactly what. [n_token, head, head_dim]."""
-    within: Tensor | None = norm
-    if not integers_fit(x, weight):
-        x, within = normed(x, norm, eps), None
+    around = Around(bias, norm, eps, turn=Turn(cos, sin, n_qk))
+    if not norm_fits(x, weight, around):
+        x, around = normed(x, norm, eps), around._replace(norm=None)
     if norms is None:
-        y = in_one_launch(x, weight, Around(bias, within, eps, turn=Turn(cos, sin, n_qk)))
+        y = in_one_launch(x, weight, around)
         if y is not None:
             return y.view(len(x), -1, cos.shape[1])
-    y = linear(x, weight, bias, within, eps).view(len(x), -1, cos.shape[1])
+    y = linear(x, weight, bias, around.norm, eps).view(len(x), -1, cos.shape[1])
     rotate_qk(y, n_head, n_qk, cos, sin, norms)
     return y

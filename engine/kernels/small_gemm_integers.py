@@ -6,9 +6,9 @@ the sign bit makes there (128 or 256): both exact, and so is their difference. O
 the 128 is taken off from the sum; a group's sum of activations, which that needs and a base too, is a product with a
 constant. In float16 it is 1024 + u, and 8 bits lose 1152.
 
-Groups of 4 bits: a warp's slice of a block of K is one group, whose product begins at zero, is multiplied by the
-scale and added to the total (as in `gemv_integers.py`; `quantize.py` has the formula). The next block's scales are on
-their way while this one is at work.
+Groups: a warp's slice of a block of K is one group, whose product begins at zero, is multiplied by the scale (of 8
+bits, the step) and added to the total (as in `gemv_integers.py`; `quantize.py` has the formula). The next block's
+scales are on their way while this one is at work.
 
 A norm is a launch of its own here; bias, SwiGLU, RoPE and residual are in the product's.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels.epilogue import Around, finish, rows_of, what_follows
-from engine.kernels.gemv_integers import halves
+from engine.kernels.gemv_integers import halves, step_of, steps_as_loaded
 from engine.kernels.small_gemm import padded
 from selective_kv.kernels.basics import INTERPRET, prefetch
 from selective_kv.kernels.decode_config import SHARED_SLACK, processor
@@ -145,15 +145,16 @@ def operand(at, mask, MASKED: tl.constexpr, INTERPRET: tl.constexpr):
 @triton.jit(do_not_specialize=["n_out", "n_token", "n_turned", "end"])
 def tokens_integers_kernel(
     x, ints, unit, pairs, bias, norm, residual, cos, sin, out, n_out, n_turned, n_token, end, eps,
-    K: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
     SLICE: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr,
     SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, FLOAT16: tl.constexpr, OVERLAP: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program: the units of ROWS rows, for all tokens. x: [n_token, K], n_token <= N; out: [n_token, n_out].
 
-    GROUP 0: ints is int8 [n_row, K] and SLICE elements of K are a warp's. Otherwise ints is int16 [n_row, n_group *
-    GROUP / 4], pairs int32 [n_row, n_group], and SLICE is GROUP / 4. end: elements or words of a row, to loop over: a
+    BITS 8: ints is int8 [n_row, K] and SLICE elements of K are a warp's: a group, if there are any, and pairs then are
+    their steps (`steps_as_loaded`). BITS 4: ints is int16 [n_row, n_group * GROUP / 4], pairs int32 [n_row,
+    n_group], and SLICE is GROUP / 4. end: elements or words of a row, to loop over: a
     compiler that knows how often unrolls all of it. EARLY: bytes of a row prefetched into L2 before the PDL wait. NORM,
     eps: none.
     """
@@ -162,20 +163,21 @@ def tokens_integers_kernel(
     PAIRED: tl.constexpr = SWIGLU or HEAD_DIM > 0
     UNITS: tl.constexpr = ROWS // 2 if PAIRED else ROWS
     N_GROUP: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
-    LENGTH: tl.constexpr = N_GROUP * SLICE if GROUP > 0 else K  # elements of `ints` in a row
+    LENGTH: tl.constexpr = N_GROUP * SLICE if BITS == 4 else K  # elements of `ints` in a row
     BLOCK: tl.constexpr = WARPS * SLICE
     r = tl.arange(0, ROWS)  # the first rows of all units, then the second ones
     row, apart = rows_of(tl.program_id(0) * UNITS + r % UNITS, n_out, HEAD_DIM, SWIGLU)
     row = tl.where(row < n_out, row, 0) + r // UNITS * apart
     start_of_row = row.to(tl.int64) * LENGTH
     warp = tl.arange(0, WARPS)
-    line_at = pairs + row.to(tl.int64)[None, :] * N_GROUP + warp[:, None]  # [WARPS, ROWS]
+    FOURS: tl.constexpr = 4 if BITS == 8 and N_GROUP % 4 == 0 else 1  # steps of groups that a load brings
+    line_at = pairs + row.to(tl.int64)[None, :] * (N_GROUP // FOURS)  # [WARPS, ROWS], but for the group
     line = warp  # nobody looks at it where there are no groups
     if GROUP > 0:
-        line = tl.load(line_at, (warp < N_GROUP)[:, None], 0)
+        line = tl.load(line_at + (warp // FOURS)[:, None], (warp < N_GROUP)[:, None], 0)
     if OVERLAP:
         if EARLY > 0:
-            PER_LINE: tl.constexpr = 64 if GROUP > 0 else 128  # elements of 128 bytes
+            PER_LINE: tl.constexpr = 64 if BITS == 4 else 128  # elements of 128 bytes
             LINES: tl.constexpr = EARLY // 128
             at = tl.arange(0, LINES) * PER_LINE
             prefetch(ints + start_of_row[:, None] + tl.minimum(at, LENGTH - 1)[None, :])
@@ -197,7 +199,7 @@ def tokens_integers_kernel(
     given = (token < n_token)[None, None, :]
     total = tl.zeros((WARPS, ROWS, N), tl.float32)
     WHOLE: tl.constexpr = LENGTH % BLOCK == 0
-    if GROUP > 0:
+    if BITS == 4:
         # Quarter i of a group meets nibble i of its words.
         x_at = x + token[None, None, :] * K + (warp * GROUP)[:, None, None] + tl.arange(0, SLICE)[None, :, None]
         left = K - (warp * GROUP)[:, None, None] - tl.arange(0, SLICE)[None, :, None]
@@ -208,7 +210,7 @@ def tokens_integers_kernel(
         for start in tl.range(0, end, BLOCK, num_stages=STAGES):
             words = tl.load(ints_at + start) if WHOLE else tl.load(ints_at + start, (start + k < LENGTH)[:, None, :], 0)
             after = start // SLICE + WARPS
-            line_after = tl.load(line_at + after, (after + warp < N_GROUP)[:, None], 0)
+            line_after = tl.load(line_at + (after + warp)[:, None], (after + warp < N_GROUP)[:, None], 0)
             a, b, c, d = nibbles_to_16_bits(words, FLOAT16, INTERPRET)
             at_x = x_at + start * 4
             rest = left - start * 4
@@ -225,7 +227,8 @@ def tokens_integers_kernel(
             part = tl.dot(d, value, part, input_precision="ieee")
             sums = tl.dot(constant, value, sums, input_precision="ieee")
             scale, base = halves(line, True)
-            total += (part - sums) * scale[:, :, None] + sums * (base * (1.0 / OFFSET))[:, :, None]
+            total += part * scale[:, :, None]
+            total += sums * (base * (1.0 / OFFSET) - scale)[:, :, None]
             line = line_after
     else:
         x_at = x + token[None, None, :] * K + k[:, :, None]
@@ -233,7 +236,15 @@ def tokens_integers_kernel(
             inside = start + k < K
             tile = tl.load(ints_at + start) if WHOLE else tl.load(ints_at + start, inside[:, None, :], 0)
             value = operand(x_at + start, given if WHOLE else inside[:, :, None] & given, not WHOLE, INTERPRET)
-            total = tl.dot(bytes_to_16_bits(tile, FLOAT16, INTERPRET), value, total, input_precision="ieee")
+            if GROUP > 0:
+                group = start // SLICE + warp
+                after = group + WARPS
+                line_after = tl.load(line_at + (after // FOURS)[:, None], (after < N_GROUP)[:, None], 0)
+                part = tl.dot(bytes_to_16_bits(tile, FLOAT16, INTERPRET), value, input_precision="ieee")
+                total += part * step_of(line, group[:, None], FOURS == 4)[:, :, None]
+                line = line_after
+            else:
+                total = tl.dot(bytes_to_16_bits(tile, FLOAT16, INTERPRET), value, total, input_precision="ieee")
     PAIR: tl.constexpr = ROWS // UNITS
     if WARPS > 1:
         y = tl.reshape(total, (WARPS // 2, 2, PAIR, UNITS, N))
@@ -254,7 +265,7 @@ class Plan(NamedTuple):
 
     rows: int  # of the weight: both rows of a unit count
     warps: int
-    slice: int  # elements of 8 bits a warp has of a block of K; of 4 bits it is a group's words
+    slice: int  # elements of 8 bits a warp has of a block of K (in groups, a group); of 4 bits it is a group's words
     stages: int  # of the software pipeline: stages - 1 blocks are being loaded while one is multiplied
     early: int = 512  # bytes of a row prefetched into L2 before the PDL wait; 0: none
 
@@ -275,6 +286,8 @@ def plan_tokens(weight: QuantizedWeight, n_token: int, n_processor: int, shared:
         p = Plan(32, 8, 128, 4)
     else:
         p = Plan(32, 4, 128, 4)
+    if not four and weight.group > 0:
+        p = p._replace(slice=weight.group, warps=min(16, p.warps * 128 // weight.group))
     n = padded(n_token)
     if n > 32:
         p = p._replace(warps=4)
@@ -282,14 +295,13 @@ def plan_tokens(weight: QuantizedWeight, n_token: int, n_processor: int, shared:
         if p.stages > 2:
             p = p._replace(stages=p.stages - 1)
         else:
-            p = p._replace(warps=p.warps // 2) if four else p._replace(slice=p.slice // 2)
+            p = p._replace(warps=p.warps // 2) if weight.group else p._replace(slice=p.slice // 2)
     return p
 
 
 def integers_fit_tokens(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether `run_tokens_integers` is for these tokens: 16-bit activations, no groups of 8 bits, none of 32 of 4."""
+    """Whether `run_tokens_integers` is for these tokens: 16-bit activations; of 4 bits, not groups of 32."""
     fits = weight.k % 16 == 0 if weight.bits == 8 else weight.group >= 64
-    fits = fits and weight.steps is None
     return 1 <= len(x) <= MOST_TOKENS and x.element_size() == 2 and fits and weight.k % 8 == 0
 
 
@@ -302,11 +314,13 @@ def run_tokens_integers(x: Tensor, weight: QuantizedWeight, around: Around, p: P
     overlap = processor(x.device).overlap
     out = torch.empty(n_token, n_out, dtype=x.dtype, device=x.device)
     units = p.rows // 2 if around.paired else p.rows
-    pairs = x if weight.pairs is None else weight.pairs.view(torch.int32)
+    pairs = x if weight.steps is None else steps_as_loaded(weight)
+    if weight.pairs is not None:
+        pairs = weight.pairs.view(torch.int32)
     launch(tokens_integers_kernel, (triton.cdiv(around.n_unit(weight.ints), units),))(
         x, weight.ints, weight.scale, pairs, *around.pointers(x), out, n_out, around.n_turned, n_token,
-        weight.ints.shape[1], around.eps, K=k, GROUP=weight.group, N=padded(n_token), ROWS=p.rows, WARPS=p.warps,
-        SLICE=p.slice, STAGES=p.stages, EARLY=p.early, **around.constants, FLOAT16=x.dtype == torch.float16,
-        OVERLAP=overlap, INTERPRET=INTERPRET, launch_pdl=overlap, num_warps=p.warps,
+        weight.ints.shape[1], around.eps, K=k, BITS=weight.bits, GROUP=weight.group, N=padded(n_token), ROWS=p.rows,
+        WARPS=p.warps, SLICE=p.slice, STAGES=p.stages, EARLY=p.early, **around.constants,
+        FLOAT16=x.dtype == torch.float16, OVERLAP=overlap, INTERPRET=INTERPRET, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip
     return out

@@ -16,11 +16,14 @@ from engine.kernels.epilogue import Around
 from engine.kernels.gemv_int4 import Plan as Int4Plan
 from engine.kernels.gemv_int4 import parts_of, run_int4
 from engine.kernels.gemv_integers import Plan, run_integers
+from engine.kernels.small_gemm_int4 import run_tokens_int4, tokens_int4_fit
 from engine.kernels.small_gemm_integers import Plan as TokensPlan
 from engine.kernels.small_gemm_integers import run_tokens_integers
 from engine.kernels.triton_backend import TRITON
 from weights.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
+KINDS = st.sampled_from(((8, 0), (8, 32), (8, 64), (8, 128), (4, 32), (4, 64), (4, 128)))  # bits, group
+LANES = ["#ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [8, 4]"]  # what the assembly traps without
 CLOSE = {FP32: 1e-5, FP16: 3e-3, BF16: 2e-2}  # relative to the whole output: a few roundings of its dtype
 
 
@@ -92,13 +95,13 @@ def test_qkv(n_token: int, group: int, device: str) -> None:
 
 
 @given(
-    st.integers(1, 40), st.integers(1, 20), st.sampled_from((0, 32, 64, 128)), st.sampled_from((1, 2, 4)),
-    st.integers(1, 3), st.sampled_from((1, 2)),
+    st.integers(1, 40), st.integers(1, 20), KINDS, st.sampled_from((1, 2, 4)), st.integers(1, 3),
+    st.sampled_from((1, 2)),
 )  # fmt: skip
-@settings(deadline=None, max_examples=5)
-def test_any_plan_of_one_token(n: int, parts: int, group: int, units: int, steps: int, warps: int) -> None:
+@settings(deadline=None, max_examples=8)
+def test_any_plan_of_one_token(n: int, parts: int, kind: tuple[int, int], units: int, steps: int, warps: int) -> None:
     k = 16 * parts
-    w, x = weight(n, k, group, "cpu"), torch.randn(1, k).to(FP16)
+    w, x = weight(n, k, kind[1], "cpu", kind[0]), torch.randn(1, k).to(FP16)
     if torch.cuda.is_available():
         pytest.skip("the interpreter's")
     got = run_integers(x, w, Around(residual=torch.ones(1, n).to(FP16)), Plan(units, steps, warps))
@@ -120,16 +123,63 @@ def test_any_plan_on_matrix_units(n: int, sixteenths: int, split: int, steps: in
 
 
 @given(
-    st.integers(1, 20), st.integers(1, 20), st.sampled_from((0, 64, 128)), st.integers(1, 10), st.sampled_from((1, 2))
-)
-@settings(deadline=None, max_examples=5)
-def test_any_plan_of_a_few_tokens(n: int, parts: int, group: int, n_token: int, warps: int) -> None:
-    k = 16 * parts
-    w, x = weight(n, k, group, "cpu"), torch.randn(n_token, k).to(FP16)
+    st.integers(1, 20), st.integers(1, 40), KINDS.filter(lambda kind: kind != (4, 32)), st.integers(1, 10),
+    st.sampled_from((1, 2)),
+)  # fmt: skip
+@settings(deadline=None, max_examples=8)
+def test_any_plan_of_a_few_tokens(n: int, parts: int, kind: tuple[int, int], n_token: int, warps: int) -> None:
+    k, (bits, group) = 16 * parts, kind
+    w, x = weight(n, k, group, "cpu", bits), torch.randn(n_token, k).to(FP16)
     if torch.cuda.is_available():
         pytest.skip("the interpreter's")
-    p = TokensPlan(16, warps, group // 4 or 32, 2)
+    p = TokensPlan(16, warps, group // 4 if bits == 4 else group or 32, 2)
     check(run_tokens_integers(x, w, Around(), p), x.double() @ w.dense(torch.float64).T, FP16)
+
+
+@given(
+    st.integers(16, 60), st.integers(1, 50), st.integers(2, 8), st.integers(1, 4), st.booleans(), st.booleans()
+)  # fmt: skip
+@settings(deadline=None, max_examples=5)
+def test_any_rows_of_a_few_tokens_on_matrix_units(
+    n: int, sixteenths: int, n_token: int, steps: int, swiglu: bool, normed: bool
+) -> None:
+    """Rows that no 16 divide, of elements that no group or part divides; an odd number of groups is refused."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter's")
+    k = 16 * sixteenths
+    dtype = BF16 if normed else FP16
+    w, x = weight(2 * n if swiglu else n, k, 128, "cpu"), (3 * torch.randn(n_token, k)).to(dtype)
+    norm = 1 + torch.rand(k).to(dtype) if normed else None
+    around = Around(norm=norm, eps=1e-5, swiglu=swiglu)
+    if -(-k // 128) % 2:
+        assert not tokens_int4_fit(x, w, around)
+        return
+    got = run_tokens_int4(x, w, around, steps)
+    dense, wide = w.dense(torch.float64), None if norm is None else norm.double()
+    check(got, PYTORCH.linear(x.double(), dense, norm=wide, eps=1e-5, swiglu=swiglu), dtype)
+
+
+@pytest.mark.parametrize("n_token", [2, 8])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_a_few_tokens_on_matrix_units(n_token: int, dtype: torch.dtype, device: str) -> None:
+    """RoPE, SwiGLU, norm and residual in the launch, by the plan, on a card too; several parts of a row."""
+    head_dim, n_head, n_qk, k = 16, 2, 3, 768
+    x, norm = torch.randn(n_token, k).to(dtype), (1 + torch.rand(k)).to(dtype)
+    x[:, 1] *= 30
+    angle = torch.rand(n_token, head_dim // 2)
+    cos, sin = torch.cat([angle.cos()] * 2, 1), torch.cat((-angle.sin(), angle.sin()), 1)
+    w = weight(4 * head_dim, k, 128, device)
+    dense, exact = w.dense(torch.float64).cpu(), (x.double(), norm.double())
+    x, norm = x.to(device), norm.to(device)
+    poison(device)
+    want = PYTORCH.qkv(exact[0], dense, None, exact[1], 1e-5, cos.double(), sin.double(), n_head, n_qk, None)
+    got = TRITON.qkv(x, w, None, norm, 1e-5, cos.to(device), sin.to(device), n_head, n_qk, None)
+    check(got, want, dtype)
+    want = PYTORCH.linear(exact[0], dense, norm=exact[1], eps=1e-5, swiglu=True)
+    check(TRITON.linear(x, w, norm=norm, eps=1e-5, swiglu=True), want, dtype)
+    residual = torch.randn(n_token, len(w)).to(dtype)
+    want = PYTORCH.linear(exact[0], dense, residual=residual.double())
+    check(TRITON.linear(x, w, residual=residual.to(device)), want, dtype)
 
 
 @pytest.mark.parametrize("bad", ["nan", "-inf"])
@@ -177,7 +227,15 @@ def test_machine_code_of_one_token() -> None:
     """16 bytes a load, nothing spilled, no conversion of an integer before it is multiplied: dp4a's are all there."""
     found = counts(
         "compile_integers_kernel",
-        [[4096, 128], [4096, 128, True], [14336, 128, False, False], [4096, 0], [14336, 0]],
+        [
+            [4096, 4, 64],
+            [4096, 4, 128, True],
+            [14336, 4, 128, False, False],
+            [4096, 8, 0],
+            [14336, 8, 0],
+            [4096, 8, 64],
+            [14336, 8, 128, True],
+        ],
     )
     for one in found:
         assert one["spills"] == one["stack"] == one["byte_loads"] == one["float64"] == 0
@@ -190,15 +248,32 @@ def test_machine_code_on_matrix_units() -> None:
     """Operands are in the lanes that the instruction wants: the kernel would trap. 16 bytes a load, nothing spilled."""
     shapes = [[14336, 4096, True], [3072, 4096, False, 128], [300, 1200]]
     for one in counts("compile_int4_kernel", shapes):
-        assert one["lanes"] == ["#ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [8, 4]"]
+        assert one["lanes"] == LANES
         assert one["spills"] == one["stack"] == one["byte_loads"] == one["float64"] == 0
         assert one["IMMA"] == 4 * one["blocks"] and one["dp4a"] == 0
         assert one["wide_loads"] >= 4 * one["blocks"]  # two rows, before the loop and in it
 
 
 @pytest.mark.machine_code
+def test_machine_code_of_a_few_tokens_on_matrix_units() -> None:
+    """As of one: 16 bytes a load, nothing spilled; a program's 16 warps fill an SM."""
+    shapes: list[list[object]] = [
+        [4096, True],
+        [4096, False, 128],
+        [4096, False, 0, False],
+        [1200, False, 0, False, "fp16"],
+    ]
+    for one in counts("compile_tokens_int4_kernel", shapes):
+        assert one["lanes"] == LANES
+        assert one["spills"] == one["stack"] == one["byte_loads"] == one["float64"] == one["conversions"] == 0
+        assert one["HMMA"] == 32  # a group's offset, and its product: 8 each
+        assert one["wide_loads"] >= 8 + 4 + 8  # tiles before the wait, in the loop, tokens
+
+
+@pytest.mark.machine_code
 def test_machine_code_of_a_few_tokens() -> None:
     """Integers reach the matrix units from registers: through asynchronous copies and ldmatrix, never byte by byte."""
-    for one in counts("compile_tokens_integers_kernel", [[4096, 128], [4096, 64], [4096, 0], [4096, 0, 16]]):
+    kinds = [[4096, 4, 128], [4096, 4, 64], [4096, 8, 0], [4096, 8, 0, 16], [4096, 8, 64], [4096, 8, 32]]
+    for one in counts("compile_tokens_integers_kernel", kinds):
         assert one["spills"] == one["stack"] == one["byte_loads"] == 0
         assert one["HMMA"] > 0 and one["copies"] > 0 and one["conversions"] == 0
