@@ -5,7 +5,7 @@ Each stands between `<!-- NAME, by scripts/readme_tables.py -->` and `<!-- end -
   choose     each cache's bits, memory, speed and cost on a real model     smollm2/perplexity, passkey; STEPS, KERNELS
   texts      KL and perplexity by text                                     smollm2/perplexity
   llama.cpp  its caches and ours on the same file and window               smollm2/llama_cpp and divergence-window-4k
-  ruler      RULER's kept tasks by length                                  smollm2/ruler-1 and -2
+  ruler      RULER's kept tasks by length                                  RULER
   bundled    all of the bundled model's figures                            perplexity, passkey, rouge
   card       the same in its model card                                    perplexity, passkey
   prompts    time to the first token by length                             h100/first-token
@@ -42,6 +42,9 @@ FILES = (ROOT / "README.md", ROOT / "assets" / "demo" / "README.md")
 STEPS = ("h200/steps.json", "benchmark-h200.json")  # whole steps; the first that has a setting
 KERNELS = "kernels-h200.json"  # one layer's attention
 UNCHANGED = ("full", "compress_kv:sink_size=16,window_size=32,positions=cache")  # by formats: older steps are still so
+RULER = (  # of the last, 20 of 400 samples, those of 8k, were cut off; full scores 0 there
+    "smollm2/ruler-1.json", "smollm2/ruler-2.json", "smollm2/ruler-vt.unfinished.json",
+)  # fmt: skip
 CONFIG = CONFIGS["llama-3.1-8b"]
 SHOWN = (
     "full", "quantize_kv 16/32", "quantize_kv 16/128", "quantize_kv K8V4 16/128", "quantize_kv K4V4 16/128",
@@ -203,19 +206,35 @@ def beside_llama_cpp() -> str:
 
 
 def ruler() -> str:
-    records = [load(f"smollm2/ruler-{half}.json") for half in (1, 2)]
-    rows = by_quality({r["cache"]: r for record in records for r in record["rows"]}.values())
-    if len({r["sha256"] for r in rows}) > 1:
-        raise UserError("results/smollm2/ruler-1.json and -2.json are of other samples")
-    lengths = list(rows[0]["by_length"])
-    found = []
-    for r in rows:
+    by_cache: dict[str, dict[str, Row]] = {}  # and by the samples: full was given the same ones twice
+    for name in RULER:
+        for r in load(name)["rows"]:
+            by_cache.setdefault(r["cache"], {})[r["sha256"]] = r
+    if any(found.keys() != by_cache["full"].keys() for found in by_cache.values()):
+        raise UserError(f"{', '.join(RULER)}: a cache was not given the samples that the others were")
+    lengths = list(next(iter(by_cache["full"].values()))["by_length"])
+    table = []
+    for r in by_quality(next(iter(found.values())) for found in by_cache.values()):
         cells = []
-        for cell in r["by_length"].values():
+        for length in lengths:
+            of = [row["by_length"][length] for row in by_cache[r["cache"]].values()]
+            cell = pooled([cell for cell in of if cell["kept_trials"]])
             rise = f" ({100 * cell['kept_rise']:+.1f} ± {100 * cell['kept_rise_error']:.1f})"
             cells.append(f"{cell['kept']:.1%}" + ("" if r["cache"] == "full" else rise))
-        found.append([flags(r["cache"]), *cells])
-    return markdown(["cache", *(f"{int(n) // 1024}k" for n in lengths)], found)
+        table.append([flags(r["cache"]), *cells])
+    return markdown(["cache", *(f"{int(n) // 1024}k" for n in lengths)], table)
+
+
+def pooled(cells: Sequence[Row]) -> Row:
+    """Of several sets of samples what `evaluation.ruler.beside_full` would have said of all: mean, rise over full, and
+    its standard error, from each set's."""
+    n = sum(cell["kept_trials"] for cell in cells)
+    kept, rise = (sum(cell["kept_trials"] * cell[field] for cell in cells) / n for field in ("kept", "kept_rise"))
+    squares = 0.0  # of each sample's rise less the mean of all
+    for cell in cells:
+        m = cell["kept_trials"]
+        squares += cell["kept_rise_error"] ** 2 * m * (m - 1) + m * (cell["kept_rise"] - rise) ** 2
+    return {"kept": kept, "kept_rise": rise, "kept_rise_error": (squares / max(1, n - 1) / n) ** 0.5}
 
 
 def bundled() -> str:

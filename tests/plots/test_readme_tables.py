@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
+from evaluation.ruler import beside_full
 from plots import readme_tables
 
 SETTINGS = [
@@ -66,12 +67,15 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     put("smollm2/divergence-window-4k.json", "divergence", [r | {"bits_per_quantised_element": 8.375} for r in scores])
     for half, caches in ((1, SETTINGS[:2]), (2, [SETTINGS[0], SETTINGS[2]])):
-        cell = {"kept": 0.75, "kept_rise": -0.01, "kept_rise_error": 0.005}
+        cell = {"kept": 0.75, "kept_rise": -0.01, "kept_rise_error": 0.005, "kept_trials": 100}
         put(
             f"smollm2/ruler-{half}.json",
             "ruler",
             [{"cache": c, "sha256": "a", "by_length": {"8192": cell}} for c in caches],
         )
+    nothing = {"kept_trials": 0}  # full scores on nothing of it
+    third = [{"cache": c, "sha256": "b", "by_length": {"8192": nothing}} for c in SETTINGS[:3]]
+    put(readme_tables.RULER[2], "ruler", third)
     return tmp_path
 
 
@@ -110,6 +114,14 @@ def test_what_the_tables_hold(results: Path) -> None:
         "0.100",
         "0.900",
     ]
+
+
+def test_cells_of_several_samples_are_one() -> None:
+    """As `beside_full` has it of all at once."""
+    found, full = [1, 0, 1, 1, 0.5, 0, 1], [1, 1, 1, 0, 0.25, 1, 1]
+    apart = [beside_full(part, found, full) for part in (range(3), range(3, 7))]
+    whole = beside_full(range(7), found, full)
+    assert readme_tables.pooled(apart) == pytest.approx({name: whole[name] for name in readme_tables.pooled(apart)})
 
 
 def test_the_card(results: Path) -> None:
