@@ -20,7 +20,7 @@ from benchmark.clock import read_ceiling
 from benchmark.contestant import Contestant
 from benchmark.flags import DEFAULT_CACHES, DEFAULT_STEPS, main, make_parser
 from benchmark.gate import gate
-from benchmark.room import Entry, Model, in_turn, largest_batch, plans, require_room, together
+from benchmark.memory import Entry, Model, in_turn, largest_batch, plans, require_room, together
 from benchmark.rows import print_slopes, print_table
 from benchmark.saved import load_saved
 from checkpoint import Checkpoint, chosen_weights, find_demo, load_model, open_checkpoint, parse_dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmark.clock import timed
 from benchmark.contestant import Peak, StoreClock
 from benchmark.gate import GATE_ERROR, distance, shallow
-from benchmark.room import Model
+from benchmark.memory import Model
 from cli.plan import parameter_bytes
 from common.errors import UserError
 from common.messages import say, size

@@ -22,6 +22,7 @@ from checkpoint import (
 )
 from cli.chat_template import chat_template_of, template_variables
 from cli.console import Printer, encode_prompt, read_prompts
+from cli.context import conversation_room, new_tokens
 from cli.conversation import Conversation
 from cli.fidelity import KeyCheck
 from cli.flags import chosen_knobs, sampling_of
@@ -33,7 +34,6 @@ from cli.provenance import FORMAT, made_from
 from cli.ranks import make_profiler, memory_budget, rank_part, world_size
 from cli.reading import ReadingBar
 from cli.report import make_report, report_lines, startup
-from cli.room import conversation_room, new_tokens
 from cli.saving import Hook, Saving, start_saving, told_all
 from common.errors import UserError
 from common.files import require_writable, write_json

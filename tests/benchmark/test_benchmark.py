@@ -16,7 +16,7 @@ from conftest import ROOT
 from forks import run_forked
 from torch import Tensor
 
-from benchmark import attention_kernels, peers, room
+from benchmark import attention_kernels, memory, peers
 from benchmark import command as benchmark
 from benchmark import contestant as contest
 from benchmark import gate as gates
@@ -117,7 +117,7 @@ def test_weights_are_timed_beside_each_other(
         original(self, steps)
 
     monkeypatch.setattr(benchmark.Contestant, "round", noted)
-    monkeypatch.setattr(room, "together", lambda entries, weights: 1 << 60 if len(entries) > 3 else 0)
+    monkeypatch.setattr(memory, "together", lambda entries, weights: 1 << 60 if len(entries) > 3 else 0)
     run(tmp_path, *more)
     assert order[:12] == ["full"] * 6 + ["quantize_kv:sink_size=16,window_size=32"] * 6
 
@@ -174,7 +174,7 @@ def test_largest_batch_is_the_largest(budget: int) -> None:
     config = Config(97, 48, 2, 6, 2, 80, 256)
     shape = Shape(1, 2, 8, 100, torch.float32, CPU)
     fits = [n for n in range(1, 400) if make_plan(config, FullCache(), replace(shape, batch=n), 1).total <= budget]
-    assert room.largest_batch(config, FullCache(), shape, budget) == max(fits, default=0)
+    assert memory.largest_batch(config, FullCache(), shape, budget) == max(fits, default=0)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_caches_that_do_not_fit_together_are_timed_one_after_the_other(
         alive -= 1
 
     monkeypatch.setattr(benchmark.Contestant, "__init__", counted)
-    monkeypatch.setattr(room, "together", lambda *_: 1 << 60)
+    monkeypatch.setattr(memory, "together", lambda *_: 1 << 60)
     *_, record = run(tmp_path, *argv)
     assert not any(row["interleaved"] for row in record["rows"]) and most == 1
     assert "one after the other" in capsys.readouterr().err
