@@ -220,7 +220,7 @@ class Rope:
         # Rounded where they are made: a launch apart would be two more in every step.
         self.cos, self.sin = (torch.empty_like(angle, dtype=torch.float32) for _ in range(2))
         torch.cos(angle, out=self.cos)  # [batch, 1, token, head_dim]: cos is even
-        torch.sin(angle, out=self.sin)  # odd: signed, so that a half turn of x completes the rotation
+        torch.sin(angle, out=self.sin)  # odd: signed, so that `roll` by half a head completes the rotation
         if magnitude != 1:
             self.cos *= magnitude
             self.sin *= magnitude
@@ -238,13 +238,13 @@ class Rope:
         return part
 
     def back_to(self, last: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 [batch, head_dim], of the turn that takes each sequence's first position here back to
-        `last`; of no turn where it is not beyond, and never of another length. Made at the first call, which must come
+        """cos and sin, float32 [batch, head_dim], of the rotation that takes each sequence's first position here back
+        to `last`; of none where it is not beyond, and never of another length. Made at the first call, which must come
         before the positions move on: a step's layers share them.
         """
         if last not in self._back:
-            turn = Rope(self.frequencies, (last - self.positions[:, :1]).clamp_max(0), self.signed)
-            self._back[last] = turn.cos[:, 0, 0], turn.sin[:, 0, 0]
+            back = Rope(self.frequencies, (last - self.positions[:, :1]).clamp_max(0), self.signed)
+            self._back[last] = back.cos[:, 0, 0], back.sin[:, 0, 0]
         return self._back[last]
 
 

@@ -40,7 +40,7 @@ def rope_frequencies(config: Any) -> Tensor:
     return settings["rope_theta"] ** (-pair / head_dim)
 
 
-def turned_bias(module: Any, config: Any) -> tuple[Tensor, Tensor] | None:
+def scaled_bias(module: Any, config: Any) -> tuple[Tensor, Tensor] | None:
     """The bias of an attention module's keys, float32 [n_kv_head, head_dim] and as long as RoPE makes it, and RoPE's
     frequencies; None where it has none, or RoPE is not known. Were it another one, keys would be stored less well, and
     attention would be as right.
@@ -59,7 +59,7 @@ def turned_bias(module: Any, config: Any) -> tuple[Tensor, Tensor] | None:
     return bias.detach().float().view(-1, 2 * len(frequencies)) * magnitude, frequencies
 
 
-class Turn:
+class ChunkRope:
     """What a cache asks of RoPE (`RopeLike`) about one chunk of tokens.
 
     known: gives the frequencies, or raises ValueError; most caches never ask. positions: int64 [batch, token].
@@ -74,12 +74,12 @@ class Turn:
         return self._known()
 
     def back_to(self, last: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 [batch, head_dim], of the turn that takes each sequence's first position back to `last`;
-        of no turn where it is not beyond. Made once: the layers of a step share them.
+        """cos and sin, float32 [batch, head_dim], of the rotation that takes each sequence's first position back to
+        `last`; of none where it is not beyond. Made once: the layers of a step share them.
         """
         if last not in self._back:
             frequencies = self.frequencies
-            signed = torch.cat((-frequencies, frequencies))  # so that a half turn of x completes the rotation
+            signed = torch.cat((-frequencies, frequencies))  # so that `roll` by half a head completes the rotation
             angle = (last - self.positions[:, :1]).clamp_max(0) * signed
             self._back[last] = angle.cos().float(), angle.sin().float()
         return self._back[last]

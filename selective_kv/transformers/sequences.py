@@ -21,7 +21,7 @@ from torch import Tensor
 from selective_kv.cache import Chunk, KVCache, Shape
 from selective_kv.score_error import layer_errors
 from selective_kv.transformers.captured import CapturedSteps
-from selective_kv.transformers.rope import Turn, rope_frequencies, turned_bias
+from selective_kv.transformers.rope import ChunkRope, rope_frequencies, scaled_bias
 
 ROOM = 512  # tokens more than are needed, where a cache grows by itself: one copy of it in so many steps
 
@@ -40,7 +40,7 @@ class PassPart:
     """Tokens of a forward pass that are read together: sequences `chunk.row` and on, and which columns of the pass."""
 
     chunk: Chunk
-    turn: Turn
+    rope: ChunkRope
     columns: slice | Tensor  # int64, where padding stands between the tokens
 
 
@@ -62,7 +62,7 @@ class Sequences:
         self.last_padding = 0  # columns up to the last one that is padding in some sequence
         self.empty = True
         self.under_way = False  # between a forward pass's first layer and its last
-        self.turn: Turn | None = None  # in decoding
+        self.rope: ChunkRope | None = None  # in decoding
         self.parts: list[PassPart] = []  # of a chunk; `whole`: there is one, and it is all of the pass
         self.whole = False
         self.handle = -1  # what a compiled graph knows the memory by
@@ -204,7 +204,7 @@ class Sequences:
             if before == [None] or self._places() != before:
                 self._settle()
         self.n_column = self.last_padding = 0
-        self.turn, self.parts, self.under_way, self.empty = None, [], False, True
+        self.rope, self.parts, self.under_way, self.empty = None, [], False, True
 
     def crop(self, n: int) -> None:
         """Forget the last n columns. Raises ValueError where what came before them is no longer held as it was."""
@@ -256,35 +256,35 @@ class Sequences:
             self.cut()
         cache = self.layers[layer]
         if self.first_pass and self.biases is not None and self.biases[layer] is None:
-            told = self.biases[layer] = turned_bias(module, self.config)
+            told = self.biases[layer] = scaled_bias(module, self.config)
             if told is not None:
                 cache.expect_bias(*told)
-        if self.turn is not None:
+        if self.rope is not None:
             out = self._step(layer, q, k, v, counts)
         elif self.whole:
-            out = cache.attend(q, k, v, self.parts[0].chunk, self.parts[0].turn)
+            out = cache.attend(q, k, v, self.parts[0].chunk, self.parts[0].rope)
         else:
             out = torch.zeros_like(q)
             for part in self.parts:
                 at = slice(part.chunk.row, part.chunk.row + 1), slice(None), part.columns
-                out[at] = cache.attend(q[at], k[at], v[at], part.chunk, part.turn)
+                out[at] = cache.attend(q[at], k[at], v[at], part.chunk, part.rope)
         if layer == len(self.layers) - 1:
             self._end(q.shape[2], counts)
         return out
 
     def _step(self, layer: int, q: Tensor, k: Tensor, v: Tensor, counts: Tensor) -> Tensor:
         """Decoding. Positions are what `counts` holds when the step runs; of its parts nothing but q, k, v moves."""
-        cache, turn = self.layers[layer], self.turn
-        assert turn is not None
+        cache, rope = self.layers[layer], self.rope
+        assert rope is not None
         if not self.replays:
-            out = cache.attend(q, k, v, Chunk(counts[:-1][:, None]), turn)
+            out = cache.attend(q, k, v, Chunk(counts[:-1][:, None]), rope)
             if layer + 1 in CUT_BEFORE:  # what it has made belongs to a graph that ends here
-                self.turn = Turn(self.frequencies, counts[:-1][:, None])
+                self.rope = ChunkRope(self.frequencies, counts[:-1][:, None])
             return out
 
         def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             positions = counts[:-1][:, None]
-            return cache.attend(q, k, v, Chunk(positions), Turn(self.frequencies, positions))
+            return cache.attend(q, k, v, Chunk(positions), ChunkRope(self.frequencies, positions))
 
         if self.captured is None:
             with torch.inference_mode(False):
@@ -300,7 +300,7 @@ class Sequences:
             self.biases = [None] * len(self.layers)
         if q.shape[2] == 1 and mask is None:
             self._room_for_a_step(counts)
-            self.turn = Turn(self.frequencies, counts[:-1][:, None])
+            self.rope = ChunkRope(self.frequencies, counts[:-1][:, None])
         else:
             self._begin_chunk(q.shape[2], counts, mask)
         self.under_way, self.empty = True, False
@@ -344,13 +344,13 @@ class Sequences:
     def _part(self, row: int, batch: int, start: int, columns: slice | Tensor) -> PassPart:
         n = columns.stop - columns.start if isinstance(columns, slice) else len(columns)
         own = torch.arange(start, start + n, device=self.counts.device).expand(batch, n)
-        return PassPart(Chunk(own, row, start), Turn(self.frequencies, own), columns)
+        return PassPart(Chunk(own, row, start), ChunkRope(self.frequencies, own), columns)
 
     def _end(self, n: int, counts: Tensor) -> None:
         """The last layer has attended to a pass of n columns."""
-        counts += 1 if self.turn is not None else self.added
+        counts += 1 if self.rope is not None else self.added
         self.n_column += n
-        self.turn, self.parts, self.under_way = None, [], False
+        self.rope, self.parts, self.under_way = None, [], False
 
 
 def _tokens(mask: Tensor, lengths: list[int], n_column: int, n: int) -> list[list[int]]:

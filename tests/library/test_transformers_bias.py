@@ -54,7 +54,7 @@ def test_a_key_bias_is_kept_out_of_tiles(max_cache_len: int | None, monkeypatch:
         return (last_logits(model, cache) - exact).norm().item()
 
     told = error()
-    monkeypatch.setattr(sequences, "turned_bias", lambda module, config: None)
+    monkeypatch.setattr(sequences, "scaled_bias", lambda module, config: None)
     assert told < error() / 5
 
 
@@ -86,5 +86,5 @@ def test_a_cache_tells_how_far_scores_are_off(monkeypatch: pytest.MonkeyPatch) -
 
     eight, three = errors(8), errors()
     assert max(eight) < BOUND and max(eight) < min(three)
-    monkeypatch.setattr(sequences, "turned_bias", lambda module, config: None)
+    monkeypatch.setattr(sequences, "scaled_bias", lambda module, config: None)
     assert min(errors()) > 1.5 * max(three)
