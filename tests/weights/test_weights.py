@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import quantize
+from cli.plan import make_plan
 from common.errors import UserError
+from kv_cache import parse_policy
 from model import CONFIGS
 from quantize import WeightSetting, parse_weights
+from selective_kv import Shape
 from weights.cpu import MOST_TOKENS, Packed8, for_cpu, has_kernels
 from weights.modules import QuantizedEmbedding, QuantizedLinear, product
 from weights.setting import DEFAULT_GROUPS
@@ -234,3 +240,19 @@ def test_which_matrix_has_how_many_bits() -> None:
     for group, four in ((0, 128), (32, 32)):
         setting = WeightSetting(8, group_size=group, head_bits=4)
         assert (setting.group_of(8), setting.group_of(4)) == (group, four)
+
+
+def test_the_readmes_contexts_are_the_plans() -> None:
+    """Which weights and which cache reach which context on which card: what is written fits, and 1% more does not."""
+    config, device = CONFIGS["llama-3.1-8b"], torch.device("meta")
+    policies = [parse_policy(text) for text in ("full", "quantize_kv", "quantize_kv:k_bits=4,v_bits=4")]
+    found = re.findall(r"^\| (\d+) GB[^|]*\| (int4|int8|16 bits|any) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(found) >= 7
+    for card, weights, contexts in found:
+        setting = parse_weights({"16 bits": "16", "any": "16"}.get(weights, weights))
+        for policy, text in zip(policies, contexts.split("|"), strict=True):
+            context = int(text.replace(",", ""))
+            room = int(card) * 2**30 * 0.97 - 2**30
+            for tokens, fits in ((context, True), (context * 101 // 100, context == config.context)):
+                shape = Shape(1, config.n_kv_head, config.head_dim, tokens, torch.bfloat16, device)
+                assert (make_plan(config, policy, shape, 2048, setting).total <= room) == fits, (card, weights, tokens)
