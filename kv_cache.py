@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kv_settings import format_policy, make_settings, parse_settings
 from selective_kv import Chunk, KVCache, Shape, caches
+from selective_kv.closing import Closing
 from selective_kv.score_error import layer_errors
 
 __all__ = ["ModelCache", "format_policy", "make_policy", "parse_policy", "plan", "require_slides"]
@@ -35,6 +36,7 @@ class ModelCache:
             layer.allocate(shape)
         self.lengths = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
         self.row = 0
+        self.closing = Closing()
         self.start: int | None = None  # how long the sequences are, where that need not be asked of the device
 
     def expect_biases(self, biases: Sequence[Tensor | None], frequencies: Tensor) -> None:
@@ -59,11 +61,12 @@ class ModelCache:
     def begin(self, n_token: int) -> Chunk:
         """The chunk about to be read. Raises ValueError if it does not fit.
 
-        One token: no look at the device, so that decoding can be captured; the caller has made sure that
-        it fits. More: the sequences must all have the same length.
+        One token: what it pushes out of the window is quantised now, in all layers. No look at the device, so that
+        decoding can be captured; the caller has made sure that it fits. More: the sequences must all have the same
+        length.
         """
         if n_token == 1:
-            return Chunk(self.lengths[:, None], self.row)
+            return self.closing(self.layers, Chunk(self.lengths[:, None], self.row))
         lengths = [self.start] if self.start is not None else self.lengths.tolist()
         if len(set(lengths)) > 1:
             raise ValueError("sequences of different lengths read their chunks one by one, by sequence()")

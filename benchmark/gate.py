@@ -22,6 +22,7 @@ from model import Transformer
 from selective_kv import KVCache, Shape
 from selective_kv.cache import wide
 from selective_kv.kernels import AttentionKernels
+from selective_kv.regions import Regions
 from weights.modules import Weight
 from weights.setting import WeightSetting
 
@@ -51,6 +52,9 @@ class Checked:
         if attention is not None:
             self.fast.wrap_kernels(lambda _: attention)
         self.error = 0.0
+
+    def tiles(self) -> tuple[AttentionKernels, Regions] | None:
+        return self.fast.tiles()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Any, rope: Any) -> Tensor:
         want = self.reference.attend(q, k, v, step, rope)

@@ -38,6 +38,7 @@ from selective_kv.settings import CacheSettings, knob, known_settings
 
 if TYPE_CHECKING:
     from selective_kv.kernels import AttentionKernels
+    from selective_kv.regions import Regions
 
 __all__ = ["Chunk", "KVCache", "RopeLike", "Shape", "Visible", "caches", "knob", "wide"]
 
@@ -65,6 +66,7 @@ class Chunk:
     positions: Tensor  # int64 [batch, token], on the device
     row: int = 0
     start: int | None = None  # positions[:, 0] where it is one number that the host knows: never in decoding
+    closed: bool = False  # in decoding: what the tokens push out of the window has been quantised (closing.py)
     next_weight: Tensor | None = None  # read right after attention: kernels may prefetch it into L2
 
 
@@ -142,6 +144,12 @@ class KVCache(CacheSettings):
         more is asked of a model's last layer.
         """
         return False
+
+    def tiles(self) -> tuple[AttentionKernels, Regions] | None:
+        """Memory in which whole tiles are quantised, and what does it: what a step pushes out of the window is then
+        quantised for all layers at once, before the first (closing.py). None: there is none, or `attend` does it.
+        """
+        return None
 
     def allocate(self, shape: Shape) -> None:
         """Make room. On the meta device this costs nothing and `nbytes` then is the plan."""

@@ -12,7 +12,7 @@ from selective_kv.cache import Chunk, KVCache, RopeLike, Shape, wide
 from selective_kv.formats import TILE, Format, key_format, require_finite, rotation_matrix
 from selective_kv.kernels import AttentionKernels, attention_kernels, chunk_attention
 from selective_kv.key_bias import key_bias
-from selective_kv.regions import Regions
+from selective_kv.regions import Regions, Together, offsets
 from selective_kv.score_error import LEAST_TOKENS, MOST_ROWS, score_error
 
 
@@ -56,6 +56,7 @@ class RegionCache(KVCache):
             if any(form.rotated for form in formats):
                 rotation = rotation_matrix(shape.head_dim, shape.device).to(shape.dtype)
             self.regions = Regions(k, v, sink, window, k_tiles, v_tiles, *formats, rotation)
+            self._here = offsets([self.regions])
         self.kernels: AttentionKernels = attention_kernels(shape.device)
 
     def expect_bias(self, bias: Tensor, frequencies: Tensor) -> None:
@@ -80,6 +81,11 @@ class RegionCache(KVCache):
     @property
     def capturable(self) -> bool:
         return not self._reference and self.regions.k.is_cuda and self.kernels.captures
+
+    def tiles(self) -> tuple[AttentionKernels, Regions] | None:
+        if self._reference or self.regions.k_tiles is None or self.sees() is None:  # what a subclass does is not known
+            return None
+        return self.kernels, self.regions
 
     def reset(self) -> None:
         self._last_q.clear()
@@ -145,6 +151,8 @@ class RegionCache(KVCache):
         sink_rope = self.sink_rope(rope)
         if k.shape[2] == 1:
             pos = chunk.positions[:, 0]
+            if regions.k_tiles is not None and not chunk.closed:
+                self.kernels.close(Together([regions], self._here), pos)
             self.kernels.append(regions, k[:, :, 0], v[:, :, 0], pos)
             return self.kernels.decode_attention(q[:, :, 0], regions, pos, sink_rope, chunk.next_weight)[:, :, None]
         assert chunk.start is not None, "a chunk of several tokens starts at one known position"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from selective_kv.formats import TILE, Format, Tiles
@@ -125,3 +126,58 @@ class Regions(NamedTuple):
         return self._replace(
             k=self.k[part], v=self.v[part], k_tiles=cut(self.k_tiles), v_tiles=cut(self.v_tiles)
         )  # fmt: skip
+
+
+class Together(NamedTuple):
+    """The memory of layers that differ in nothing else but where it is, as one launch sees it."""
+
+    layers: list[Regions]
+    offsets: Tensor  # int64 [layer, 10]: elements from the first layer's tensors to each layer's (`_addresses`)
+
+    @property
+    def first(self) -> Regions:
+        return self.layers[0]
+
+    def sequences(self, first: int, n: int) -> Together:
+        """Views of n sequences, from `first` on."""
+        return Together([layer.sequences(first, n) for layer in self.layers], self.offsets)
+
+
+N_ADDRESS = 10
+
+
+def together(layers: Sequence[Regions]) -> list[Together]:
+    """Layers with tiles, those that one launch can see in one. Waits for the device, if there is more than one layer.
+
+    Layers differ where some have a key bias that is kept apart and others none.
+    """
+    groups: dict[object, list[Regions]] = {}
+    for layer in layers:
+        alike = layer.sink_size, layer.window_size, layer.k_format, layer.v_format, layer.key_bias is None
+        shapes = [(t.shape, t.dtype, t.device) for t in layer.tensors().values()]
+        groups.setdefault((alike, *shapes), []).append(layer)
+    return [Together(group, offsets(group)) for group in groups.values()]
+
+
+def offsets(layers: list[Regions]) -> Tensor:
+    """See `Together`. Waits for the device, if there is more than one layer."""
+    device = layers[0].k.device
+    if len(layers) == 1 or device.type == "meta":
+        return torch.zeros(len(layers), N_ADDRESS, dtype=torch.int64, device=device)
+    first = _addresses(layers[0])
+    rows = [
+        [(there - here) // size for (there, size), (here, _) in zip(_addresses(layer), first, strict=True)]
+        for layer in layers
+    ]
+    assert all(offset % 16 == 0 for row in rows for offset in row), "what kernels are told of how memory is aligned"
+    return torch.tensor(rows, dtype=torch.int64).to(device)
+
+
+def _addresses(layer: Regions) -> list[tuple[int, int]]:
+    """Where kernels look for slots, integers, scales and factors of K and V, and for the key bias; and the bytes of an
+    element as they see it."""
+    assert layer.k_tiles is not None and layer.v_tiles is not None
+    (k, k_scale, factor), (v, v_scale, _) = layer.k_tiles, layer.v_tiles
+    bias = [layer.k] * 3 if layer.key_bias is None else [*layer.key_bias]
+    words = [t.view(torch.int32) for t in (k_scale, v_scale, k_scale if factor is None else factor)]
+    return [(t.data_ptr(), t.itemsize) for t in (layer.k, layer.v, k, v, *words, *bias)]

@@ -1,6 +1,6 @@
 """Compile the kernels of a decode step for Hopper, with no GPU at hand, and count what matters in machine code.
 
-    python tests/aot.py compile_append_kernel '[[128, 8], {"head_dim": 64, "bits": 4}]'      what each returns, as JSON
+    python tests/aot.py compile_append_kernel '[[128], {"head_dim": 64, "early": true}]'      what each returns, as JSON
 
 A program of its own, because tests have Triton's interpreter (`kernel_reference.counts` runs it).
 """
@@ -34,14 +34,15 @@ from engine.kernels.small_gemm import padded, plan_tokens, tokens_kernel
 from engine.kernels.small_gemm_int4 import parts_of as parts_of_tokens
 from engine.kernels.small_gemm_int4 import tokens_int4_kernel
 from engine.kernels.small_gemm_integers import tokens_integers_kernel
-from selective_kv.formats import rotation_size
+from selective_kv.formats import TILE, rotation_size
+from selective_kv.kernels.close import blocks_of
 from selective_kv.kernels.decode import combine_kernel, split_kernel
 from selective_kv.kernels.decode_config import cuts, fitting, merging, plan
 from selective_kv.kernels.dense import copy_slots_kernel, dequantize_kernel, rotate_heads_kernel
 from selective_kv.kernels.history import history_kernel
 from selective_kv.kernels.history_8bit import QUERIES, attend_kernel, quantize_queries_kernel, requantize_kernel
 from selective_kv.kernels.merge import merge_kernel
-from selective_kv.kernels.store import append_kernel, close_kernel, slots_kernel
+from selective_kv.kernels.store import MOST_REGISTERS, append_kernel, close_chunk_kernel, close_kernel, slots_kernel
 
 TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "then": "*bf16",
          "positions": "*i64", "cos": "*fp32", "sin": "*fp32", "partial": "*fp32",
@@ -226,16 +227,14 @@ def stored_as(head_dim: int, k_bits: int, v_bits: int, rotated: bool = True, pai
 
 STORE_TYPES = {name: "*bf16" for name in ("chunk_k", "chunk_v", "k_new", "v_new", "k", "v", "rotation")} | {
     "k_codes": "*u8", "v_codes": "*u8", "k_scale": "*i32", "v_scale": "*i32", "k_factor": "*i32", "positions": "*i64",
-    "bias_pairs": "*i32", "bias_within": "*fp16", "bias_turned": "*fp32",
+    "bias_pairs": "*i32", "bias_within": "*fp16", "bias_turned": "*fp32", "offsets": "*i64",
 }  # fmt: skip
 
 
-def compile_append_kernel(head_dim: int, bits: int, early: bool = False) -> dict[str, int] | None:
-    """What counts in `append_kernel` as a launch has it: above all what follows its wait. bits 0: no tiles."""
-    types = STORE_TYPES if bits else STORE_TYPES | {name: "*bf16" for name in STORE_TYPES if name != "positions"}
-    constants = {"HEAD_DIM": head_dim, **stored_as(head_dim, bits, bits), "INTERPRET": False, "OVERLAP": True,
-                 "EARLY": early}  # fmt: skip
-    compiled = compile_kernel(append_kernel, types, constants, 1, True)
+def compile_append_kernel(head_dim: int, early: bool = False) -> dict[str, int] | None:
+    """What counts in `append_kernel` as a launch has it: above all what follows its wait."""
+    constants = {"HEAD_DIM": head_dim, "OVERLAP": True, "EARLY": early}
+    compiled = compile_kernel(append_kernel, STORE_TYPES, constants, 1, True)
     found = disassembled(compiled)
     if found is None:
         return None
@@ -245,8 +244,34 @@ def compile_append_kernel(head_dim: int, bits: int, early: bool = False) -> dict
         "instructions": len(names),
         "after_wait": names.index("EXIT", wait) - wait,
         "trigger": names.index("PREEXIT") - wait,
+        "registers": int(re.findall(r"REG:(\d+)", found[1])[0]),
+    }
+
+
+def closing(head_dim: int, k_bits: int, v_bits: int, rotated: bool = True, pairs: int = 0) -> dict[str, Any]:
+    """What kernels that quantise tiles are told."""
+    keys, values, _ = blocks_of(head_dim)
+    return {"HEAD_DIM": head_dim, "INTERPRET": False, **stored_as(head_dim, k_bits, v_bits, rotated, pairs),
+            "K_ROWS": keys, "V_ROWS": values, "BLOCKS": max(-(-head_dim // keys), TILE // values)}  # fmt: skip
+
+
+def compile_close_kernel(head_dim: int, k_bits: int, v_bits: int, chunk: bool = True) -> dict[str, int] | None:
+    """What counts in `close_chunk_kernel` or `close_kernel`."""
+    constants, warps = closing(head_dim, k_bits, v_bits), blocks_of(head_dim)[2]
+    if chunk:
+        options = {"num_stages": 1, "maxnreg": MOST_REGISTERS}
+        compiled = compile_kernel(close_chunk_kernel, STORE_TYPES, constants, warps, True, **options)
+    else:
+        compiled = compile_kernel(close_kernel, STORE_TYPES, constants | {"SEQUENCES": 8}, warps, True, num_stages=1)
+    found = disassembled(compiled)
+    if found is None:
+        return None
+    names = instructions(found[0])
+    return {
+        "instructions": len(names),
+        "products": len([n for n in names if n.startswith("HGMMA")]),
         "local": len([n for n in names if n.startswith(("LDL", "STL"))]),
-        "stack": int(re.findall(r"STACK:(\d+)", found[1])[0]),
+        "registers": int(re.findall(r"REG:(\d+)", found[1])[0]),
         "shared": compiled.metadata.shared,
     }
 
@@ -282,9 +307,9 @@ def compile_combine_kernel(
 
 def compiles(k_bits: int, v_bits: int, rotated: bool, pairs: int = 0) -> None:
     """Raises what the compiler does, for any kernel that writes or reads tiles."""
-    shared = {"HEAD_DIM": 128, "INTERPRET": False, **stored_as(128, k_bits, v_bits, rotated, pairs)}
-    compile_kernel(append_kernel, STORE_TYPES, shared | {"OVERLAP": True, "EARLY": False})
-    compile_kernel(close_kernel, STORE_TYPES, shared | {"BLOCKS": 8})
+    shared = closing(128, k_bits, v_bits, rotated, pairs)
+    compile_kernel(close_kernel, STORE_TYPES, shared | {"SEQUENCES": 1}, 8)
+    compile_kernel(close_chunk_kernel, STORE_TYPES, shared, 8)
     dense = {name: shared[name] for name in ("HEAD_DIM", "K_BITS", "V_BITS", "BALANCED")} | {"BLOCK": 32}
     compile_kernel(dequantize_kernel, STORE_TYPES, dense)
     rotations = {name: shared[name] for name in ("HEAD_DIM", "K_ROTATION", "V_ROTATION", "INTERPRET")}
@@ -313,10 +338,10 @@ def compile_attend_kernel(head_dim: int) -> dict[str, int] | None:
 
 def compile_kernel(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int = 4, aligned: bool = False,
-    even: Sequence[str] = (),
+    even: Sequence[str] = (), **options: int,
 ) -> Any:  # fmt: skip
     """For Hopper. types: of the arguments that are no int32; aligned: pointers and strides are multiples of 16, and
-    what `even` names."""
+    what `even` names; options: of the compiler."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     sixteens = [n for n in names if n in even or (aligned and ("stride" in n or signature[n].startswith("*")))]
@@ -326,7 +351,7 @@ def compile_kernel(
         constexprs={(names.index(n),): c for n, c in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in sixteens},
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
 
 
 def compile_the_rest() -> None:

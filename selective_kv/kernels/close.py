@@ -1,8 +1,13 @@
-"""A part of a tile quantised by a program of one warp, in Triton (formats.py has the definition).
+"""Tiles of keys and values quantised, in Triton (formats.py has the definition).
 
-The part needs no other: 16 channels of keys over all 128 tokens, 16 tokens of values over all dims. It is rotated by a
-product with some columns of the Hadamard matrix. So it needs few registers and little shared memory, which count for
-the occupancy of `append_kernel` in every step, though a sequence closes a tile once in 128.
+A program, of 8 warps as a rule, has a block of a tile's vectors, whole: up to 128 channels of keys, each over the
+tile's 128 tokens, or up to 128 tokens of values, each over all dims. It is rotated by one product with the Hadamard
+matrix whose rows are the vectors: so the elements of a vector are in the registers of four threads, and its extremes
+take two exchanges between them. Integers that share a byte are in the registers of one thread, or of neighbours,
+because the vectors stand in an order that makes it so (`place`).
+
+What bounds it is instructions, about a dozen an element. So there is no division where the reference's bits cannot be
+had anyway, after a rotation or a norm: elements are multiplied by a vector's inverse, and rounded by adding `ROUND`.
 """
 
 from __future__ import annotations
@@ -18,7 +23,15 @@ from selective_kv.kernels.tile_softmax import ROUND, TILE
 KEY_INSETS = tl.constexpr(tuple(INSET.get((bits, True), 0.0) for bits in range(9)))
 VALUE_INSETS = tl.constexpr(tuple(INSET.get((bits, False), 0.0) for bits in range(9)))
 
-PART = 16  # channels of keys, or tokens of values, that a program quantises at a time
+ELEMENTS = 16384  # of a block, at most
+LEAST = tl.constexpr(2.0**-126)  # the smallest float32 whose inverse is one too
+
+
+def blocks_of(head_dim: int) -> tuple[int, int, int]:
+    """Vectors in a block of keys and of values, and the warps of a program."""
+    dim = max(16, triton.next_power_of_2(head_dim))
+    keys, values = min(dim, ELEMENTS // TILE.value), min(TILE.value, ELEMENTS // dim)
+    return keys, values, max(1, min(8, keys * TILE.value // 2048))
 
 
 @triton.jit
@@ -37,175 +50,246 @@ def one_word(scale, base):
 
 
 @triton.jit
-def levels(x, low, high, bad, BITS: tl.constexpr, INSET: tl.constexpr):
-    """The scale and base of vectors of x: low and high are their least and largest elements, `bad` says where one is
-    not finite. Returns them, which broadcast with x, and the integers: int32."""
+def least(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def extremes(x, inside, MASKED: tl.constexpr, INTERPRET: tl.constexpr):
+    """The least and the largest element of each row of x, [R, 1], of those `inside` where MASKED; and whether one is
+    NaN or infinite, or they are too far apart for float32."""
+    below, above = x, x
+    if MASKED:
+        below, above = tl.where(inside, x, float("inf")), tl.where(inside, x, float("-inf"))
+    if INTERPRET:  # which takes an element at a time for a function that it does not know
+        low, high = tl.min(below, 1, keep_dims=True), tl.max(above, 1, keep_dims=True)
+        finite = tl.abs(x) < float("inf")
+        if MASKED:
+            finite = finite | (inside == 0)
+        bad = tl.max(tl.where(finite, 0, 1), 1, keep_dims=True) > 0
+        bad = bad | ((tl.abs(high - low) < float("inf")) == 0)
+    else:
+        low, high = tl.reduce(below, 1, least, keep_dims=True), tl.reduce(above, 1, largest, keep_dims=True)
+        bad = (tl.abs(high - low) < float("inf")) == 0
+    return low, high, bad
+
+
+@triton.jit
+def levels(
+    x, low, high, bad, BITS: tl.constexpr, INSET: tl.constexpr, EXACT: tl.constexpr, INTERPRET: tl.constexpr
+):  # fmt: skip
+    """The scale and base of the rows of x, from `extremes`: [R, 1]; and the integers, int32. Those of 8 bits are less
+    128. Of an integer the lowest 16 bits count.
+
+    EXACT: bit for bit the reference's, otherwise a tie may tip. A quotient's remainder corrects it: with a correctly
+    rounded inverse that makes the quotient correctly rounded, too (Markstein 1990), because a divisor of 8 significant
+    bits has none that lies closer to the middle of two float32 than what the correction is off.
+    """
+    MOST: tl.constexpr = 2.0**BITS - 1.0
     base = low
     if INSET > 0:
-        base += tl.div_rn(high - low, tl.full(low.shape, (2.0**BITS - 1.0 + 2.0 * INSET) / INSET, tl.float32))
+        base += tl.div_rn(high - low, tl.full(low.shape, (MOST + 2.0 * INSET) / INSET, tl.float32))
     base = to_bfloat16_down(base)
-    scale = -to_bfloat16_down(-tl.div_rn(high - base, tl.full(low.shape, 2.0**BITS - 1.0 + INSET, tl.float32)))
+    scale = -to_bfloat16_down(-tl.div_rn(high - base, tl.full(low.shape, MOST + INSET, tl.float32)))
     scale, base = tl.where(bad, float("nan"), scale), tl.where(bad, float("nan"), base)
-    ratio = tl.div_rn(x - base, tl.broadcast_to(scale, x.shape))
-    ratio = tl.where(ratio == ratio, ratio, 0.0)
-    u = (tl.minimum(tl.maximum(ratio, 0.0), 2.0**BITS - 1.0) + ROUND) - ROUND
-    return scale, base, u.to(tl.int32)
+    inverse = tl.div_rn(tl.full(low.shape, 1.0, tl.float32), tl.maximum(scale, LEAST))
+    inverse = tl.where(scale > 0, inverse, 0.0)  # of a constant row, and of a bad one
+    above = x - base
+    ratio = above * inverse
+    if EXACT and INTERPRET:  # whose multiply-add rounds twice
+        ratio = tl.div_rn(above, tl.broadcast_to(scale, x.shape))
+    elif EXACT:
+        factor = tl.broadcast_to(scale, x.shape)
+        ratio = tl.fma(tl.fma(-ratio, factor, above), tl.broadcast_to(inverse, x.shape), ratio)
+    ZERO: tl.constexpr = ROUND - (128.0 if BITS == 8 else 0.0)
+    y = ratio + ZERO
+    if INSET > 0 or EXACT:
+        y = tl.maximum(y, ZERO)
+    u = tl.minimum(y, ZERO + MOST).to(tl.int32, bitcast=True)  # also where y is NaN: not into other bits of the byte
+    return scale, base, u
 
 
 @triton.jit
-def not_finite(x, AXIS: tl.constexpr):
-    """Where a vector along AXIS has an element that is NaN or infinite. (x - x would not do: where x is a product, that
-    is fused into one instruction, and is the product's rounding.)"""
-    return tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), AXIS, keep_dims=True) > 0
+def place(i, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Where row i of a block of vectors is from: of 16 rows, BLOCK at a time are neighbours, and STEP lies between."""
+    return i // 16 * BLOCK + i % 16 // BLOCK * STEP + i % BLOCK
 
 
 @triton.jit
-def load_tokens(slots, chunk, chunk_stride, pos, d, start, sink_size, ring_size, HEAD_DIM: tl.constexpr,
+def load_tokens(slots, chunk, chunk_stride, first_pos, token, d, start, sink_size, ring_size, HEAD_DIM: tl.constexpr,
                 CHUNK: tl.constexpr):  # fmt: skip
-    """Elements d [K] of the tokens at pos [N]: from `chunk`, which begins at `start`; older ones from their slots."""
-    slot = sink_size + (pos - sink_size) % ring_size
-    old = pos >= 0
-    if CHUNK:
-        old = pos < start
-    # from L2: before its wait a launch has no promise that L1 holds nothing older
-    x = tl.load(
-        slots + slot[:, None] * HEAD_DIM + d[None, :], old[:, None] & (d < HEAD_DIM)[None, :], 0.0, cache_modifier=".cg"
-    )
-    if CHUNK:
+    """Elements d [K] of the tokens [N] of the tile at first_pos: from `chunk`, which begins at position `start`, older
+    ones from their slots."""
+    pos = first_pos + token
+    there = (d < HEAD_DIM)[None, :] & (token >= 0)[:, None]
+    if CHUNK and first_pos >= start:
         at = chunk + (pos - start)[:, None].to(tl.int64) * chunk_stride + d[None, :]
-        y = tl.load(at, (pos >= start)[:, None] & (d < HEAD_DIM)[None, :], 0.0)
-        x = tl.where(old[:, None], x, y.to(x.dtype))
+        x = tl.load(at, there, 0.0).to(slots.dtype.element_ty)
+    else:
+        slot = sink_size + (pos - sink_size) % ring_size
+        at = slots + slot[:, None] * HEAD_DIM + d[None, :]
+        if CHUNK:
+            x = tl.load(at, there & (pos < start)[:, None], 0.0)
+            if first_pos + TILE > start:  # the one tile that is in both
+                new = there & (pos >= start)[:, None]
+                y = tl.load(chunk + (pos - start)[:, None].to(tl.int64) * chunk_stride + d[None, :], new, 0.0)
+                x = tl.where(new, y.to(x.dtype), x)
+        else:
+            x = tl.load(at, there, 0.0)
     return x
 
 
 @triton.jit
-def rotated_part(
-    slots, chunk, chunk_stride, rotation, pos, column, start, sink_size, ring_size, pairs, within, turned,
-    HEAD_DIM: tl.constexpr, ROTATION: tl.constexpr, BALANCED: tl.constexpr, CHUNK: tl.constexpr,
+def rotated(
+    slots, chunk, chunk_stride, rotation, first_pos, token, vector, start, sink_size, ring_size, pairs, within, turned,
+    HEAD_DIM: tl.constexpr, ROTATION: tl.constexpr, KEYS: tl.constexpr, BALANCED: tl.constexpr, CHUNK: tl.constexpr,
     PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """The channels `column` [C] of the rotated vectors of the tokens at pos [N]: float32 [N, C]; and, where BALANCED,
-    the sums of all their squares, [N]. With PAIRS, of keys less their bias: N is TILE then."""
-    K: tl.constexpr = 16
+    """A block of vectors, times sqrt(ROTATION): float32. Of keys the channels `vector` [R] over the tokens [TILE],
+    [R, TILE], and, where BALANCED, the sum of each token's squares; of values the tokens [R] over all dims, [R, DIM].
+    PAIRS: of channels whose bias is taken out of keys."""
+    DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 16))
+    N: tl.constexpr = TILE if KEYS else DIM
     dtype: tl.constexpr = tl.float32 if INTERPRET else slots.dtype.element_ty
-    x = tl.zeros((pos.shape[0], column.shape[0]), tl.float32)
-    squares = tl.zeros((pos.shape[0],), tl.float32)
+    K: tl.constexpr = 16 if slots.dtype.element_ty == tl.float32 and not INTERPRET else min(DIM, 128)
+    y = tl.zeros((vector.shape[0], N), tl.float32)
+    squares = tl.zeros((token.shape[0],), tl.float32)
     if ROTATION > 1 or BALANCED:
-        for first in range(0, HEAD_DIM, K):
+        for first in range(0, DIM, K):
             d = first + tl.arange(0, K)
-            part = load_tokens(slots, chunk, chunk_stride, pos, d, start, sink_size, ring_size, HEAD_DIM, CHUNK)
+            x = load_tokens(
+                slots, chunk, chunk_stride, first_pos, token, d, start, sink_size, ring_size, HEAD_DIM, CHUNK
+            )  # fmt: skip
             if PAIRS > 0:
-                part = less_bias(part, d, pairs, within, turned, HEAD_DIM, PAIRS)
+                x = less_bias(x, d, pairs, within, turned, HEAD_DIM, PAIRS)
             if BALANCED:
-                wide = part.to(tl.float32)
+                wide = x.to(tl.float32)
                 squares += tl.sum(wide * wide, 1)
             if ROTATION > 1:
-                at = rotation + d[:, None] * HEAD_DIM + column[None, :]
-                hadamard = tl.load(at, (d < HEAD_DIM)[:, None] & (column < HEAD_DIM)[None, :], 0.0)
-                x = tl.dot(part.to(dtype), hadamard.to(dtype), x, input_precision="ieee")
-    if ROTATION > 1:
-        x *= ROTATION**-0.5
-    else:
-        x = load_tokens(slots, chunk, chunk_stride, pos, column, start, sink_size, ring_size, HEAD_DIM, CHUNK)
+                if KEYS:
+                    row, column = vector[:, None], d[None, :]
+                else:
+                    row, column = d[:, None], tl.arange(0, DIM)[None, :]
+                at = rotation + row * HEAD_DIM + column
+                matrix = tl.load(at, (row < HEAD_DIM) & (column < HEAD_DIM), 0.0)
+                if KEYS:
+                    y = tl.dot(matrix.to(dtype), tl.trans(x).to(dtype), y, input_precision="ieee")
+                else:
+                    y = tl.dot(x.to(dtype), matrix.to(dtype), y, input_precision="ieee")
+    if ROTATION == 1:
+        d = vector if KEYS else tl.arange(0, DIM)
+        x = load_tokens(slots, chunk, chunk_stride, first_pos, token, d, start, sink_size, ring_size, HEAD_DIM, CHUNK)
         if PAIRS > 0:
-            x = less_bias(x, column, pairs, within, turned, HEAD_DIM, PAIRS)
-        x = x.to(tl.float32)
-    return x, squares
+            x = less_bias(x, d, pairs, within, turned, HEAD_DIM, PAIRS)
+        y = tl.trans(x).to(tl.float32) if KEYS else x.to(tl.float32)
+    return y, squares
 
 
 @triton.jit
 def close_keys(
     slots, chunk, chunk_stride, rotation, codes, scales, factors, first_pos, block, start, sink_size, ring_size,
     pairs, within, turned,
-    HEAD_DIM: tl.constexpr, BITS: tl.constexpr, ROTATION: tl.constexpr, BALANCED: tl.constexpr, CHUNK: tl.constexpr,
-    PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, ROTATION: tl.constexpr, BALANCED: tl.constexpr,
+    CHUNK: tl.constexpr, PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Quantise a block of channels of the tile of keys at positions first_pos and on. codes, scales, factors, turned:
-    the tile's own; pairs, within: the KV head's."""
+    """Quantise ROWS channels, block `block` of them, of the tile of keys at positions first_pos and on. codes, scales,
+    factors, turned: the tile's own; pairs, within: the KV head's."""
     token = tl.arange(0, TILE)
-    column = block * 16 + tl.arange(0, 16)
-    x, squares = rotated_part(
-        slots, chunk, chunk_stride, rotation, first_pos + token, column, start, sink_size, ring_size,
-        pairs, within, turned, HEAD_DIM, ROTATION, BALANCED, CHUNK, PAIRS, INTERPRET,
+    i = tl.arange(0, ROWS)
+    channel = block * ROWS + i
+    if BITS == 3:
+        channel = block * ROWS + i // 16 * 16 + i % 8 * 2 + i // 8 % 2  # a byte's two channels are eight rows apart
+    x, squares = rotated(
+        slots, chunk, chunk_stride, rotation, first_pos, token, channel, start, sink_size, ring_size,
+        pairs, within, turned, HEAD_DIM, ROTATION, True, BALANCED, CHUNK, PAIRS, INTERPRET,
     )  # fmt: skip
     if BALANCED:
         norm = tl.sqrt_rn(squares) * HEAD_DIM**-0.5
-        factor = -to_bfloat16_down(-norm)
-        factor = tl.where((norm > 0) & (norm < float("inf")), factor, 1.0)
-        x = tl.div_rn(x, tl.broadcast_to(factor[:, None], x.shape))
+        factor = tl.where((norm > 0) & (norm < float("inf")), -to_bfloat16_down(-norm), 1.0)  # from 2**-78 to 2**64
+        x *= (ROTATION**-0.5 / factor)[None, :]
         if block == 0:
             half = tl.arange(0, 2)[:, None]
             bits = (tl.reshape(factor, (2, TILE // 2)).to(tl.int32, bitcast=True) >> 16) & 0xFFFF
             tl.store(factors + tl.arange(0, TILE // 2), tl.sum(bits << (16 * half), 0))
-    low, high = tl.min(x, 0, keep_dims=True), tl.max(x, 0, keep_dims=True)
-    scale, base, u = levels(x, low, high, not_finite(x, 0), BITS, KEY_INSETS[BITS])
-    there = column < HEAD_DIM
-    tl.store(scales + column, tl.reshape(one_word(scale, base), (16,)), there)
-    if BITS == 8:
-        store_plane(u ^ 128, codes, token, column, 8, 1, 16, HEAD_DIM)
-    elif BITS == 3:
-        store_planes_3(u, codes, token, column, HEAD_DIM)
+    elif ROTATION > 1:
+        x *= ROTATION**-0.5
+    low, high, bad = extremes(x, x, False, INTERPRET)
+    scale, base, u = levels(x, low, high, bad, BITS, KEY_INSETS[BITS], ROTATION == 1 and not BALANCED, INTERPRET)
+    there = channel < HEAD_DIM
+    tl.store(scales + channel, tl.reshape(one_word(scale, base), (ROWS,)), there)
+    if BITS == 3:
+        bit, group = tl.arange(0, 2)[None, :, None, None, None], tl.arange(0, 4)[None, None, :, None]
+        six = tl.sum(tl.reshape(u, (ROWS // 16, 2, 8, 4, 32)) << (3 * bit), 1)  # [rows of 16, pair, group, token]
+        pair = block * (ROWS // 2) + tl.arange(0, ROWS // 2)
+        at = codes + tl.arange(0, 32)[None, :] * (HEAD_DIM // 2) + pair[:, None]
+        for j in tl.static_range(3):  # the last group's six bits are shared out among the planes
+            byte = tl.sum(tl.where(group == j, six, tl.where(group == 3, ((six >> (2 * j)) & 3) << 6, 0)), 2)
+            store_bytes(
+                at + j * (16 * HEAD_DIM), tl.reshape(byte, (ROWS // 2, 32)), (pair < HEAD_DIM // 2)[:, None],
+                HEAD_DIM % ROWS > 0,
+            )  # fmt: skip
     else:
-        store_plane(u, codes, token, column, BITS, 8 // BITS, 16, HEAD_DIM)
+        PARTS: tl.constexpr = 8 // BITS
+        N: tl.constexpr = TILE // PARTS
+        shift = (BITS * tl.arange(0, PARTS))[None, :, None]
+        byte = tl.sum(tl.reshape(u, (ROWS, PARTS, N)) << shift, 1)
+        at = codes + tl.arange(0, N)[None, :] * HEAD_DIM + channel[:, None]
+        store_bytes(at, byte, there[:, None], HEAD_DIM % ROWS > 0)
 
 
 @triton.jit
-def store_plane(
-    u, codes, token, column,
-    BITS: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """Pack u, int32 [N, C] of PARTS equal groups of tokens, and store the bytes.
-
-    token: of the rows of u; the first group's are the rows of the plane.
-    """
-    N: tl.constexpr = u.shape[0] // PARTS
-    shift = (BITS * tl.arange(0, PARTS))[:, None, None]
-    byte = tl.sum(tl.reshape(u, (PARTS, N, C)) << shift, 0)
-    row = tl.min(tl.reshape(token, (PARTS, N)), 0)  # the first group's
-    at = codes + row[:, None] * HEAD_DIM + column[None, :]
-    tl.store(at, byte.to(tl.uint8).to(codes.dtype.element_ty, bitcast=True), (column < HEAD_DIM)[None, :])
-
-
-@triton.jit
-def store_planes_3(u, codes, token, column, HEAD_DIM: tl.constexpr):
-    """`store_plane` of 3 bits. u: int32 [N, C], of four equal groups of tokens and of whole pairs of dims."""
-    N: tl.constexpr = u.shape[0] // 4
-    PAIRS: tl.constexpr = u.shape[1] // 2
-    six = tl.sum(tl.reshape(u, (4, N, PAIRS, 2)) << (3 * tl.arange(0, 2))[None, None, None, :], 3)
-    group = tl.arange(0, 4)[:, None, None]
-    row = tl.min(tl.reshape(token, (4, N)), 0)
-    pair = tl.min(tl.reshape(column, (PAIRS, 2)), 1) // 2
-    at = codes + row[:, None] * (HEAD_DIM // 2) + pair[None, :]
-    for j in tl.static_range(3):  # the last group's six bits are shared out among the planes
-        byte = tl.sum(tl.where(group == j, six, tl.where(group == 3, ((six >> (2 * j)) & 3) << 6, 0)), 0)
-        byte = byte.to(tl.uint8).to(codes.dtype.element_ty, bitcast=True)
-        tl.store(at + j * (16 * HEAD_DIM), byte, (pair < HEAD_DIM // 2)[None, :])
+def store_bytes(at, x, there, MASKED: tl.constexpr):
+    """Store the lowest byte of each element of x, int32."""
+    byte = x.to(tl.uint8).to(at.dtype.element_ty, bitcast=True)
+    if MASKED:
+        tl.store(at, byte, there)
+    else:
+        tl.store(at, byte)
 
 
 @triton.jit
 def close_values(
     slots, chunk, chunk_stride, rotation, codes, scales, first_pos, block, start, sink_size, ring_size,
-    HEAD_DIM: tl.constexpr, BITS: tl.constexpr, ROTATION: tl.constexpr, CHUNK: tl.constexpr, INTERPRET: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, ROTATION: tl.constexpr, CHUNK: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Quantise 16 tokens of the tile of values at positions first_pos and on: those that share bytes."""
+    """Quantise ROWS tokens, block `block` of those that share bytes, of the tile of values at positions first_pos and
+    on."""
     DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 16))
-    SHARED: tl.constexpr = 4 if BITS == 3 else 8 // BITS  # tokens whose integers share bytes
-    ROWS: tl.constexpr = 16 // SHARED
-    i = tl.arange(0, 16)
-    token = i // ROWS * (TILE // SHARED) + block * ROWS + i % ROWS
-    column = tl.arange(0, DIM)
-    x, _squares = rotated_part(
-        slots, chunk, chunk_stride, rotation, first_pos + token, column, start, sink_size, ring_size,
-        scales, scales, scales, HEAD_DIM, ROTATION, False, CHUNK, 0, INTERPRET,
+    PARTS: tl.constexpr = 4 if BITS == 3 else 8 // BITS  # tokens whose integers share bytes
+    EACH: tl.constexpr = 16 // PARTS
+    GROUPS: tl.constexpr = ROWS // 16
+    i = tl.arange(0, ROWS)
+    token = block * (GROUPS * EACH) + place(i, EACH, TILE // PARTS)
+    x, _squares = rotated(
+        slots, chunk, chunk_stride, rotation, first_pos, token, i, start, sink_size, ring_size,
+        scales, scales, scales, HEAD_DIM, ROTATION, False, False, CHUNK, 0, INTERPRET,
     )  # fmt: skip
-    there = (column < HEAD_DIM)[None, :]
-    low = tl.min(tl.where(there, x, float("inf")), 1, keep_dims=True)
-    high = tl.max(tl.where(there, x, float("-inf")), 1, keep_dims=True)
-    scale, base, u = levels(x, low, high, not_finite(x, 1), BITS, VALUE_INSETS[BITS])
-    tl.store(scales + token, tl.reshape(one_word(scale, base), (16,)))
-    if BITS == 8:
-        store_plane(u ^ 128, codes, token, column, 8, 1, DIM, HEAD_DIM)
-    elif BITS == 3:
-        store_planes_3(u, codes, token, column, HEAD_DIM)
+    if ROTATION > 1:
+        x *= ROTATION**-0.5
+    column = tl.arange(0, DIM)[None, :]
+    low, high, bad = extremes(x, column < HEAD_DIM, HEAD_DIM < DIM, INTERPRET)
+    scale, base, u = levels(x, low, high, bad, BITS, VALUE_INSETS[BITS], ROTATION == 1, INTERPRET)
+    tl.store(scales + token, tl.reshape(one_word(scale, base), (ROWS,)))
+    row = block * (GROUPS * EACH) + tl.arange(0, GROUPS * EACH)[:, None]
+    if BITS == 3:
+        bit, group = tl.arange(0, 2)[None, None, None, None, :], tl.arange(0, 4)[None, :, None, None]
+        six = tl.sum(tl.reshape(u, (GROUPS, 4, EACH, DIM // 2, 2)) << (3 * bit), 4)
+        pair = tl.arange(0, DIM // 2)[None, :]
+        at = codes + row * (HEAD_DIM // 2) + pair
+        for j in tl.static_range(3):
+            byte = tl.sum(tl.where(group == j, six, tl.where(group == 3, ((six >> (2 * j)) & 3) << 6, 0)), 1)
+            store_bytes(
+                at + j * (16 * HEAD_DIM), tl.reshape(byte, (GROUPS * EACH, DIM // 2)), pair < HEAD_DIM // 2,
+                HEAD_DIM < DIM,
+            )  # fmt: skip
     else:
-        store_plane(u, codes, token, column, BITS, 8 // BITS, DIM, HEAD_DIM)
+        shift = (BITS * tl.arange(0, PARTS))[None, :, None, None]
+        byte = tl.sum(tl.reshape(u, (GROUPS, PARTS, EACH, DIM)) << shift, 1)
+        byte = tl.reshape(byte, (GROUPS * EACH, DIM))
+        store_bytes(codes + row * HEAD_DIM + column, byte, column < HEAD_DIM, HEAD_DIM < DIM)

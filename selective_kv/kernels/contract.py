@@ -1,8 +1,8 @@
 """What the caches call: the kernels that write to a layer's cache and attend over it. PyTorch and Triton implement
 the contract; whoever measures or compares hands a cache another implementation (`dataclasses.replace`).
 
-`Regions` is the memory that every function sees. Nothing here waits for the device in decoding (`append`,
-`decode_attention`); with Triton both may be recorded in a CUDA graph, and lengths are read on the device.
+`Regions` is the memory that every function sees. Nothing here waits for the device in decoding (`close`, `append`,
+`decode_attention`); with Triton all three may be recorded in a CUDA graph, and lengths are read on the device.
 """
 
 from __future__ import annotations
@@ -12,16 +12,26 @@ from typing import Protocol
 
 from torch import Tensor
 
-from selective_kv.regions import Regions
+from selective_kv.regions import Regions, Together
 
 SinkRotation = tuple[Tensor, Tensor]  # cos and sin, float32 [batch, head_dim], as RoPE has them
 
 
 class Append(Protocol):
     def __call__(self, regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        """Write one token per sequence; what that pushes out of the window is quantised, or dropped.
+        """Write one token per sequence. What that pushes out of the window is dropped, or `close` came first.
 
         k, v: [batch, n_kv_head, head_dim] in the regions' dtype; positions: int64 [batch], where the tokens stand.
+        """
+        ...
+
+
+class Close(Protocol):
+    def __call__(self, together: Together, positions: Tensor) -> None:
+        """Before a step's tokens are appended: quantise, in all of these layers, the tiles that they push out of the
+        window.
+
+        positions: int64 [batch], where the tokens will stand. Twice before a step does what once does.
         """
         ...
 
@@ -84,6 +94,7 @@ class AttentionKernels:
     name: str
     captures: bool
     append: Append
+    close: Close
     decode_attention: DecodeAttention
     history_attention: HistoryAttention
     evict: Evict

@@ -19,7 +19,7 @@ from torch import Tensor
 from selective_kv.formats import TILE, Format, Tiles
 from selective_kv.kernels.attention_lse import attend, merge
 from selective_kv.kernels.contract import AttentionKernels
-from selective_kv.regions import Regions
+from selective_kv.regions import Regions, Together
 
 BLOCK_BYTES = 1 << 20  # of a block of integers in float32: it must stay in a CPU's cache, and calls be few
 BLOCK_TILES = 32  # tiles made dense at a time, for the many queries of a chunk
@@ -31,16 +31,24 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
-    """Write one token per sequence; the tile whose last token it pushes out of the window is quantised.
+    """Write one token per sequence.
 
     k, v: [batch, n_kv_head, head_dim]; positions: int64 [batch], where the new tokens stand.
     """
     for b, pos in enumerate(positions.tolist()):
-        own = regions.sequences(b, 1)
-        _close_tiles(own, own.n_left(pos), own.n_left(pos + 1), own.k, own.v, pos)
         slot = regions.slot(pos)
         regions.k[b, :, slot] = k[b]
         regions.v[b, :, slot] = v[b]
+
+
+def close(together: Together, positions: Tensor) -> None:
+    """Before a step: quantise, in all layers, the tiles whose last tokens are pushed out of the window by tokens at
+    `positions`, int64 [batch]."""
+    for b, pos in enumerate(positions.tolist()):
+        first, end = (together.first.n_left(n) for n in (pos, pos + 1))
+        for layer in together.layers if first < end else ():
+            own = layer.sequences(b, 1)
+            _close_tiles(own, first, end, own.k, own.v, pos)
 
 
 def evict(regions: Regions, start: int) -> None:
@@ -219,6 +227,7 @@ PYTORCH = AttentionKernels(
     name="PyTorch kernels",
     captures=False,
     append=append,
+    close=close,
     decode_attention=decode_attention,
     history_attention=history_attention,
     evict=evict,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from selective_kv.cache import Chunk, KVCache, Shape
+from selective_kv.closing import Closing
 from selective_kv.score_error import layer_errors
 from selective_kv.transformers.captured import CapturedSteps
 from selective_kv.transformers.rope import ChunkRope, rope_frequencies, scaled_bias
@@ -63,6 +64,7 @@ class Sequences:
         self.empty = True
         self.under_way = False  # between a forward pass's first layer and its last
         self.rope: ChunkRope | None = None  # in decoding
+        self.closing, self.closed = Closing(), False  # whether this step's tiles have been
         self.parts: list[PassPart] = []  # of a chunk; `whole`: there is one, and it is all of the pass
         self.whole = False
         self.handle = -1  # what a compiled graph knows the memory by
@@ -277,14 +279,14 @@ class Sequences:
         cache, rope = self.layers[layer], self.rope
         assert rope is not None
         if not self.replays:
-            out = cache.attend(q, k, v, Chunk(counts[:-1][:, None]), rope)
+            out = cache.attend(q, k, v, Chunk(counts[:-1][:, None], closed=self.closed), rope)
             if layer + 1 in CUT_BEFORE:  # what it has made belongs to a graph that ends here
                 self.rope = ChunkRope(self.frequencies, counts[:-1][:, None])
             return out
 
         def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             positions = counts[:-1][:, None]
-            return cache.attend(q, k, v, Chunk(positions), ChunkRope(self.frequencies, positions))
+            return cache.attend(q, k, v, Chunk(positions, closed=self.closed), ChunkRope(self.frequencies, positions))
 
         if self.captured is None:
             with torch.inference_mode(False):
@@ -301,6 +303,7 @@ class Sequences:
         if q.shape[2] == 1 and mask is None:
             self._room_for_a_step(counts)
             self.rope = ChunkRope(self.frequencies, counts[:-1][:, None])
+            self.closed = self.closing(self.layers, Chunk(counts[:-1][:, None])).closed
         else:
             self._begin_chunk(q.shape[2], counts, mask)
         self.under_way, self.empty = True, False
