@@ -63,5 +63,5 @@ def test_a_step_closes_the_tiles_of_all_layers_at_once(alone: list[int]) -> None
         for a, b in zip(mine.storage() or [], theirs.storage() or [], strict=True):
             assert torch.equal(a, b)
     assert called == ([(3, 2)] * 4 if not alone else [(1, 2)] * 12)
-    cache.slot(1).begin(1)
+    cache.sequence(1).begin(1)
     assert called[-1] == ((3, 1) if not alone else (1, 2))
