@@ -38,7 +38,7 @@ from selective_kv import Shape
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-FILES = (ROOT / "README.md", ROOT / "assets" / "demo" / "README.md")
+FILES = (ROOT / "README.md", RESULTS / "README.md", ROOT / "assets" / "demo" / "README.md")
 STEPS = ("h200/steps.json", "benchmark-h200.json")  # whole steps; the first that has a setting
 KERNELS = "kernels-h200.json"  # one layer's attention
 UNCHANGED = ("full", "compress_kv:sink_size=16,window_size=32,positions=cache")  # by formats: older steps are still so
