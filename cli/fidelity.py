@@ -67,9 +67,9 @@ def fidelity_line(report: dict[str, Any]) -> list[str]:
     if not errors:
         return [line]
     if "quantised" not in report["cache_bytes"]:
-        return [f"{line}; there is no room for so many tokens that any would be stored so"]
+        return [f"{line}; of this run nothing: so short a run lets nothing leave the window"]
     if not errors["layers"]:
-        return [f"{line}; too few tokens have been read, or are still exact, to measure their error"]
+        return [f"{line}; their error is not known: measuring it takes 16 tokens that are read and still exact"]
     worst = max(range(len(errors["layers"])), key=errors["layers"].__getitem__)
     return [
         f"{line}; the last keys' scores are off by {errors['layers'][worst]:.2g} at most (layer {worst}; more than "
