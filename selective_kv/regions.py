@@ -119,6 +119,8 @@ class Regions(NamedTuple):
     def sequences(self, first: int, n: int) -> Regions:
         """Views of n sequences, from `first` on."""
         part = slice(first, first + n)
+        if first == 0 and n == len(self.k):
+            return self
 
         def cut(tiles: Tiles | None) -> Tiles | None:
             return tiles and Tiles(*(None if t is None else t[part] for t in tiles))  # type: ignore[arg-type]

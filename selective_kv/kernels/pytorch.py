@@ -10,16 +10,18 @@ where this module is only the fallback.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selective_kv.formats import TILE, Format, Tiles
+from selective_kv.formats import TILE, Format, rotation
 from selective_kv.kernels.attention_lse import attend, merge
 from selective_kv.kernels.contract import AttentionKernels
-from selective_kv.regions import Regions, Together
+from selective_kv.regions import Regions, Stored, Together
 
 BLOCK_BYTES = 1 << 20  # of a block of integers in float32: it must stay in a CPU's cache, and calls be few
 BLOCK_TILES = 32  # tiles made dense at a time, for the many queries of a chunk
@@ -104,88 +106,173 @@ def decode_attention(
     never been (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them. then: a weight that
     is read next, which has nothing to do with the result. Returns [batch, n_head, head_dim] in q's dtype.
     """
+    places = positions.tolist()
+    if min(places) == max(places):  # all at once
+        return _decode_sequences(q, regions, places[0] + 1, sink_rope)
     out = torch.empty_like(q)
-    for b, pos in enumerate(positions.tolist()):
-        held = regions.sequences(b, 1) if len(q) > 1 else regions
-        group = q[b].unflatten(0, (regions.k.shape[1], -1))  # [n_kv_head, group, head_dim]
-        if regions.n_left(pos + 1) == 0:
-            k, v = (x[:, :, : pos + 1] for x in (held.k, held.v))
-            y = F.scaled_dot_product_attention(group[None], k, v)[0]
-        else:
-            turn = None if sink_rope is None else (sink_rope[0][b], sink_rope[1][b])
-            y = _decode(group, held, pos + 1, turn)
-        out[b] = y.flatten(0, 1)
+    for b, pos in enumerate(places):
+        turn = None if sink_rope is None else (sink_rope[0][b : b + 1], sink_rope[1][b : b + 1])
+        out[b] = _decode_sequences(q[b : b + 1], regions.sequences(b, 1), pos + 1, turn)[0]
     return out
 
 
-def _decode(q: Tensor, held: Regions, n_token: int, sink_rope: tuple[Tensor, Tensor] | None) -> Tensor:
+def _decode_sequences(
+    q: Tensor, regions: Regions, n_token: int, sink_rope: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Of sequences of n_token tokens each. q: [sequence, n_head, head_dim]. Returns like q."""
+    n_kv_head, head_dim = regions.k.shape[1], q.shape[2]
+    group = q.shape[1] // n_kv_head
+    if regions.n_left(n_token) == 0:
+        k, v = regions.k[:, :, :n_token], regions.v[:, :, :n_token]
+        return F.scaled_dot_product_attention(q.view(-1, n_kv_head, group, head_dim), k, v).view(q.shape)
+    query = q.reshape(-1, group, head_dim).float() * head_dim**-0.5  # scaled first: 16 bits end at 65,504
+    if group % 4 == 3:  # MKL takes less time for four rows than for three
+        query = F.pad(query, (0, 0, 0, 1))
+    sinks = query
+    if sink_rope is not None:
+        cos, sin = (t[:, None, None].expand(-1, n_kv_head, 1, -1).flatten(0, 1) for t in sink_rope)
+        sinks = apply_rope(query, cos, sin)
+    y = _decode(query, sinks, regions, n_token)
+    return y[:, :group].reshape(q.shape).to(q.dtype)
+
+
+def _decode(query: Tensor, sinks: Tensor, held: Regions, n_token: int) -> Tensor:
     """All scores, one softmax, all values: for one query token the scores are few, and calls are what costs.
 
-    q: [n_kv_head, group, head_dim], of one sequence. Returns it in float32.
+    query: float32 [head, group, head_dim], of the KV heads of all sequences; sinks: what it is for the sinks. Returns
+    float32 like query.
     """
-    query = q.float() * q.shape[-1] ** -0.5  # scaled first: 16 bits end at 65,504
-    sinks = query if sink_rope is None else apply_rope(query, *sink_rope)
     parts = held.exact_slots(n_token)
-    scores = [
-        (sinks if i == 0 else query) @ held.k[0, :, part].float().transpose(-1, -2) for i, part in enumerate(parts)
-    ]
-    n_left, stored = held.n_left(n_token), [*held.stored()]
-    if stored:
-        keys, values = stored
-        tile_scores = _score_tiles(keys.format.rotate(query), keys.tiles, keys.format, n_left // TILE)
-        if keys.bias is not None:
-            tile_scores += keys.bias.scores(query, n_left // TILE).flatten(-2)
-        scores.append(tile_scores)
-    prob = torch.cat(scores, -1).softmax(-1).split([s.shape[-1] for s in scores], -1)
-    y = sum(p @ held.v[0, :, part].float() for p, part in zip(prob, parts, strict=False))
-    if stored:
-        y = y + values.format.rotate(_sum_tiles(prob[-1], values.tiles, values.format, n_left // TILE))
+    if sinks is query:
+        parts = _joined(parts)
+    keys, values = ([slots.flatten(0, 1)[:, part] for part in parts] for slots in (held.k, held.v))
+    if held.k.dtype != torch.float32:
+        keys, values = ([x.float() for x in slots] for slots in (keys, values))
+    # [head, group, key]
+    scores = [torch.bmm(sinks if i == 0 else query, k.transpose(1, 2)) for i, k in enumerate(keys)]
+    if held.k_tiles is None:
+        return _weighed(torch.cat(scores, 2).softmax(2), values)
+    stored, n_tile = [*held.stored()], held.n_left(n_token) // TILE
+    scores.append(_score_tiles(query, stored[0], n_tile))
+    return _weighed_with_tiles(torch.cat(scores, 2).softmax(2), values, stored[1], n_tile)
+
+
+def _joined(parts: list[slice]) -> list[slice]:
+    """What `Regions.exact_slots` returns, less what is empty; the ring's beginning follows the sinks."""
+    sink, ring, begun = parts
+    if begun.stop > begun.start:
+        return [slice(0, begun.stop), ring]
+    return [part for part in (sink, ring) if part.stop > part.start]
+
+
+def _weighed(prob: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """prob [head, group, token] times values [head, token, head_dim], which are in parts."""
+    first, *others = zip(prob.split([v.shape[1] for v in values], 2), values, strict=True)
+    y = torch.bmm(*first)
+    for part in others:
+        y.baddbmm_(*part)
     return y
 
 
-def _blocks(tiles: Tiles, form: Format, n_tile: int) -> Iterator[tuple[slice, Tensor]]:
-    """Some tiles of one sequence at a time, their integers (of 8 bits less 128) as float32 [n_kv_head, tile, TILE,
-    head_dim]: valid until the next are asked for."""
-    codes = tiles.codes[0]
-    n_element = codes.shape[0] * codes.shape[2] * 8 // form.bits
-    each = max(1, BLOCK_BYTES // (4 * n_element))
-    memory = torch.empty(each * n_element, device=codes.device)
+def _tiles_at_once(part: Stored, n_tile: int) -> int:
+    """How many tiles of all heads are made float32 together: a block must stay in a processor's cache."""
+    codes = part.tiles.codes
+    tile_bytes = 4 * codes.shape[0] * codes.shape[1] * codes.shape[3] * 8 // part.format.bits
+    return min(n_tile, max(1, BLOCK_BYTES // tile_bytes))
+
+
+def _blocks(part: Stored, n_tile: int) -> Iterator[tuple[slice, Tensor]]:
+    """Some of the first n_tile tiles at a time, their integers (of 8 bits less 128) as float32 [head, tile, TILE,
+    head_dim]: valid until the next are asked for. head: of all sequences."""
+    codes, form = part.tiles.codes.flatten(0, 1), part.format
+    n_head, _, n_byte = codes.shape
+    head_dim = n_byte * 8 // (form.bits * TILE)
+    n_element = n_head * TILE * head_dim  # of a tile
+    each = _tiles_at_once(part, n_tile)
+    memory = _scratch.floats(each * n_element, codes.device)
     for lo in range(0, n_tile, each):
-        part = slice(lo, min(lo + each, n_tile))
-        block = codes[:, part]
-        out = memory[: n_element * block.shape[1]].view(*block.shape[:2], TILE, -1)
-        yield part, form.unpack_into(block, out)
+        n = min(each, n_tile - lo)
+        out = memory[: n * n_element].view(n_head, n, TILE, head_dim)
+        yield slice(lo, lo + n), form.unpack_into(codes[:, lo : lo + n], out)
 
 
-def _score_tiles(query: Tensor, tiles: Tiles, form: Format, n_tile: int) -> Tensor:
-    """Scores of the first n_tile tiles of keys. query: float32 [n_kv_head, group, head_dim], rotated if they are.
-
-    Returns float32 [n_kv_head, group, n_tile * TILE].
+class _Scratch(threading.local):
+    """Memory for a block of integers in float32, a thread's own. It is kept: an allocator gives as much back to the
+    system at once, and a processor takes longer to ask for fresh pages than to compute with what is in them.
     """
-    scale, base = tiles.scales[0, :, :n_tile].float().unbind(-1)  # [n_kv_head, tile, head_dim]
-    if form.bits == 8:
-        base = base + 128 * scale
-    out = query.new_empty(*query.shape[:2], n_tile, TILE)
-    for part, codes in _blocks(tiles, form, n_tile):
-        products = (query[:, None] * scale[:, part, None]) @ codes.transpose(-1, -2)  # [n_kv_head, tile, group, TILE]
-        out[:, :, part] = products.transpose(1, 2)
-    out += (query @ base.transpose(-1, -2))[..., None]
-    if tiles.factors is not None:
-        out *= tiles.factors[0, :, :n_tile].float().transpose(-1, -2).flatten(-2)[:, None]
-    return out.flatten(-2)
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def floats(self, n: int, device: torch.device) -> Tensor:
+        """n numbers, which were there before, maybe."""
+        if len(self.memory) < n or self.memory.device != device:
+            with torch.inference_mode(False):
+                self.memory = torch.empty(n, device=device)
+        return self.memory[:n]
 
 
-def _sum_tiles(prob: Tensor, tiles: Tiles, form: Format, n_tile: int) -> Tensor:
-    """The first n_tile tiles of values weighed by prob [n_kv_head, group, n_tile * TILE]: float32 [n_kv_head, group,
-    head_dim], still rotated if they are."""
-    scale, base = tiles.scales[0, :, :n_tile].float().flatten(1, 2).unbind(-1)  # [n_kv_head, token]
-    if form.bits == 8:
-        base = base + 128 * scale
-    weight = prob * scale[:, None]
-    y = (prob @ base[..., None]).repeat(1, 1, tiles.codes.shape[-1] * 8 // (form.bits * TILE))
-    for part, codes in _blocks(tiles, form, n_tile):
-        y.baddbmm_(weight[..., part.start * TILE : part.stop * TILE], codes.flatten(1, 2))
-    return y
+_scratch = _Scratch()
+
+
+def _scales(part: Stored, n_tile: int) -> tuple[Tensor, Tensor]:
+    """Of the first n_tile tiles: scales and what stands for 0 in the integers as `_blocks` gives them, float32 [head,
+    tile, n_vector]."""
+    scale, base = part.tiles.scales.flatten(0, 1)[:, :n_tile].float().unbind(3)
+    return scale, torch.add(base, scale, alpha=128) if part.format.bits == 8 else base
+
+
+def _score_tiles(query: Tensor, keys: Stored, n_tile: int) -> Tensor:
+    """Scores of the first n_tile tiles of keys: float32 [head, group, n_tile * TILE].
+
+    query: float32 [head, group, head_dim].
+    """
+    form, (n_head, group, head_dim) = keys.format, query.shape
+    rotated = query
+    if form.rotated:
+        rotated = torch.mm(query.view(-1, head_dim), rotation(head_dim, query.device)).view(query.shape)
+    scale, base = _scales(keys, n_tile)  # of channels
+    constant = torch.bmm(base, rotated.transpose(1, 2)).unsqueeze(3)  # [head, tile, group, 1]: of all a tile's scores
+    scaled = rotated.unsqueeze(1) * scale.unsqueeze(2)  # [head, tile, group, head_dim]
+    parts = []
+    for which, codes in _blocks(keys, n_tile):
+        added, rows = constant, scaled
+        if codes.shape[1] < n_tile:
+            added, rows = added[:, which], rows[:, which]
+        added, rows = added.reshape(-1, group, 1), rows.reshape(-1, group, head_dim)
+        products = torch.baddbmm(added, rows, codes.view(-1, TILE, head_dim).transpose(1, 2))
+        parts.append(products.view(n_head, -1, group, TILE))
+    tiled = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    if keys.tiles.factors is not None:  # of the tokens i and i + TILE / 2
+        factors = keys.tiles.factors.flatten(0, 1)[:, :n_tile, None].transpose(-1, -2)  # [head, tile, 1, 2, TILE / 2]
+        tiled.view(n_head, n_tile, group, 2, -1).mul_(factors)
+    scores = tiled.transpose(1, 2).reshape(n_head, group, -1)
+    if keys.bias is not None:
+        n_kv_head = len(keys.bias.pairs)
+        for own, sequence in zip(scores.split(n_kv_head), query.split(n_kv_head), strict=True):
+            own += keys.bias.scores(sequence, n_tile).flatten(-2)
+    return scores
+
+
+def _weighed_with_tiles(prob: Tensor, values: Sequence[Tensor], tiles: Stored, n_tile: int) -> Tensor:
+    """`_weighed` of values in full precision and of the first n_tile tiles after them."""
+    form, (n_head, group, _), head_dim = tiles.format, prob.shape, values[0].shape[2]
+    n_exact = prob.shape[2] - n_tile * TILE
+    stored = prob.narrow(2, n_exact, n_tile * TILE)
+    scale, base = (x.flatten(1) for x in _scales(tiles, n_tile))  # of tokens
+    y = torch.bmm(stored, base.unsqueeze(2))  # [head, group, 1]: of all channels
+    weight = stored.mul_(scale.unsqueeze(1))
+    if form.bits == 8 and not form.rotated and _tiles_at_once(tiles, n_tile) == n_tile:
+        # One product for all: what is in slots is copied to the integers, which takes less time than their own product.
+        out = _scratch.floats(n_head * prob.shape[2] * head_dim, prob.device).view(n_head, -1, head_dim)
+        codes = tiles.tiles.codes.flatten(0, 1)[:, :n_tile].view(torch.int8).view(n_head, -1, head_dim)
+        return torch.baddbmm(y, prob, torch.cat((*values, codes), 1, out=out))
+    for which, codes in _blocks(tiles, n_tile):
+        part = weight[..., which.start * TILE : which.stop * TILE]
+        y = torch.baddbmm(y, part, codes.view(n_head, -1, head_dim))
+    if form.rotated:
+        y = torch.mm(y.view(-1, head_dim), rotation(head_dim, y.device)).view(y.shape)
+    return y.add_(_weighed(prob[..., :n_exact], values))
 
 
 def history_attention(
