@@ -385,17 +385,17 @@ def compile_the_rest() -> None:
         compile_kernel(rotate_kernel, types, {"HEAD_DIM": 128, "NORM": True, "OVERLAP": overlap})
         compile_kernel(norm_kernel, types, {"K": 4096, "OVERLAP": overlap})
         compile_kernel(swiglu_kernel, types, {"BLOCK": 1024, "OVERLAP": overlap})
-        compile_kernel(embed_kernel, {"tokens": "*i64", "ints": "*i8", "scale": "*fp32", "out": "*bf16"}, {
-            "N": 4096, "BLOCK": 4096, "OVERLAP": overlap,
-        })  # fmt: skip
+        embed = {"tokens": "*i64", "ints": "*i8", "scale": "*fp32", "steps": "*u8", "out": "*bf16"}
+        for group in (0, 64):
+            compile_kernel(embed_kernel, embed, {"N": 4096, "GROUP": group, "BLOCK": 4096, "OVERLAP": overlap})
         for k in (4096, 3600, 100):  # whole blocks of K, or not; rows that are not of 16 bytes
             compile_kernel(tokens_kernel, types, {
                 "K": k, "N": 8, "ROWS": 32, "WARPS": 4, "SLICE": 64, "STAGES": 3, "EARLY": 512, "HEAD_DIM": 0,
                 "NORM": True, "SWIGLU": True, "BIAS": False, "ADD": True, "OVERLAP": overlap, "INTERPRET": False,
             })  # fmt: skip
-    for group, ints in ((0, "*i8"), (128, "*i16")):
-        dense = {"ints": ints, "unit": "*fp32", "pairs": "*fp16", "out": "*bf16"}
-        compile_kernel(dense_kernel, dense, {"K": 4000, "GROUP": group, "ROWS": 4, "COLUMNS": 1024})
+    for bits, group, ints, pairs in ((8, 0, "*i8", "*fp32"), (8, 64, "*i8", "*u8"), (4, 128, "*i16", "*fp16")):
+        dense = {"ints": ints, "unit": "*fp32", "pairs": pairs, "out": "*bf16"}
+        compile_kernel(dense_kernel, dense, {"K": 4000, "BITS": bits, "GROUP": group, "ROWS": 4, "COLUMNS": 1024})
     compile_kernel(slots_kernel, types, {"HEAD_DIM": 128, "BLOCK": 16})
     for rotation in (1, 128):
         merged = {f"{name}{i}": kind for i in range(7) for name, kind in (("out", "*bf16"), ("lse", "*fp32"))}

@@ -1,16 +1,16 @@
 """The kernels in plain PyTorch: the twins that Triton's are compared with, and the fast path of a CPU.
 
 Every function has the signature of its twin in Triton. In decoding, the group of query heads that share a KV head is
-one matrix, [KV head, group, head_dim], so that each key is read once. Integers are converted to float32 a block of
-tiles at a time, in a scratch buffer of the call; scales are factored out: a channel's multiplies the query, a token's
-its score or probability. For the thousands of queries of a chunk a block of tiles is dequantised instead
-(`history_attention`). `decode_attention` reads lengths on the host: free on a CPU, a synchronisation on an accelerator,
-where this module is only the fallback.
+one matrix, [KV head, group, head_dim], so that each key is read once; the KV heads of several sequences of one length
+are heads like any others. Integers are converted to float32 a block of tiles at a time; scales are factored out: a
+channel's multiplies the query, a token's its score or probability. A step over some thousand tokens takes as long as
+its calls of PyTorch do, so there are few: products by `bmm`, which `@` makes three calls of. For the thousands of
+queries of a chunk a block of tiles is dequantised instead (`history_attention`). `decode_attention` reads lengths on
+the host: free on a CPU, a synchronisation on an accelerator, where this module is only the fallback.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selective_kv.formats import TILE, Format, rotation
+from selective_kv.formats import TILE, rotation
 from selective_kv.kernels.attention_lse import attend, merge
 from selective_kv.kernels.contract import AttentionKernels
 from selective_kv.regions import Regions, Stored, Together
@@ -107,7 +107,7 @@ def decode_attention(
     is read next, which has nothing to do with the result. Returns [batch, n_head, head_dim] in q's dtype.
     """
     places = positions.tolist()
-    if min(places) == max(places):  # all at once
+    if len(places) == 1 or (min(places) == max(places) and _fit_together(regions)):
         return _decode_sequences(q, regions, places[0] + 1, sink_rope)
     out = torch.empty_like(q)
     for b, pos in enumerate(places):
@@ -116,9 +116,7 @@ def decode_attention(
     return out
 
 
-def _decode_sequences(
-    q: Tensor, regions: Regions, n_token: int, sink_rope: tuple[Tensor, Tensor] | None
-) -> Tensor:
+def _decode_sequences(q: Tensor, regions: Regions, n_token: int, sink_rope: tuple[Tensor, Tensor] | None) -> Tensor:
     """Of sequences of n_token tokens each. q: [sequence, n_head, head_dim]. Returns like q."""
     n_kv_head, head_dim = regions.k.shape[1], q.shape[2]
     group = q.shape[1] // n_kv_head
@@ -172,6 +170,11 @@ def _weighed(prob: Tensor, values: Sequence[Tensor]) -> Tensor:
     for part in others:
         y.baddbmm_(*part)
     return y
+
+
+def _fit_together(held: Regions) -> bool:
+    """Whether a tile of every sequence in float32 stays in a processor's cache."""
+    return held.k_tiles is None or 4 * TILE * held.k.shape[0] * held.k.shape[1] * held.k.shape[3] <= BLOCK_BYTES
 
 
 def _tiles_at_once(part: Stored, n_tile: int) -> int:
@@ -256,7 +259,7 @@ def _score_tiles(query: Tensor, keys: Stored, n_tile: int) -> Tensor:
 
 def _weighed_with_tiles(prob: Tensor, values: Sequence[Tensor], tiles: Stored, n_tile: int) -> Tensor:
     """`_weighed` of values in full precision and of the first n_tile tiles after them."""
-    form, (n_head, group, _), head_dim = tiles.format, prob.shape, values[0].shape[2]
+    form, n_head, head_dim = tiles.format, len(prob), values[0].shape[2]
     n_exact = prob.shape[2] - n_tile * TILE
     stored = prob.narrow(2, n_exact, n_tile * TILE)
     scale, base = (x.flatten(1) for x in _scales(tiles, n_tile))  # of tokens

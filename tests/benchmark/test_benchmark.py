@@ -204,8 +204,8 @@ def test_the_gate_goes_past_any_window(tmp_path: Path, monkeypatch: pytest.Monke
     """A prompt of 200 tokens never left a window of 256, and what reads integers could be as wrong as it liked."""
     model, shape = tiny(tmp_path)
     assert gates.gate(model, SelectiveCache(4, 256), shape) < 1e-5
-    right = eager._sum_tiles
-    monkeypatch.setattr(eager, "_sum_tiles", lambda prob, tiles, form, n: 1e3 * right(prob, tiles, form, n))
+    right = eager._score_tiles
+    monkeypatch.setattr(eager, "_score_tiles", lambda query, keys, n: 2 * right(query, keys, n))
     with pytest.raises(UserError, match="from its reference"):
         gates.gate(model, SelectiveCache(4, 256), shape)
 
