@@ -2,7 +2,8 @@
 
 Each stands between `<!-- NAME, by scripts/readme_tables.py -->` and `<!-- end -->`:
 
-  choose     each cache's bits, memory, speed and cost on a real model     smollm2/perplexity, passkey; STEPS, KERNELS
+  choose     each cache's bits, memory, speed and cost on a real model     smollm2/perplexity, passkey; STEPS
+  attention  one layer's decode attention by shape and format              KERNELS
   texts      KL and perplexity by text                                     smollm2/perplexity
   llama.cpp  its caches and ours on the same file and window               smollm2/llama_cpp and divergence-window-4k
   ruler      RULER's kept tasks by length                                  RULER
@@ -33,15 +34,15 @@ from common.messages import size
 from common.program import program
 from kv_cache import parse_policy
 from model import CONFIGS
+from plots.pictures import thousands
 from plots.records import Row, knobs_of, order, read, short
 from selective_kv import Shape
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 FILES = (ROOT / "README.md", RESULTS / "README.md", ROOT / "assets" / "demo" / "README.md")
-STEPS = ("h200/steps.json", "benchmark-h200.json")  # whole steps; the first that has a setting
+STEPS = "h100/steps.jsonl"  # whole steps
 KERNELS = "kernels-h200.json"  # one layer's attention
-UNCHANGED = ("full", "compress_kv:sink_size=16,window_size=32,positions=cache")  # by formats: older steps are still so
 RULER = (  # of the last, 20 of 400 samples, those of 8k, were cut off; full scores 0 there
     "smollm2/ruler-1.json", "smollm2/ruler-2.json", "smollm2/ruler-vt.unfinished.json",
 )  # fmt: skip
@@ -140,40 +141,43 @@ def held(setting: str, n_token: int) -> int:
     return sum(kv_cache.plan(parse_policy(setting), CONFIG.n_layer, shape).values())
 
 
-def tokens_per_s(setting: str, batch: int, context: int) -> str:
-    """Of the newest file that has it; with an asterisk from an older one."""
-    for name, mark in zip(STEPS, ("", " *"), strict=True):
-        for record in read([RESULTS / name]) if not mark or setting in UNCHANGED else ():
-            for r in record.rows:
-                if (r["cache"], r["batch"], r["context"]) == (setting, batch, context):
-                    return f"{r['tokens_per_s']:.0f}{mark}"
-    return ""
+def tokens_per_s(batch: int, context: int) -> dict[str, str]:
+    """Of every setting."""
+    rows = [r for record in read([RESULTS / STEPS]) for r in record.rows]
+    return {r["cache"]: f"{r['tokens_per_s']:.0f}" for r in rows if (r["batch"], r["context"]) == (batch, context)}
 
 
-def attention(setting: str, batch: int, context: int) -> str:
-    """One layer's, over the fastest there is in 16 bits."""
-    us = {r["version"]: r["us"] for r in load(KERNELS)["rows"] if (r["batch"], r["context"]) == (batch, context)}
-    values = knobs_of(setting)
-    k, v = values.get("k_bits", "8"), values.get("v_bits", "8")
-    mine = us.get("ours int8" if k == v == "8" else f"ours K{k}V{v}")
-    best = min((t for version, t in us.items() if version == "ours bf16" or version.startswith("SDPA")), default=0.0)
-    return f"{best / mine:.2f}x" if mine and setting.startswith("quantize_kv") else ""
+def attention() -> str:
+    """One layer's decode attention by shape: us of the fastest there is in 16 bits, and how much faster each format."""
+    by_shape: dict[tuple[int, int], dict[str, float]] = {}
+    for r in load(KERNELS)["rows"]:
+        by_shape.setdefault((r["batch"], r["context"]), {})[r["version"]] = r["us"]
+    best = {
+        shape: min(t for version, t in us.items() if version == "ours bf16" or version.startswith("SDPA"))
+        for shape, us in by_shape.items()
+    }
+    versions = dict.fromkeys(v for us in by_shape.values() for v in us if v.startswith("ours ") and v != "ours bf16")
+    rows = [["fastest in 16 bits, us", *(f"{t:.1f}" for t in best.values())]]
+    for version in versions:
+        cells = [f"{best[at] / us[version]:.2f}x" if version in us else "" for at, us in by_shape.items()]
+        rows.append([version.removeprefix("ours ").replace("int8", "8 bits"), *cells])
+    return markdown(["", *(f"{batch} x {thousands(n)}" for batch, n in by_shape)], rows)
 
 
 def choose() -> str:
     scores, keys = load("smollm2/perplexity.json")["rows"], load("smollm2/passkey.json")["rows"]
     recalled = {r["cache"]: r for r in keys}
-    header = ["cache", "bits of the middle", "memory of full, 128k", "tokens/s, 128k", "attention, 8 x 32k", "mean KL",
+    header = ["cache", "bits of the middle", "memory of full, 128k", "tokens/s, 8k", "128k", "8 x 32k", "mean KL",
               "same top token", "perplexity", "passkeys"]  # fmt: skip
+    speeds = [tokens_per_s(batch, context) for batch, context in ((1, 8192), (1, 131072), (8, 32768))]
     found = []
     for setting in shown(scores):
         mine = [r for r in scores if r["cache"] == setting]
-        share, full = held(setting, 131072) / held("full", 131072), setting == "full"
+        share = held(setting, 131072) / held("full", 131072)
         found.append([
             flags(setting), bits(setting), f"{share:.0%}" if share > 0.01 else f"{share:.2%}",
-            tokens_per_s(setting, 1, 131072), attention(setting, 8, 32768), "" if full else power(mean(mine, "kl")),
-            "" if full else f"{mean(mine, 'same_top'):.2%}", "" if full else signed(mean(mine, "perplexity_rise")),
-            f"{recalled[setting]['mean']:.1%}",
+            *(speed.get(setting, "") for speed in speeds), power(mean(mine, "kl")), f"{mean(mine, 'same_top'):.2%}",
+            signed(mean(mine, "perplexity_rise")), f"{recalled[setting]['mean']:.1%}",
         ])  # fmt: skip
     return markdown(header, found)
 
@@ -286,7 +290,7 @@ def prompts() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "choose": choose, "texts": lambda: by_text("smollm2/perplexity.json"), "llama.cpp": beside_llama_cpp,
     "ruler": ruler, "bundled": bundled, "bundled texts": lambda: by_text("perplexity.json"), "card": card,
-    "prompts": prompts,
+    "prompts": prompts, "attention": attention,
 }  # fmt: skip
 
 
