@@ -20,10 +20,10 @@ def use_kernels(model: Transformer, kernels: StepKernels) -> None:
 
 
 class FusedStep:
-    """A decode step of the whole model in seven launches a layer: `model.py`'s maths, its small operations fused
+    """A decode step of the whole model in six or seven launches a layer: `model.py`'s maths, its small operations fused
     into the matrix products by `StepKernels.qkv` and `StepKernels.linear`.
 
-        qkv(x, norm before it, RoPE after it)      attend: append, split, combine
+        qkv(x, norm before it, RoPE after it)      attend: (append,) split, combine
         x = linear(y) + x      h = linear(x, norm before it, SwiGLU after it)      x = linear(h) + x
 
     The cache sees what it always sees. `model.py` stays the definition, and reads the prompts.

@@ -153,8 +153,9 @@ class RegionCache(KVCache):
             pos = chunk.positions[:, 0]
             if regions.k_tiles is not None and not chunk.closed:
                 self.kernels.close(Together([regions], self._here), pos)
-            self.kernels.append(regions, k[:, :, 0], v[:, :, 0], pos)
-            return self.kernels.decode_attention(q[:, :, 0], regions, pos, sink_rope, chunk.next_weight)[:, :, None]
+            new = k[:, :, 0], v[:, :, 0]
+            attend = self.kernels.decode_attention
+            return attend(q[:, :, 0], regions, pos, sink_rope, chunk.next_weight, new)[:, :, None]
         assert chunk.start is not None, "a chunk of several tokens starts at one known position"
         self.kernels.evict(regions, chunk.start)
         y = chunk_attention(self.kernels, q, k, v, regions, chunk.start, sink_rope)

@@ -44,7 +44,7 @@ from selective_kv.kernels.history_8bit import QUERIES, attend_kernel, quantize_q
 from selective_kv.kernels.merge import merge_kernel
 from selective_kv.kernels.store import MOST_REGISTERS, append_kernel, close_chunk_kernel, close_kernel, slots_kernel
 
-TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "then": "*bf16",
+TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "then": "*bf16", "k_new": "*bf16", "v_new": "*bf16",
          "positions": "*i64", "cos": "*fp32", "sin": "*fp32", "partial": "*fp32",
          "statistics": "*fp32", "k_codes": "*i8", "v_pairs": "*i16", "k_scale": "*i32", "v_scale": "*i32",
          "k_factor": "*i32",
@@ -56,7 +56,7 @@ HOPPER_SHARED = 232_448  # bytes that a program may have
 
 def compile_split_kernel(
     head_dim: int, group: int, k_bits: int = 8, v_bits: int = 8, batch_heads: int = 8,
-    dtype: str = "bf16", shared: int = HOPPER_SHARED, turn: bool = False, pairs: int = 0,
+    dtype: str = "bf16", shared: int = HOPPER_SHARED, turn: bool = False, pairs: int = 0, new: bool = True,
 ) -> dict[str, int] | None:  # fmt: skip
     """Registers, spills and instruction counts of `split_kernel`; None if the tools are missing."""
     itemsize = 4 if dtype == "fp32" else 2
@@ -67,7 +67,7 @@ def compile_split_kernel(
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
         **stored_as(head_dim, k_bits, v_bits, pairs=pairs),
-        "FLOAT_COST": cut["FLOAT_COST"], "INT_COST": cut["INT_COST"], "AHEAD": p.ahead, "TURN_SINKS": turn,
+        "FLOAT_COST": cut["FLOAT_COST"], "INT_COST": cut["INT_COST"], "AHEAD": p.ahead, "TURN_SINKS": turn, "NEW": new,
         "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
     }  # fmt: skip
     names = split_kernel.arg_names

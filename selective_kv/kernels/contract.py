@@ -44,12 +44,14 @@ class DecodeAttention(Protocol):
         positions: Tensor,
         sink_rope: SinkRotation | None = None,
         then: Tensor | None = None,
+        new: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attention of one new token per sequence, already appended, over all that its cache holds.
+        """Attention of one new token per sequence over all that its cache holds.
 
         q: [batch, n_head, head_dim]; positions: int64 [batch]; sink_rope: what q is rotated by for the sinks, so that
         they are seen at their distance within the cache (StreamingLLM, arXiv:2309.17453); then: a weight that is read
-        next, which may be prefetched into L2 meanwhile. Returns [batch, n_head, head_dim] in q's dtype.
+        next, which may be prefetched into L2 meanwhile; new: the token's key and value, [batch, n_kv_head, head_dim]
+        each, appended first as `Append` does; None: they have been. Returns [batch, n_head, head_dim] in q's dtype.
         """
         ...
 

@@ -5,6 +5,7 @@ KV head among `n_split` programs, each of whose warps keeps an online softmax an
 `combine_kernel` rescales them to a common maximum, adds and normalises. Lengths are read on the device and the grid
 does not depend on them, so one CUDA graph serves every length; a program without tokens only prefetches into L2 the
 weight that is read after attention (`then`), and `combine_kernel` reads only the partial results that were written.
+A new token needs no launch of its own: the program whose slots have its place writes it there before it reads them.
 
 Full-precision slots and then tiles are one range of work, measured in bytes, roughly, and cut evenly: the program at
 the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing
@@ -28,11 +29,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from selective_kv.kernels.basics import INTERPRET, in_order
 from selective_kv.kernels.bias import bias_queries
-from selective_kv.kernels.decode_config import Plan, cuts, fitting, merging, plan, processor, sharing
+from selective_kv.kernels.decode_config import Plan, cuts, early, fitting, merging, plan, processor, sharing
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, float_block, load_q
 from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
 from selective_kv.kernels.split_kv import count_left, fetch, first_blocks, partition, written
+from selective_kv.kernels.store import append, settle, slot_of
 from selective_kv.kernels.tile_share import store_sums, tile_queries, tile_share
 from selective_kv.kernels.tile_softmax import TILE
 from selective_kv.regions import Regions
@@ -99,14 +101,15 @@ def float_share(
 @triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
     q, k, v, k_codes, v_pairs, k_scale, v_scale, k_factor, bias_pairs, bias_within, bias_turned, positions, cos, sin,
-    partial, statistics, then,
-    q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, n_tile, group, sink_size, window_size, n_slot, n_split,
+    partial, statistics, then, k_new, v_new,
+    q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, new_stride_kb, new_stride_kh, new_stride_vb, new_stride_vh,
+    n_tile, group, sink_size, window_size, n_slot, n_split,
     then_bytes, then_each, softmax_scale,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr,
     V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr,
-    AHEAD: tl.constexpr, TURN_SINKS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, TURN_SINKS: tl.constexpr, NEW: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (column, sequence, split): one split of the tokens of one sequence, one KV head (column // TILES) and
     HEADS of its query heads. TILES: columns of a KV head, not tiles of tokens. K_BITS 0: nothing is quantised.
@@ -117,7 +120,8 @@ def split_kernel(
     The partial result of a program's slots is stored at index `split`, that of its tiles at split + 1: the program at
     the border writes both. Each warp stores its own: a reduction over warps here would cost every program barriers, and
     in `combine_kernel` it costs a load. AHEAD: tokens prefetched into L2 before the PDL wait. then: a weight that is
-    read after attention; each program prefetches then_each of its bytes into L2 when it has done its own reads.
+    read after attention; each program prefetches then_each of its bytes into L2 when it has done its own reads. NEW:
+    the token is not in its slot yet: every program whose slots have it writes it there, and reads it as all others.
     """
     column, split = tl.program_id(0), tl.program_id(2)
     batch, kv_head = tl.program_id(1).to(tl.int64), (column // TILES).to(tl.int64)
@@ -148,7 +152,16 @@ def split_kernel(
     k_scale += tile_at * HEAD_DIM
     v_scale += tile_at * TILE
     k_factor += tile_at * (TILE // 2)
+    slot, has_new = n_slot, lo < 0
+    k_new += batch * new_stride_kb + kv_head * new_stride_kh
+    v_new += batch * new_stride_vb + kv_head * new_stride_vh
+    if NEW:
+        slot = slot_of((n_token - 1).to(tl.int32), sink_size, n_slot)
+        has_new = (slot >= lo) & (slot < hi)
     if OVERLAP:
+        if NEW:
+            settle(k_new)
+            settle(v_new)
         if AHEAD > 0 and lo < hi:
             ITEM: tl.constexpr = k.dtype.element_ty.primitive_bitwidth // 8
             SLOT: tl.constexpr = HEAD_DIM * ITEM
@@ -189,6 +202,12 @@ def split_kernel(
         tl.store(statistics + 2 * at, largest)
         tl.store(statistics + 2 * at + 1, weights)
     if lo < hi:
+        if NEW and has_new:
+            e = tl.arange(0, DIM)
+            to, inside = slot_at + slot.to(tl.int64) * HEAD_DIM + e, e < HEAD_DIM
+            tl.store(k + to, tl.load(k_new + e, inside).to(k.dtype.element_ty), inside)
+            tl.store(v + to, tl.load(v_new + e, inside).to(v.dtype.element_ty), inside)
+            tl.debug_barrier()  # other threads will read it
         d, member = tl.arange(0, DIM), tl.arange(0, HEADS)
         head = column % TILES * HEADS + member
         x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
@@ -274,16 +293,18 @@ def decode_attention(
     positions: Tensor,
     sink_rope: tuple[Tensor, Tensor] | None = None,
     then: Tensor | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
     configure: Callable[..., Plan] = plan,
 ) -> Tensor:
-    """Attention of one new token per sequence, already appended, over all that its cache holds.
+    """Attention of one new token per sequence over all that its cache holds.
 
     q: [batch, n_head, head_dim]; positions: int64 [batch], written before the launch that comes before this
     one: they are read before the PDL wait. sink_rope: cos and sin, float32 [batch,
     head_dim], as `model.Rope` has them: when given, sinks are seen at their distance within the cache, as if
     what was dropped had never been (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them.
     It is read after the PDL wait, and only where something was dropped. then: a weight that is read next, and may be
-    prefetched into L2 meanwhile.
+    prefetched into L2 meanwhile. new: the token's key and value, [batch, n_kv_head, head_dim] each, which are appended;
+    None: they have been. Where they are given, `positions` must be as early as `append` wants them.
     Returns [batch, n_head, head_dim] in q's dtype. No host synchronisation.
     """
     batch_heads, group = q.shape[0] * regions.k.shape[1], q.shape[1] // regions.k.shape[1]
@@ -291,7 +312,11 @@ def decode_attention(
     here, itemsize = processor(q.device), regions.k.element_size()
     p = configure(batch_heads, group, q.shape[2], itemsize, here.multiprocessors, k_bits, v_bits)
     p = fitting(p, here.shared, q.shape[2], itemsize, k_bits, v_bits)
-    return run(q, regions, positions, sink_rope, p, then)
+    # Splits may be resident before all SMs are free where `append` would let them too; otherwise it is what they await.
+    if new is not None and here.overlap and not early(batch_heads, here.multiprocessors, 0 < k_bits + v_bits < 16):
+        append(regions, *new, positions)
+        new = None
+    return run(q, regions, positions, sink_rope, p, then, new)
 
 
 def run(
@@ -301,8 +326,11 @@ def run(
     sink_rope: tuple[Tensor, Tensor] | None,
     p: Plan,
     then: Tensor | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`decode_attention` by a given plan."""
+    """`decode_attention` by a given plan; `new` is written by the programs that read it."""
+    k_new, v_new = new or (regions.k[:, :, 0], regions.v[:, :, 0])  # the latter are never looked at
+    assert k_new.stride(2) == v_new.stride(2) == 1
     batch, n_head, head_dim = q.shape
     cos, sin = sink_rope or (positions, positions)  # the latter are never looked at
     assert q.stride(2) == 1 and positions.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
@@ -329,15 +357,15 @@ def run(
     bias, n_pair = bias_operands(regions)
     launch(split_kernel, grid)(
         q, regions.k, regions.v, k_codes, v_codes, k_scale, v_scale, k_factor, *bias, positions,
-        cos, sin, partial, statistics, q if then is None else then,
-        *q.stride()[:2], *regions.k.stride()[:2], k_codes.shape[2], group, regions.sink_size, regions.window_size,
-        n_slot, n_split, then_bytes,
+        cos, sin, partial, statistics, q if then is None else then, k_new, v_new,
+        *q.stride()[:2], *regions.k.stride()[:2], *k_new.stride()[:2], *v_new.stride()[:2], k_codes.shape[2], group,
+        regions.sink_size, regions.window_size, n_slot, n_split, then_bytes,
         min(MOST_THEN_EACH, 128 * triton.cdiv(then_bytes, 128 * math.prod(grid))), head_dim**-0.5,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
         V_BITS=v_bits, BALANCED=regions.k_format is not None and regions.k_format.balanced, **rotations(regions),
         PAIRS=n_pair, FLOAT_COST=cut["FLOAT_COST"], INT_COST=cut["INT_COST"],
-        AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_rope is not None,
+        AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_rope is not None, NEW=new is not None,
         INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip
     block = merging((n_split + 1) * p.warps, head_dim)

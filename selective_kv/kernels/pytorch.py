@@ -98,14 +98,18 @@ def decode_attention(
     positions: Tensor,
     sink_rope: tuple[Tensor, Tensor] | None = None,
     then: Tensor | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of one new token per sequence, already appended, over all that its cache holds.
+    """Attention of one new token per sequence over all that its cache holds.
 
     q: [batch, n_head, head_dim]; positions: int64 [batch]. sink_rope: cos and sin, float32 [batch, head_dim],
     as `model.Rope` has them: when given, sinks are seen at their distance within the cache, as if what was dropped had
     never been (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them. then: a weight that
-    is read next, which has nothing to do with the result. Returns [batch, n_head, head_dim] in q's dtype.
+    is read next, which has nothing to do with the result. new: the token's key and value, [batch, n_kv_head, head_dim]
+    each, which are appended; None: they have been. Returns [batch, n_head, head_dim] in q's dtype.
     """
+    if new is not None:
+        append(regions, *new, positions)
     places = positions.tolist()
     if len(places) == 1 or (min(places) == max(places) and _fit_together(regions)):
         return _decode_sequences(q, regions, places[0] + 1, sink_rope)

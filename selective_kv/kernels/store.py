@@ -37,10 +37,7 @@ def append_kernel(
         gdc_launch_dependents()
     head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     pos = tl.load(positions + batch).to(tl.int32)
-    ring_size = n_slot - sink_size
-    # unsigned and of 32 bits: a division of 64 bits is ten times as long
-    in_ring = (pos - sink_size).to(tl.uint32) % ring_size.to(tl.uint32)
-    slot = tl.where(pos < n_slot, pos, sink_size + in_ring.to(tl.int32)).to(tl.int64)
+    slot = slot_of(pos, sink_size, n_slot).to(tl.int64)
     slot_at = batch * slot_stride_b + head * slot_stride_h + slot * HEAD_DIM
     if tl.program_id(2) == 0:
         new, slots = k_new + batch * new_stride_kb + head * new_stride_kh, k + slot_at
@@ -55,6 +52,14 @@ def append_kernel(
         gdc_launch_dependents()  # not before: splits must find all SMs equally free, or they crowd onto some
     there = d < HEAD_DIM
     tl.store(slots + d, tl.load(new + d, there).to(slots.dtype.element_ty), there)
+
+
+@triton.jit
+def slot_of(pos, sink_size, n_slot):
+    """The slot of the token at a position, int32: as `Regions.slot`."""
+    # unsigned and of 32 bits: a division of 64 bits is ten times as long
+    in_ring = (pos - sink_size).to(tl.uint32) % (n_slot - sink_size).to(tl.uint32)
+    return tl.where(pos < n_slot, pos, sink_size + in_ring.to(tl.int32))
 
 
 @triton.jit

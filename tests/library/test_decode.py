@@ -120,6 +120,31 @@ def test_every_format(shape: tuple[int, int, int], dtype: torch.dtype, form: For
 
 
 @pytest.mark.parametrize("twin", [kernels, pytorch], ids=["Triton", "PyTorch"])
+@pytest.mark.parametrize(("shape", "window"), few([((32, 2, 3), 32), ((256, 1, 16), 20), ((64, 1, 4), 400)], 0, 1))
+def test_a_token_that_is_not_in_its_slot_yet(
+    shape: tuple[int, int, int], window: int, twin: ModuleType, device: str
+) -> None:
+    """It gets there, and is seen as if it had been, bit for bit: first tokens, sinks, a ring begun anew, tiles."""
+    head_dim, n_kv_head, group = shape
+    lengths = few([1, 4, 5, 163, 164, 165, 290, 36, 37], 1, 4, 6)
+    k, v = tokens(len(lengths), n_kv_head, max(lengths), head_dim, BF16)
+    packed = torch.randn(len(lengths), n_kv_head * (group + 2), head_dim).to(BF16).to(device)
+    q, *new = packed.split([n_kv_head * group, n_kv_head, n_kv_head], 1)
+    at = torch.tensor(lengths, device=device) - 1
+    for b, n in enumerate(lengths):
+        k[b, :, n - 1], v[b, :, n - 1] = new[0][b].cpu(), new[1][b].cpu()
+    for n_tile in (3, 0):
+        there, not_yet = (held(k, v, lengths, 4, window, n_tile, device) for _ in range(2))
+        for b, n in enumerate(lengths):
+            not_yet.k[b, :, not_yet.slot(n - 1)] = not_yet.v[b, :, not_yet.slot(n - 1)] = float("nan")
+        want = twin.decode_attention(q, there, at)
+        assert torch.equal(twin.decode_attention(q, not_yet, at, None, None, tuple(new)), want)
+        assert all(
+            torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in ((there.k, not_yet.k), (there.v, not_yet.v))
+        )
+
+
+@pytest.mark.parametrize("twin", [kernels, pytorch], ids=["Triton", "PyTorch"])
 @pytest.mark.parametrize("head_dim", [32, 24])
 def test_sinks_at_their_distance_within_the_cache(head_dim: int, twin: ModuleType, device: str) -> None:
     """A ragged batch, from the model's own angles: nothing dropped, one token, and a million."""
