@@ -172,7 +172,7 @@ def compile_ahead_and_run(name: str, batch: int) -> None:
     assert compiled == [], compiled
 
 
-@pytest.mark.parametrize("more", [[], ["--prefill"], ["--first_token"]], ids=str)
+@pytest.mark.parametrize("more", [[], ["--first_token"]], ids=str)
 def test_a_benchmark_compiles_ahead_what_its_gate_and_its_caches_launch(more: list[str]) -> None:
     """One after the other, kernels of nine caches took longer than all that was timed."""
     folders = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)]
