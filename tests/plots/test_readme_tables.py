@@ -27,6 +27,12 @@ def test_the_readme_says_what_the_files_say() -> None:
     assert [readme_tables.filled(text) for text in texts] == texts, "run scripts/readme_tables.py"
 
 
+def test_records_that_are_listed_are_there() -> None:
+    listed = re.findall(r"`([\w/*.-]+\.jsonl?)`", (readme_tables.RESULTS / "README.md").read_text())
+    records = [path.relative_to(readme_tables.RESULTS) for path in readme_tables.RESULTS.rglob("*.json*")]
+    assert [pattern for pattern in listed if not any(record.match(pattern) for record in records)] == []
+
+
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two texts of 100 and 300 tokens, five caches."""
