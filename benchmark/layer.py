@@ -80,12 +80,18 @@ def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 def measure(shape: Shape, group: int, rounds: int) -> dict[str, float]:
     """The median of every contestant, milliseconds. group: query heads per KV head."""
     context, dtype = shape.capacity, shape.dtype
-    policies = [FullCache(), SelectiveCache(16, 32), SinkWindowCache(16, 32)]
-    regions = {policy.name: filled(policy, shape) for policy in policies}
+    policies: dict[str, KVCache] = {
+        "full": FullCache(),
+        "quantize_kv": SelectiveCache(16, 32),
+        "K4V4": SelectiveCache(16, 32, 4, 4),
+        "compress_kv": SinkWindowCache(16, 32),
+    }
+    regions = {name: filled(policy, shape) for name, policy in policies.items()}
     q = torch.randn(1, shape.n_kv_head * group, shape.head_dim).to(dtype)
     new = torch.randn(1, shape.n_kv_head, shape.head_dim).to(dtype)
     position = torch.tensor([context - 1])
-    gate(q, regions["quantize_kv"], position)
+    for name in ("quantize_kv", "K4V4"):
+        gate(q, regions[name], position)
 
     def step(r: Regions) -> Callable[[], object]:
         def run() -> Tensor:

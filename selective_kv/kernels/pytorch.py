@@ -23,7 +23,7 @@ from selective_kv.kernels.attention_lse import attend, merge
 from selective_kv.kernels.contract import AttentionKernels
 from selective_kv.regions import Regions, Stored, Together
 
-BLOCK_BYTES = 1 << 20  # of a block of integers in float32: it must stay in a CPU's cache, and calls be few
+BLOCK_BYTES = 1 << 22  # of a block of integers in float32: it must stay in a CPU's cache, and calls be few
 BLOCK_TILES = 32  # tiles made dense at a time, for the many queries of a chunk
 
 
