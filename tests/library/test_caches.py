@@ -224,6 +224,30 @@ def test_a_long_middle_is_read_as_precisely_as_a_short_one(bits: tuple[int, int]
     assert (got[0].double() - want).norm() / want.norm() < (1e-4 if min(bits) < 8 else 2e-5)
 
 
+@pytest.mark.parametrize("block", [1, 1 << 17, 1 << 22])  # bytes: a tile at a time, some, all sequences together
+@pytest.mark.parametrize("bits", [(8, 8), (8, 4), (4, 3)])
+def test_sequences_of_one_length_are_read_together_as_each_alone(
+    bits: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many tiles are made float32 at once; the ring in one part and in two; a group that is filled up to 4."""
+    monkeypatch.setattr(eager, "BLOCK_BYTES", block)
+    torch.manual_seed(0)
+    batch, heads, group, dim = 3, 2, 3, 32
+    for n in (4 * TILE + 60, 5 * TILE + 60):
+        layer = SelectiveCache(4, 40, *bits)
+        layer.allocate(Shape(batch, heads, dim, n, torch.float32, CPU))
+        k, v = torch.randn(2, batch, heads, n, dim)
+        eager.store_chunk(layer.regions, k, v, 0)
+        q, at = torch.randn(batch, heads * group, dim), torch.full((batch,), n - 1)
+        together = eager.decode_attention(q, layer.regions, at)
+        for b in range(batch):
+            alone = eager.decode_attention(q[b : b + 1], layer.regions.sequences(b, 1), at[:1])[0]
+            assert torch.allclose(together[b], alone, atol=1e-5)
+            formats = layer.formats()
+            want = oracle.attention(q[b, :, None], k[b], v[b], n - 1, 4, 40, "quantised", formats=formats)[:, 0]
+            assert (alone.double() - want).norm() < 1e-4 * want.norm()
+
+
 def test_two_threads_with_a_cache_each_get_what_each_alone_would() -> None:
     """Scratch memory was shared by the whole process once: 202 of 480 steps were wrong."""
     torch.manual_seed(0)
