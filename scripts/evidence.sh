@@ -59,16 +59,16 @@ step() {
         evaluate ruler "${which[@]}" --dtype bfloat16 "${keys[@]}" --tasks niah_multiuuid --lengths 1024 2048 4096 8192 --trials 100 --caches full ;;
     smollm2/frontier | frontier)
         evaluate divergence "${real[@]}" "${windows[@]}" --text "$books" --context 8192 --windows 2 --caches "${frontier[@]}" ;;
-    smollm2/weights-*) # int8, int4-64: groups of 64
+    smollm2/weights-*) # int8, int8-64, int4-64: groups of 64
         local bits=${1#smollm2/weights-}
-        evaluate divergence "${real[@]}" --weights "${bits/int4-/int4:group_size=}" --text "$novels" --context 4096 --windows 4 --caches full ;;
+        evaluate divergence "${real[@]}" --weights "${bits/-/:group_size=}" --text "$novels" --context 4096 --windows 4 --caches full ;;
     rouge)
         evaluate rouge "${real[@]}" "${keys[@]}" --text "$texts/squality_dev.jsonl.xz" --context 8192 --caches "${caches[@]}" ;;
     *) echo "evidence.sh: no step is called $1" >&2 && exit 2 ;;
     esac
 }
 
-[ $# -gt 0 ] || set -- smollm2/{perplexity,passkey,ruler-1,ruler-2,ruler-vt,ruler-cwe,divergence-window,divergence-window-4k,frontier,ruler-full,weights-int8,weights-int4-64} \
+[ $# -gt 0 ] || set -- smollm2/{perplexity,passkey,ruler-1,ruler-2,ruler-vt,ruler-cwe,divergence-window,divergence-window-4k,frontier,ruler-full,weights-int8,weights-int8-64,weights-int4-64} \
     perplexity passkey passkey-{wikitext2,longctx,squality} rouge frontier
 for name in "$@"; do
     out=$root/results/$name.json
