@@ -30,6 +30,7 @@ from engine.settings import PREFILL_CHUNK
 from kv_cache import ModelCache
 from model import Cache, Transformer
 from selective_kv import KVCache
+from selective_kv.kernels.launch import uncollected
 
 LAG = 2  # steps that the host may be ahead of the tokens it has seen: enough to never let the GPU wait
 
@@ -125,7 +126,7 @@ class Engine:
         # NCCL's own thread may look at its events meanwhile, which only a capture of this thread alone allows.
         mode = "global" if self.ranks is None else "thread_local"
         torch.cuda.synchronize(self.device)
-        with torch.cuda.graph(graph, capture_error_mode=mode):
+        with uncollected(), torch.cuda.graph(graph, capture_error_mode=mode):
             self._step()
         self.graph, self.to_capture = graph, False
 

@@ -19,7 +19,7 @@ from conftest import SENTENCES
 
 from checkpoint import find_demo, load_model, open_checkpoint
 from common.messages import say
-from engine import PREFILL_CHUNK, Engine, Sampling
+from engine import PREFILL_CHUNK, Engine, FusedChunk, Sampling
 from engine.link import linked
 from engine.parallel import Parallel, connect, rank_device
 from engine.precompile import Run, compiled_ahead, prompt_parts
@@ -27,6 +27,7 @@ from engine.saved import SavedCache, save_cache
 from engine.sums import PeerSums
 from kv_cache import ModelCache, parse_policy
 from selective_kv import Shape
+from selective_kv.kernels.launch import uncollected
 
 REGIONS = "sink_size=4,window_size=32"
 CACHES = [
@@ -111,7 +112,7 @@ def sums_of(ranks: Parallel) -> dict[str, float]:
             graph = torch.cuda.CUDAGraph()
             sums.sum(x, residual)
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 out = sums.sum(x, residual)
             for seed in range(5):
                 generator = torch.Generator(ranks.device).manual_seed(seed)
@@ -124,7 +125,7 @@ def sums_of(ranks: Parallel) -> dict[str, float]:
                 eager = sums.sum(x, residual)
                 graph.replay()
                 assert torch.equal(eager, out)
-                allowed = torch.finfo(dtype).eps * (want.abs() + 1e-3)
+                allowed = torch.finfo(dtype).eps * sum((part.double().abs() for part in parts), residual.double().abs())
                 worst[str(dtype)] = max(worst[str(dtype)], float(((out.double() - want).abs() / allowed).max()))
     return worst
 
@@ -135,13 +136,9 @@ def equal_steps(one: list[Any], other: list[Any]) -> int:
 
 
 def compared(one: torch.Tensor, both: torch.Tensor) -> dict[str, float]:
-    """Of logits [step, batch, vocabulary]. doubtful: steps whose likeliest token differs though one device's best two
-    are further apart than twice the largest difference."""
-    error = (both - one).abs().amax()
-    best = one.topk(2, -1).values
-    differ = both.argmax(-1) != one.argmax(-1)
-    doubtful = differ & (best[..., 0] - best[..., 1] > 2 * error)
-    return {"error": float(error / one.abs().amax()), "differ": int(differ.sum()), "doubtful": int(doubtful.sum())}
+    """Of logits [step, batch, vocabulary]: the largest difference, and how many likeliest tokens differ."""
+    error = (both - one).abs().amax() / one.abs().amax()
+    return {"error": float(error), "differ": int((both.argmax(-1) != one.argmax(-1)).sum())}
 
 
 def main(folder: Path, cases: list[tuple[torch.dtype, str]]) -> None:
@@ -160,6 +157,7 @@ def main(folder: Path, cases: list[tuple[torch.dtype, str]]) -> None:
         }  # fmt: skip
         say("written alone")
         ranks = connect(link, device)
+        FusedChunk.LONG = 64  # so that the longer prompt's sums are begun in two parts
         found: dict[str, Any] = {"sums": sums_of(ranks), "path": ranks.path, "rows": []}
         together = {dtype: Runs(dtype, device, caches[dtype], ranks) for dtype in caches}
         for dtype, cache in cases:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -62,6 +63,19 @@ def reset_carveout(kernel: Any) -> None:
         status = driver.cuFuncSetCacheConfig(ctypes.c_void_p(function), PREFER_NONE)
         if status:
             _warn_once(f"cuFuncSetCacheConfig failed with {status}: decoding may take longer than it needs to")
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Around the capture of a CUDA graph: no garbage is collected. In it there may be an earlier graph, whose end a
+    capture does not survive."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @cache

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from selective_kv.kernels.launch import uncollected
 from selective_kv.transformers.cache import PolicyKVCache, compiling_nothing
 from selective_kv.transformers.sequences import Sequences
 
@@ -164,7 +165,8 @@ class CapturedStep:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # of what is cached a graph's own pool can use nothing
         try:
-            with torch.cuda.device(device), torch.cuda.stream(recording_stream(device)), sequences.recorded(cut):
+            stream = torch.cuda.stream(recording_stream(device))
+            with torch.cuda.device(device), stream, sequences.recorded(cut), uncollected():
                 cut()
                 try:
                     out = step()

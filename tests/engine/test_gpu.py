@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from conftest import ROOT, STORIES, needs
 from benchmark import command as benchmark
 from benchmark import gate as gates
 from checkpoint import load_model, open_checkpoint
-from engine import Engine, Sampling
+from engine import Engine, FusedStep, Sampling
 from engine.precompile import Run, compiled_ahead, prompt_parts
 from generate import main as generate_main
 from kv_cache import ModelCache
@@ -234,6 +235,27 @@ def test_a_prompt_in_a_batch_gets_the_random_numbers_it_gets_alone(samples: int)
     together, apart = picked[0], picked[1:]
     assert together == [[token for steps in apart for token in steps[i]] for i in range(4)]
     assert len({tuple(step) for step in together}) > 1
+
+
+def test_a_capture_survives_the_garbage_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector ended an earlier engine's graph amid the capture of the next, which then failed."""
+    step = FusedStep.__call__
+
+    def littering(self: FusedStep, tokens: torch.Tensor, cache: ModelCache) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            gc.set_threshold(1)
+            _ = [[] for _ in range(100)]  # type: ignore[var-annotated]
+        return step(self, tokens, cache)
+
+    before = gc.get_threshold()
+    monkeypatch.setattr(FusedStep, "__call__", littering)
+    try:
+        gc.collect()
+        gc.set_threshold(10**6)
+        generate(POLICIES[0], PROMPTS[:1], 4)  # its engine refers to itself
+        assert len(generate(POLICIES[0], PROMPTS[:1], 4)) == 4
+    finally:
+        gc.set_threshold(*before)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
