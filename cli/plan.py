@@ -20,6 +20,7 @@ from kv_cache import format_policy
 from model import Config, Transformer
 from quantize import WeightSetting
 from selective_kv import FullCache, KVCache, Shape
+from weights.cpu import packed_more
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,12 @@ class Plan:
         ]
 
 
-def weight_bytes(config: Config, dtype: torch.dtype, weights: WeightSetting | None = None) -> int:
-    return parameter_bytes(skeleton(config, weights, dtype))
+def weight_bytes(
+    config: Config, dtype: torch.dtype, weights: WeightSetting | None = None, device: torch.device | None = None
+) -> int:
+    """device: where they will run, None: as they are written; a CPU's products have them in an order of their own."""
+    model = skeleton(config, weights, dtype)
+    return parameter_bytes(model) + (packed_more(model) if device is not None and device.type == "cpu" else 0)
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:
@@ -100,7 +105,7 @@ def make_plan(
     logits = shape.batch * config.vocab_size * chosen.bytes_per_logit
     n_token = max(most_at_once([shape.capacity] * shape.batch, chunk), shape.batch)
     return Plan(
-        weights=weight_bytes(config, shape.dtype, weights),
+        weights=weight_bytes(config, shape.dtype, weights, shape.device),
         cache=kv_cache.plan(policy, config.n_layer, shape),
         full_cache=sum(kv_cache.plan(FullCache(), config.n_layer, shape).values()),
         activations=activation_bytes(config, shape, n_token) + logits,

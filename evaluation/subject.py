@@ -84,7 +84,8 @@ class Subject:
         for policy in self.policies:
             require_suits(policy, self.config)
         self.weights = chosen_weights(checkpoint, args.weights)
-        need, free = weight_bytes(self.config, self.dtype, self.weights), device_memory(self.device)
+        need = weight_bytes(self.config, self.dtype, self.weights, self.device)
+        free = device_memory(self.device)
         if need > free:
             raise UserError(f"the weights need {size(need)}, and {size(free)} are free")
         self.model = load_model(checkpoint, self.device, self.dtype, weights=self.weights)

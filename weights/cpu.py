@@ -61,6 +61,12 @@ def order() -> tuple[Tensor, int]:
     return places.argsort(), together
 
 
+def filled_up(n: int, k: int, group: int) -> tuple[int, int, int]:
+    """Rows, groups and elements of a group that a weight [n, k] has for the kernel. group: 0: a row is in none."""
+    group = group or next((g for g in GROUPS if k % g == 0), GROUPS[-1])
+    return n + -n % ROWS, quantize.n_groups(k, group), group
+
+
 class Packed8(nn.Module):
     """A weight [n, k] in 8 bits as the kernel has it: an upper and a lower half of each row's integers."""
 
@@ -71,16 +77,15 @@ class Packed8(nn.Module):
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
         n, k = weight.shape
-        group = weight.group or next((g for g in GROUPS if k % g == 0), GROUPS[-1])
+        n_row, n_group, group = filled_up(n, k, weight.group)
         self.n, self.k, self.group = n, k, group
-        n_group = quantize.n_groups(k, group)
         steps = torch.ones(n, n_group) if weight.steps is None else weight.steps.float()
         steps = F.pad(steps, (0, 0, 0, -n % ROWS)).t()  # [n_group, n and what fills it up]
         lines = torch.cat((torch.stack((16 * steps, 0 * steps), -1), torch.stack((steps, 8 * steps), -1)))
         self.lines = nn.Parameter(lines.bfloat16(), requires_grad=False)  # [2 * n_group, rows, 2]
         self.scale = nn.Parameter(weight.scale, requires_grad=False)
         width = n_group * group
-        self.ints = nn.Parameter(torch.empty(n + -n % ROWS, width, dtype=torch.uint8), requires_grad=False)
+        self.ints = nn.Parameter(torch.empty(n_row, width, dtype=torch.uint8), requires_grad=False)
         place, together = order()
         rows = place.argsort().view(-1, 2)  # of each byte's lower half and upper half
         at_once = max(1, PACKED_AT_ONCE // (width * ROWS)) * ROWS
@@ -191,6 +196,21 @@ class Int4Linear(nn.Module):
 def for_cpu(linear: QuantizedLinear) -> nn.Module:
     """The same product by PyTorch's kernels. A weight is written anew, and the old one can go."""
     return Int8Linear(linear) if linear.weight.bits == 8 else Int4Linear(linear)
+
+
+def packed_more(model: nn.Module) -> int:
+    """Bytes that a model's parameters have more after `use_cpu_kernels`: what rows and groups are filled up with, and
+    of 8 bits a scale and base of each group's halves."""
+    more = 0
+    for linear in model.modules() if has_kernels() else ():
+        if not isinstance(linear, QuantizedLinear):
+            continue
+        n_row, n_group, group = filled_up(len(linear.ints), linear.k, linear.group)
+        halves = 2 if linear.weight.bits == 8 else 1
+        packed = halves * n_group * n_row * (group // 2 + 4) + (linear.scale.nbytes if halves == 2 else 0)
+        kept = [linear.ints, linear.scale, linear.steps, linear.pairs]
+        more += packed - sum(part.nbytes for part in kept if part is not None)
+    return more
 
 
 def use_cpu_kernels(model: nn.Module) -> bool:

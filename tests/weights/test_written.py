@@ -17,7 +17,7 @@ from checkpoint import Checkpoint, find_demo, load_model, open_checkpoint
 from checkpoint.convert import convert
 from checkpoint.gguf_tokenizer import gguf_chat_template
 from cli import quantize as command
-from cli.plan import make_plan, parameter_bytes
+from cli.plan import make_plan, parameter_bytes, weight_bytes
 from common.errors import UserError
 from model import CONFIGS, Config, Transformer
 from quantize import parse_weights
@@ -180,8 +180,11 @@ def test_a_plan_counts_what_will_be_allocated(source: Path, weights: str) -> Non
     config = checkpoint.config
     shape = Shape(1, config.n_kv_head, config.head_dim, 64, torch.bfloat16, CPU)
     plan = make_plan(config, FullCache(), shape, 16, setting)
-    model = load_model(checkpoint, CPU, torch.bfloat16, weights=setting, to_run=False)
-    assert plan.weights == parameter_bytes(model) < plan.dense_weights
+    written, run = (
+        load_model(checkpoint, CPU, torch.bfloat16, weights=setting, to_run=to_run) for to_run in (False, True)
+    )
+    assert plan.weights == parameter_bytes(run) < plan.dense_weights
+    assert weight_bytes(config, torch.bfloat16, setting) == parameter_bytes(written)
     assert any(weights[:4] in line for line in plan.lines())
 
 
