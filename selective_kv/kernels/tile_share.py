@@ -65,12 +65,12 @@ def tile_share(
         by_bias = by_bias + all_within(bias_within, WARPS, ROWS, PARTS, 2 * PAIRS)
     state = new_state(WARPS, ROWS, DIM, HEADS, V_BITS)
     if SLICE == TILE:  # long blocks
-        ready = tile_query(query, k_scale + lo // TILE * HEAD_DIM, scale, HEAD_DIM, HEADS, K_BITS)
+        ready = tile_query(query, k_scale + lo // TILE * HEAD_DIM, scale, HEAD_DIM, HEADS, K_BITS, INTERPRET)
         for start in tl.range(lo, hi, BLOCK, num_stages=STAGES):
             at = lo * 0 + start  # a tensor, in the interpreter too
             # of the next block, so that what it takes overlaps with this one's arithmetic
             after = tl.minimum(at + BLOCK, hi - 1) // TILE
-            then = tile_query(query, k_scale + after * HEAD_DIM, scale, HEAD_DIM, HEADS, K_BITS)
+            then = tile_query(query, k_scale + after * HEAD_DIM, scale, HEAD_DIM, HEADS, K_BITS, INTERPRET)
             state = add_block(
                 state, ready, k, v, v_scale, k_factor, by_bias, bias_within, bias_turned, at, HEAD_DIM, HEADS, WARPS,
                 ROWS, STEPS, PARTS, K_BITS, V_BITS, BALANCED, PAIRS, WITHIN, INTERPRET,
@@ -78,10 +78,11 @@ def tile_share(
             ready = then
     else:
         for start in tl.range(lo, hi, BLOCK, num_stages=STAGES):
-            ready = tile_query(query, k_scale + (lo * 0 + start) // TILE * HEAD_DIM, scale, HEAD_DIM, HEADS, K_BITS)
+            at = lo * 0 + start
+            ready = tile_query(query, k_scale + at // TILE * HEAD_DIM, scale, HEAD_DIM, HEADS, K_BITS, INTERPRET)
             state = add_block(
-                state, ready, k, v, v_scale, k_factor, by_bias, bias_within, bias_turned, lo * 0 + start, HEAD_DIM,
-                HEADS, WARPS, ROWS, STEPS, PARTS, K_BITS, V_BITS, BALANCED, PAIRS, WITHIN, INTERPRET,
+                state, ready, k, v, v_scale, k_factor, by_bias, bias_within, bias_turned, at, HEAD_DIM, HEADS, WARPS,
+                ROWS, STEPS, PARTS, K_BITS, V_BITS, BALANCED, PAIRS, WITHIN, INTERPRET,
             )  # fmt: skip
     sums = weighted_values(state, V_BITS)
     if V_ROTATION > 1:  # the lowest bits of a dim, which tell the sums apart, then the others

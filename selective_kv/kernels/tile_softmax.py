@@ -24,6 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from selective_kv.kernels.basics import reciprocal
 from selective_kv.kernels.bias import bias_scores, bias_terms, load_within
 from selective_kv.kernels.unpack import (
     key_bytes_2,
@@ -50,12 +51,12 @@ def lowest_byte(x):
 
 
 @triton.jit
-def two_terms(q, unit, N: tl.constexpr):
+def two_terms(q, unit, N: tl.constexpr, INTERPRET: tl.constexpr):
     """q float32 [D, N] to int8 [D, 2 * N]: q[:, n] = unit[n] / 254 * (254 * t[:, 2n] + t[:, 2n + 1]).
 
     unit: float32 [N], at least a 127th of the largest element.
     """
-    x = q * (1.0 / unit)[None, :]
+    x = q * reciprocal(unit, INTERPRET)[None, :]
     high = x + ROUND  # its lowest bits are the integer
     low = (x - (high - ROUND)) * 254.0 + ROUND
     return tl.reshape(tl.join(lowest_byte(high), lowest_byte(low)), (q.shape[0], 2 * N))
@@ -173,7 +174,7 @@ def channels(k_scale, d, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def tile_query(
-    query, k_scale, log2_scale, HEAD_DIM: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr,
+    query, k_scale, log2_scale, HEAD_DIM: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """What the queries become for one tile of keys, whose scales and bases are at k_scale.
 
@@ -190,7 +191,7 @@ def tile_query(
         largest = tl.max(tl.maximum(tl.abs(one), tl.abs(two)), 0)
         offset = tl.sum(query[0] * base[:, None] + query[1] * odd_base[:, None], 0)
         unit = tl.maximum(largest, 1e-30) * (1.0 / 127.0)
-        terms = (two_terms(one, unit, N), two_terms(two, unit, N))
+        terms = (two_terms(one, unit, N, INTERPRET), two_terms(two, unit, N, INTERPRET))
     else:
         scale, base = channels(k_scale, tl.arange(0, DIM), DIM, HEAD_DIM)
         if BITS == 8:
@@ -198,7 +199,7 @@ def tile_query(
         scaled = query[0] * scale[:, None]
         offset = tl.sum(query[0] * base[:, None], 0)
         unit = tl.maximum(tl.max(tl.abs(scaled), 0), 1e-30) * (1.0 / 127.0)
-        terms = (two_terms(scaled, unit, N),)
+        terms = (two_terms(scaled, unit, N, INTERPRET),)
     return (unit * (log2_scale / 254.0), offset * log2_scale) + terms  # noqa: RUF005
 
 
@@ -289,13 +290,14 @@ def add_block(
             step, base = scale_and_base(tl.load(v_scale + first + (s * ROWS + j * (TILE // PARTS))))
             if V_BITS == 8:
                 base += 128.0 * step
-            # for each query, as the scores are: otherwise the compiler loads scales once more, for a layout of its own
-            step = tl.where(score > UNSEEN, step[:, :, None], 0.0)
+            # For each query, as the scores are, of which nothing is added: otherwise the compiler loads scales once
+            # more, for a layout of its own.
+            step = tl.fma(score, 0.0, tl.broadcast_to(step[:, :, None], score.shape))
             largest = tl.maximum(largest, step)
             v_steps, v_bases = v_steps + (step,), v_bases + (base,)  # noqa: RUF005
     new_top, new_unit = tl.maximum(top, tl.max(best, 1)), tl.maximum(unit, tl.max(largest, 1))
     keep = tl.exp2(top - new_top)
-    inverse = 1.0 / new_unit  # [WARPS, N]
+    inverse = reciprocal(new_unit, INTERPRET)  # [WARPS, N]
     total = total * keep[:, None, :]
     bases = bases * keep[:, None, :]
     keep_values = tl.broadcast_to((keep * (unit * inverse))[:, None, :], state[4].shape)
