@@ -62,12 +62,12 @@ def compile_split_kernel(
     itemsize = 4 if dtype == "fp32" else 2
     p = plan(batch_heads, group, head_dim, itemsize, 132, k_bits, v_bits)
     p = fitting(p, shared, head_dim, itemsize, k_bits, v_bits)
-    cut = cuts(p, itemsize, k_bits + v_bits)
+    cut = cuts(p)
     constants = {
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
         **stored_as(head_dim, k_bits, v_bits, pairs=pairs),
-        "FLOAT_COST": cut["FLOAT_COST"], "INT_COST": cut["INT_COST"], "AHEAD": p.ahead, "TURN_SINKS": turn, "NEW": new,
+        "INT_COST": cut["INT_COST"], "AHEAD": p.ahead, "TURN_SINKS": turn, "NEW": new,
         "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
     }  # fmt: skip
     names = split_kernel.arg_names
@@ -279,11 +279,11 @@ def compile_close_kernel(head_dim: int, k_bits: int, v_bits: int, chunk: bool = 
 def compile_combine_kernel(
     n_split: int, head_dim: int = 128, group: int = 4, bits: int = 16, dtype: str = "bf16"
 ) -> dict[str, int] | None:
-    """What counts in `combine_kernel` as a launch has it: above all what follows its wait. bits: see `cuts`."""
+    """What counts in `combine_kernel` as a launch has it: above all what follows its wait. bits: K's and V's."""
     itemsize = 4 if dtype == "fp32" else 2
     p = plan(8, group, head_dim, itemsize, 132, bits // 2, bits // 2)
     constants = {"HEAD_DIM": head_dim, "HEADS": p.heads, "TILES": -(-group // p.heads), "WARPS": p.warps,
-                 "HAS_INT": bits > 0, "OVERLAP": True, **cuts(p, itemsize, bits),
+                 "HAS_INT": bits > 0, "OVERLAP": True, **cuts(p),
                  **merging((n_split + 1) * p.warps, head_dim)}  # fmt: skip
     types = {"partial": "*fp32", "statistics": "*fp32", "positions": "*i64", "out": f"*{dtype}"}
     compiled = compile_kernel(combine_kernel, types, constants, 1, True)
@@ -374,7 +374,7 @@ def compile_the_rest() -> None:
         for key in (False, True):
             compile_kernel(pick_kernel, picking, {"KEY": key, "BLOCK": 32, "OVERLAP": overlap})
         compile_kernel(combine_kernel, types, {
-            "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "FLOAT_BLOCK": 64, "INT_BLOCK": 64, "FLOAT_COST": 2, "INT_COST": 1,
+            "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "FLOAT_BLOCK": 64, "INT_BLOCK": 64, "INT_COST": 2,
             "WARPS": 2, "HAS_INT": True, "OVERLAP": overlap, **merging(68, 128),
         })  # fmt: skip
         for swiglu, head_dim in ((False, 0), (True, 0), (False, 128), (False, 96)):

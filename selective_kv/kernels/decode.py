@@ -7,7 +7,7 @@ does not depend on them, so one CUDA graph serves every length; a program withou
 weight that is read after attention (`then`), and `combine_kernel` reads only the partial results that were written.
 A new token needs no launch of its own: the program whose slots have its place writes it there before it reads them.
 
-Full-precision slots and then tiles are one range of work, measured in bytes, roughly, and cut evenly: the program at
+Full-precision slots and then tiles are one range of work, measured in tokens, roughly, and cut evenly: the program at
 the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing
 has left the window, the result is the full cache's, bit for bit.
 
@@ -108,7 +108,7 @@ def split_kernel(
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr,
-    V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr,
+    V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, INT_COST: tl.constexpr,
     AHEAD: tl.constexpr, TURN_SINKS: tl.constexpr, NEW: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (column, sequence, split): one split of the tokens of one sequence, one KV head (column // TILES) and
@@ -136,10 +136,10 @@ def split_kernel(
     n_token = tl.load(positions + batch) + 1
     n_left = count_left(n_token, sink_size, window_size)
     each, n_full, float_blocks, int_blocks = partition(
-        n_token, n_left, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, FLOAT_COST, INT_COST, HAS_INT
+        n_token, n_left, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, INT_COST, HAS_INT
     )
-    lo, tile_lo = first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
-    hi, tile_hi = first_blocks(split + 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    lo, tile_lo = first_blocks(split, each, float_blocks, int_blocks, INT_COST)
+    hi, tile_hi = first_blocks(split + 1, each, float_blocks, int_blocks, INT_COST)
     lo, hi = lo * FLOAT_BLOCK, tl.minimum(hi * FLOAT_BLOCK, n_full)
     tile_lo, tile_hi = tile_lo * INT_BLOCK, tile_hi * INT_BLOCK
     oldest = n_left
@@ -238,7 +238,7 @@ def split_kernel(
 def combine_kernel(
     partial, statistics, positions, out, group, sink_size, window_size, n_slot, n_split,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, FLOAT_BLOCK: tl.constexpr,
-    INT_BLOCK: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, CHUNK: tl.constexpr,
+    INT_BLOCK: tl.constexpr, INT_COST: tl.constexpr, CHUNK: tl.constexpr,
     DIMS: tl.constexpr, HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, sequence, query head of the group and block of DIMS dims): reduce the partial results.
@@ -253,11 +253,11 @@ def combine_kernel(
     n_token = tl.load(positions + batch) + 1
     n_left = count_left(n_token, sink_size, window_size)
     each, _, float_blocks, int_blocks = partition(
-        n_token, n_left, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, FLOAT_COST, INT_COST, HAS_INT
+        n_token, n_left, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, INT_COST, HAS_INT
     )
     entry = tl.arange(0, CHUNK)
     split = entry // WARPS
-    wrote = written(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST) & (split <= n_split)
+    wrote = written(split, each, float_blocks, int_blocks, INT_COST) & (split <= n_split)
     column = (batch * tl.num_programs(0) + kv_head) * TILES + member // HEADS
     at = column * (n_split + 1) * WARPS * HEADS + member % HEADS
     entry = tl.where(wrote, entry, 0)[:, None] * HEADS  # program 0 has a slot if any has
@@ -347,7 +347,7 @@ def run(
     k_codes, v_codes, k_scale, v_scale, k_factor = tile_operands(regions)
     if has_int:
         k_codes, v_codes = k_codes.view(torch.int8), v_codes.view(torch.int16)
-    cut = cuts(p, regions.k.element_size(), k_bits + v_bits)
+    cut = cuts(p)
     partials = batch, n_column, n_split + 1, p.warps, p.heads
     partial = torch.empty(*partials, head_dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(*partials, 2, dtype=torch.float32, device=q.device)
@@ -364,7 +364,7 @@ def run(
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
         V_BITS=v_bits, BALANCED=regions.k_format is not None and regions.k_format.balanced, **rotations(regions),
-        PAIRS=n_pair, FLOAT_COST=cut["FLOAT_COST"], INT_COST=cut["INT_COST"],
+        PAIRS=n_pair, INT_COST=cut["INT_COST"],
         AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_rope is not None, NEW=new is not None,
         INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip

@@ -4,7 +4,6 @@ memory."""
 from __future__ import annotations
 
 from functools import lru_cache
-from math import log2
 from typing import NamedTuple
 
 import torch
@@ -57,6 +56,7 @@ def plan(
     alone = head_dim <= 128 and heads * head_dim <= 1024  # a warp has registers for what a query becomes for a tile
     # With one program a KV head, 1.75 to 2 an SM: an even load without split-KV.
     even = 7 * n_processor < 4 * batch_heads <= 8 * n_processor
+    many = k_bits == v_bits == 4 and head_dim <= 128 and few and 4 * batch_heads > n_processor
     if 3 in (k_bits, v_bits) and not few:
         p = Plan(heads, 2, 16, 64, 3, 4, 4)
     elif 3 in (k_bits, v_bits) and alone:
@@ -65,6 +65,8 @@ def plan(
         p = Plan(heads, 1, 32, 64, 4, 4, 4) if few else Plan(heads, 4, 16, 32, 3, 3, 6, splits=1 if even else 0)
     elif four and n_part == 2 and heads <= 4 and head_dim <= 128 and 4 * batch_heads <= n_processor:
         p = Plan(heads, 1, 32, 64, 4, 3, 4)  # no barriers between warps, but a query's terms are made by each
+    elif many:  # short of instructions in flight, not of bytes: small programs, 4 an SM, or 6 of half the bytes
+        p = Plan(heads, 2, 16, 64, 3, 4, 4) if head_dim > 64 else Plan(heads, 2, 16, 64, 3, 5, 6)
     elif four and few:
         p = Plan(heads, 2, 32, 64, 4, 4, 2)
     elif four:
@@ -75,11 +77,11 @@ def plan(
         p = Plan(heads, 1, 16, 64, 4, 3, 4)  # KV heads alone fill the SMs: small programs have the shortest tail
     if early(batch_heads, n_processor, four):
         p = p._replace(ahead=64)
-    if head_dim <= 64:
+    if head_dim <= 64 and not many:
         p = p._replace(warps=2 * p.warps, int_slice=min(p.int_slice, TILE // (2 * p.warps)))  # half the bytes a token
     if itemsize > 2:  # or registers run out, here and below
         p = p._replace(float_slice=16)
-    if heads > 8 or heads * head_dim * itemsize > 2048 or (four and heads > 4 and head_dim <= 64):
+    if heads > 8 or heads * head_dim * itemsize > 2048 or (four and heads > 4 and head_dim <= 64 and not many):
         p = p._replace(float_slice=16, int_slice=32)
     if n_part == 4 and head_dim <= 64:  # so that a warp has 32 rows
         p = p._replace(warps=1, int_slice=TILE, int_stages=3, per_processor=4, splits=0)
@@ -87,17 +89,16 @@ def plan(
     return p._replace(int_slice=int_slice, warps=min(p.warps, TILE // int_slice))
 
 
-def cuts(p: Plan, itemsize: int, bits: int) -> dict[str, int]:
-    """Tokens per block of slots and of tiles, and what a block costs: its bytes, in whole powers of four of the
-    other's. (By other numbers every program would divide, and `combine_kernel` has no time for that: with 4 and 3 a
-    step of 3 bits took 8 us a layer longer than the full cache's at 256 tokens on an H200.)
+def cuts(p: Plan) -> dict[str, int]:
+    """Tokens per block of slots and of tiles, and how many of the former a block of tiles counts as: a power of two,
+    by which `combine_kernel` has the time to divide.
 
-    bits: of an element of K and its value in V, together; 0: there are no tiles.
+    By tokens, not by bytes: a token takes as many instructions here as there, which is what counts where slots are a
+    good part of the tokens.
     """
-    slots, tokens = p.warps * p.float_slice, p.warps * p.int_slice
-    ratio = 2 * int(log2(slots * 16 * itemsize / (tokens * bits)) / 2) if bits else 0
     return {
-        "FLOAT_BLOCK": slots, "INT_BLOCK": tokens, "FLOAT_COST": 1 << max(ratio, 0), "INT_COST": 1 << max(-ratio, 0),
+        "FLOAT_BLOCK": p.warps * p.float_slice, "INT_BLOCK": p.warps * p.int_slice,
+        "INT_COST": max(1, p.int_slice // p.float_slice),
     }  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Split-KV: which tokens of a sequence each program of a decode step reads; and prefetching them into L2.
 
-Full-precision slots and then tiles are one range, measured in bytes. n_split programs divide it evenly, at the
-beginnings of blocks: none has more than a block above the mean, and the one at the border has slots and tiles. All is
-computed from the number of tokens, in every program of `split_kernel` for itself; those of `combine_kernel` compute the
-same to know which partial results were written.
+Full-precision slots and then tiles are one range, measured in tokens, roughly. n_split programs divide it evenly, at
+the beginnings of blocks: none has more than a block above the mean, and the one at the border has slots and tiles. All
+is computed from the number of tokens, in every program of `split_kernel` for itself; those of `combine_kernel` compute
+the same to know which partial results were written.
 """
 
 from __future__ import annotations
@@ -25,52 +25,50 @@ def count_left(n_token, sink_size, window_size):
 @triton.jit
 def partition(
     n_token, n_left, n_slot, n_split,
-    FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr,
-    HAS_INT: tl.constexpr,
+    FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, INT_COST: tl.constexpr, HAS_INT: tl.constexpr,
 ):  # fmt: skip
     """What n_split programs share of a sequence of n_token tokens: one range of work, slots before tiles.
 
     n_left: tokens in tiles, a multiple of INT_BLOCK; without tiles (HAS_INT) what does not fit n_slot slots is gone.
-    A block of slots is FLOAT_COST long there and one of a tile INT_COST; program s takes the blocks that begin in
-    [s * each, (s + 1) * each), see `first_blocks`. Returns each, the number of slots in use (where there are tiles, of
-    all: those whose tokens are in a tile by now are masked), of their blocks and of the tiles' blocks. Exact while the
-    whole range is below 2**29. As long as there are no tiles, `each` is a number of blocks and depends on neither
-    n_slot nor the costs: the shares are the full cache's.
+    A block of slots is 1 long there and one of a tile INT_COST, a power of two; program s takes the blocks that begin
+    in [s * each, (s + 1) * each), see `first_blocks`. Returns each, the number of slots in use (where there are tiles,
+    of all: those whose tokens are in a tile by now are masked), of their blocks and of the tiles' blocks. Exact while
+    the whole range is below 2**29. As long as there are no tiles, `each` depends on neither n_slot nor INT_COST: the
+    shares are the full cache's.
     """
     n_full = tl.minimum(n_token, n_slot).to(tl.int32)
     int_blocks = n_full * 0
     if HAS_INT:
         int_blocks = n_left // INT_BLOCK
     float_blocks = tl.cdiv(n_full, FLOAT_BLOCK)
-    work, unit = float_blocks, FLOAT_COST
-    if HAS_INT:
-        work = tl.where(n_left > 0, float_blocks * FLOAT_COST + int_blocks * INT_COST, work)
-        unit = tl.where(n_left > 0, 1, FLOAT_COST)
+    work = float_blocks + int_blocks * INT_COST
     each = ((work + n_split - 1).to(tl.uint32) // n_split.to(tl.uint32)).to(tl.int32)  # unsigned: half as long
-    return each * unit, n_full, float_blocks, int_blocks
+    return each, n_full, float_blocks, int_blocks
 
 
 @triton.jit
-def first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr):
+def first_tile_block(at, float_blocks, int_blocks, INT_COST: tl.constexpr):
+    """The first block of a tile that begins at `at` of the range of work or after."""
+    tile_at = tl.maximum(at - float_blocks + (INT_COST - 1), 0).to(tl.uint32) // INT_COST
+    return tl.minimum(tile_at.to(tl.int32), int_blocks)
+
+
+@triton.jit
+def first_blocks(split, each, float_blocks, int_blocks, INT_COST: tl.constexpr):
     """Where the shares of `split` and of all programs after it begin: a block of slots and a block of tiles."""
     at = split * each
-    tile_at = tl.maximum(at - float_blocks * FLOAT_COST, 0)
-    return tl.minimum(tl.cdiv(at, FLOAT_COST), float_blocks), tl.minimum(tl.cdiv(tile_at, INT_COST), int_blocks)
+    return tl.minimum(at, float_blocks), first_tile_block(at, float_blocks, int_blocks, INT_COST)
 
 
 @triton.jit
-def written(entry, each, float_blocks, int_blocks, FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr):
+def written(entry, each, float_blocks, int_blocks, INT_COST: tl.constexpr):
     """Whether a partial result stands at `entry`: that of the slots of program `entry` or of the tiles of the one
-    before. There are never both: tiles come after all slots.
+    before. There are never both: tiles come after all slots. `combine_kernel` has no time for more than this.
     """
-    if FLOAT_COST == 1 and INT_COST == 1:  # the same in fewer instructions, which `combine_kernel` has no time for
-        at = entry * each
-        slots = (entry >= 0) & (at < float_blocks)
-        return slots | ((int_blocks > 0) & (at > float_blocks) & (at - each < float_blocks + int_blocks))
-    first, tile_first = first_blocks(entry, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
-    after, _tile_after = first_blocks(entry + 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
-    _before, tile_before = first_blocks(entry - 1, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
-    return (first < after) | (tile_before < tile_first)
+    at = entry * each
+    slots = (entry >= 0) & (at < float_blocks)
+    block = first_tile_block(at - each, float_blocks, int_blocks, INT_COST)
+    return slots | ((block < int_blocks) & (block * INT_COST + float_blocks < at))
 
 
 @triton.jit

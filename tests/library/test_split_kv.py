@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from kernel_reference import DEVICES, tl, triton
 
 from selective_kv.formats import TILE
-from selective_kv.kernels.decode_config import Plan, cuts
+from selective_kv.kernels.decode_config import Plan, cuts, plan, sharing
 from selective_kv.kernels.split_kv import count_left, first_blocks, partition, written
 
 N = 512  # entries looked at: more than there are programs
-COSTS = [(1, 1), (2, 1), (1, 2), (8, 3), (3, 8), (16, 1)]  # of a block of slots and a block of tiles
+COSTS = [1, 2, 4, 16]  # of a block of tiles, in blocks of slots
 SLOTS, TOKENS = 32, 64  # per block
 
 
@@ -27,29 +27,27 @@ def device(request: pytest.FixtureRequest) -> str:
 @triton.jit(do_not_specialize=["n_token", "sink_size", "window_size", "n_slot", "n_split"])
 def share_kernel(
     out, n_token, sink_size, window_size, n_slot, n_split, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
-    FLOAT_COST: tl.constexpr, INT_COST: tl.constexpr, HAS_INT: tl.constexpr, N: tl.constexpr,
+    INT_COST: tl.constexpr, HAS_INT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One program: out int32 [3, N], the two results of `first_blocks` and that of `written`."""
     n = n_token.to(tl.int64)
     n_left = count_left(n, sink_size, window_size)
-    each, _full, float_blocks, int_blocks = partition(
-        n, n_left, n_slot, n_split, SLOTS, TOKENS, FLOAT_COST, INT_COST, HAS_INT
-    )
+    each, _full, float_blocks, int_blocks = partition(n, n_left, n_slot, n_split, SLOTS, TOKENS, INT_COST, HAS_INT)
     split = tl.arange(0, N)
-    first, tile_first = first_blocks(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
-    wrote = written(split, each, float_blocks, int_blocks, FLOAT_COST, INT_COST)
+    first, tile_first = first_blocks(split, each, float_blocks, int_blocks, INT_COST)
+    wrote = written(split, each, float_blocks, int_blocks, INT_COST)
     tl.store(out + split, first)
     tl.store(out + N + split, tile_first)
     tl.store(out + 2 * N + split, wrote.to(tl.int32))
 
 
 def shares(
-    n_token: int, sink: int, window: int, n_split: int, cost: tuple[int, int], has_int: bool, device: str
+    n_token: int, sink: int, window: int, n_split: int, cost: int, has_int: bool, device: str
 ) -> tuple[list[range], list[range], list[bool]]:
     """Blocks of slots and of tiles of every program, and whether there is something at every entry."""
     out = torch.empty(3, N, dtype=torch.int32, device=device)
     n_slot = sink + window + (TILE if has_int else 0)
-    share_kernel[(1,)](out, n_token, sink, window, n_slot, n_split, SLOTS, TOKENS, *cost, has_int, N, num_warps=1)
+    share_kernel[(1,)](out, n_token, sink, window, n_slot, n_split, SLOTS, TOKENS, cost, has_int, N, num_warps=1)
     slots, tiles, wrote = out.tolist()
     programs = range(n_split)
     return (
@@ -67,7 +65,7 @@ def shares(
     cost=st.sampled_from(COSTS),
 )
 @settings(max_examples=100, deadline=None)
-def check(device: str, sink: int, window: int, n_more: int, n_split: int, cost: tuple[int, int]) -> None:
+def check(device: str, sink: int, window: int, n_more: int, n_split: int, cost: int) -> None:
     slots, tiles, wrote = shares(sink + window + n_more, sink, window, n_split, cost, True, device)
     n_left = n_more // TILE * TILE
     n_blocks = -(-(sink + window + min(n_more, TILE)) // SLOTS), n_left // TOKENS
@@ -76,11 +74,11 @@ def check(device: str, sink: int, window: int, n_more: int, n_split: int, cost: 
         assert all(a.stop == b.start and a.start <= a.stop for a, b in pairwise(parts))
     last_with_slots = max(s for s in range(n_split) if slots[s])
     assert not any(tiles[s] for s in range(last_with_slots))  # slots come first
-    work = [len(a) * cost[0] + len(b) * cost[1] for a, b in zip(slots, tiles, strict=True)]
+    work = [len(a) + len(b) * cost for a, b in zip(slots, tiles, strict=True)]
     if n_left:
-        assert max(work) < -(-sum(work) // n_split) + max(cost)
+        assert max(work) < -(-sum(work) // n_split) + cost
     else:
-        assert max(work) == -(-n_blocks[0] // n_split) * cost[0]
+        assert max(work) == -(-n_blocks[0] // n_split)
     expected = [False] * (n_split + 2)
     for s in range(n_split):
         assert not (slots[s] and expected[s]), "two results at one entry"
@@ -94,17 +92,23 @@ def test_every_block_once_in_order_and_evenly(device: str) -> None:
 
 
 @pytest.mark.parametrize("cost", COSTS)
-def test_without_tiles_the_shares_are_the_full_caches(cost: tuple[int, int], device: str) -> None:
+def test_without_tiles_the_shares_are_the_full_caches(cost: int, device: str) -> None:
     for n_split in (1, 2, 7, 255):
         for n_token in (0, 33, 4000, (1 << 20) * SLOTS - 1):
-            full = shares(n_token, 0, 1 << 30, n_split, (1, 1), False, device)
+            full = shares(n_token, 0, 1 << 30, n_split, 1, False, device)
             for sink, window in ((0, max(n_token - TILE + 1, 1)), (9, 1 << 29)):
                 assert shares(n_token, sink, window, n_split, cost, True, device) == full
 
 
-def test_costs_are_bytes_to_a_power_of_four() -> None:
+def test_blocks_count_by_their_tokens() -> None:
     p = Plan(4, 2, 32, 64, 3, 3, 2)
-    assert cuts(p, 2, 16) == {"FLOAT_BLOCK": 64, "INT_BLOCK": 128, "FLOAT_COST": 1, "INT_COST": 1}
-    assert cuts(p, 2, 12) == {"FLOAT_BLOCK": 64, "INT_BLOCK": 128, "FLOAT_COST": 1, "INT_COST": 1}
-    assert cuts(p, 4, 8) == {"FLOAT_BLOCK": 64, "INT_BLOCK": 128, "FLOAT_COST": 4, "INT_COST": 1}
-    assert cuts(p, 2, 0)["FLOAT_COST"] == cuts(p, 2, 0)["INT_COST"] == 1
+    assert cuts(p) == {"FLOAT_BLOCK": 64, "INT_BLOCK": 128, "INT_COST": 2}
+    assert cuts(p._replace(float_slice=16)) == {"FLOAT_BLOCK": 32, "INT_BLOCK": 128, "INT_COST": 4}
+    assert cuts(p._replace(int_slice=16))["INT_COST"] == 1
+
+
+def test_many_heads_of_four_bits_have_programs_for_every_processor() -> None:
+    """12 sequences of 8 KV heads: the plans before had 192 programs of two warps for 132 SMs."""
+    for head_dim, group in ((64, 1), (64, 8), (128, 1), (128, 8)):
+        p = plan(96, group, head_dim, 2, 132, 4, 4)
+        assert 96 * sharing(p, 96, 132) >= 3.5 * 132
