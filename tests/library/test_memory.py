@@ -40,7 +40,7 @@ def test_the_middle_is_never_made_dense(n_token: int) -> None:
     with LargestTensor() as largest:
         layer.attend(q, k, v, chunk, rope)
     dense = N_HELD * heads * dim * 4  # the float32 form of K's rows of one layer
-    assert largest.bytes < dense / 8
+    assert largest.bytes < dense / 4  # blocks of 4 MiB, however long the past
     layer.use_reference()
     with LargestTensor() as largest:
         layer.attend(q, k, v, chunk, rope)
