@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ FREQUENCIES = 100.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
 
 class OwnWay(SelectiveCache):
     """What it does with its memory is not known."""
+
+    name: ClassVar[str] = ""  # it is not the one that commands find
 
 
 @pytest.mark.parametrize("alone", [[], [1]], ids=["all", "but one"])
