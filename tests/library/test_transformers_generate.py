@@ -268,8 +268,8 @@ def test_no_dense_copy_of_a_quantised_past() -> None:
     config = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=64)
     heads = dict(num_attention_heads=4, num_key_value_heads=4, attn_implementation=NAME)
     model = LlamaForCausalLM(LlamaConfig(**config, **heads)).eval()
-    cache = SelectiveKVCache(model.config, sink_size=2, window_size=6, max_cache_len=7000)
-    ids = PROMPTS[:1].repeat(1, 280)  # 6720 tokens
+    cache = SelectiveKVCache(model.config, sink_size=2, window_size=6, max_cache_len=9000)
+    ids = PROMPTS[:1].repeat(1, 360)  # 8640 tokens: a block of 4 MiB is less than they would be
     logits(model, ids, cache)
     largest = 0
 
