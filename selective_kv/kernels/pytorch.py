@@ -273,7 +273,8 @@ def _weighed_with_tiles(prob: Tensor, values: Sequence[Tensor], tiles: Stored, n
         # One product for all: what is in slots is copied to the integers, which takes less time than their own product.
         out = _scratch.floats(n_head * prob.shape[2] * head_dim, prob.device).view(n_head, -1, head_dim)
         codes = tiles.tiles.codes.flatten(0, 1)[:, :n_tile].view(torch.int8).view(n_head, -1, head_dim)
-        return torch.baddbmm(y, prob, torch.cat((*values, codes), 1, out=out))
+        exact = (x.detach() for x in values)  # where a caller has gradients on, too
+        return torch.baddbmm(y, prob, torch.cat((*exact, codes), 1, out=out))
     for which, codes in _blocks(tiles, n_tile):
         part = weight[..., which.start * TILE : which.stop * TILE]
         y = torch.baddbmm(y, part, codes.view(n_head, -1, head_dim))
