@@ -133,7 +133,8 @@ def parameter_fills(described: Described, tensors: dict[str, Stored], file: Path
         raise UserError(f"{file}: the config's sizes are impossible ({str(error).partition(chr(10))[0]})") from None
     for name, parameter in wanted.items():
         if name not in tensors:
-            raise UserError(f"{file}: missing {name}, which the config has")
+            old = "; 8 bits had no groups when it was written: quantise it anew" if name.endswith(".steps") else ""
+            raise UserError(f"{file}: missing {name}, which the config has{old}")
         stored = tensors[name]
         if stored.shape != tuple(parameter.shape):
             raise UserError(f"{file}: {name} has shape {[*stored.shape]}, and the config's is {[*parameter.shape]}")

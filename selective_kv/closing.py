@@ -21,6 +21,10 @@ class Closing:
         self.held: list[Regions] = []
         self.parts: list[Together] = []
 
+    def __reduce__(self) -> tuple[type[Closing], tuple[()]]:
+        """A copy of it stands beside a copy of the layers, whose memory is elsewhere, and looks anew."""
+        return Closing, ()
+
     def __call__(self, layers: Sequence[KVCache], chunk: Chunk) -> Chunk:
         """The chunk, of one token a sequence, as `attend` is to be called with. To be captured it must have run."""
         found = [layer.tiles() for layer in layers]

@@ -106,14 +106,16 @@ class Packed8(nn.Module):
         return y[:, : self.n] * self.scale
 
     def many(self, x: Tensor) -> Tensor:
-        """The same by dense matrices, in x's dtype, not rounded otherwise."""
+        """The same by dense matrices, in x's dtype, not rounded otherwise. float16 ends at 65,504, which sums of
+        integers exceed: there the scales multiply first."""
         x = F.pad(x, (0, self.ints.shape[1] - self.k))
-        place = order()[0]
+        place, scaled = order()[0], x.dtype == torch.float16
         parts = []
         for start, stop in blocks(len(self.ints) // ROWS, self.ints.shape[1] * ROWS):
-            dense = self._dense(start, stop).to(x.dtype)  # [k, row], its rows in the kernel's order
+            dense = self._dense(start, stop, scaled).to(x.dtype)  # [k, row], its rows in the kernel's order
             parts.append((x @ dense).unflatten(1, (-1, ROWS))[:, :, place].flatten(1))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, : self.n].float() * self.scale
+        y = (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, : self.n].float()
+        return y if scaled else y * self.scale
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Some rows, made dense. numbers: int64 [m]. Returns float32 [m, k]."""
@@ -127,8 +129,9 @@ class Packed8(nn.Module):
         weight = QuantizedWeight(ints[:, : self.k], self.scale[numbers], None, self.k, self.group, steps)
         return weight.dense(torch.float32)
 
-    def _dense(self, start: int, stop: int) -> Tensor:
-        """steps * ints of some blocks of ROWS rows: float32 [k and what fills it up, row]."""
+    def _dense(self, start: int, stop: int, scaled: bool) -> Tensor:
+        """steps * ints of some blocks of ROWS rows, times the rows' scales if `scaled`: float32 [k and what fills it
+        up, row]."""
         together = order()[1]
         width = self.ints.shape[1]
         upper, lower = self.ints[start * ROWS : stop * ROWS].view(-1, 2, width, together // 2).unbind(1)
@@ -136,7 +139,11 @@ class Packed8(nn.Module):
         ints = (codes ^ 128).view(torch.int8).flatten(2)  # [block, k, place]
         dense = torch.empty(width, len(ints), together)
         dense.copy_(ints.transpose(0, 1))
-        steps = self.lines[len(self.lines) // 2 :, start * ROWS : stop * ROWS, 0].float().unflatten(1, (-1, ROWS))
+        rows = slice(start * ROWS, stop * ROWS)
+        steps = self.lines[len(self.lines) // 2 :, rows, 0].float()
+        if scaled:
+            steps *= F.pad(self.scale, (0, -self.n % ROWS))[rows]
+        steps = steps.unflatten(1, (-1, ROWS))
         steps = torch.empty_like(steps).index_copy_(2, order()[0], steps).flatten(1)  # [group, row], as dense has them
         return dense.view(-1, self.group, len(ints) * together).mul_(steps[:, None]).flatten(0, 1)
 

@@ -96,13 +96,15 @@ def parse_weights(text: str) -> WeightSetting | None:
         if rest:
             raise UserError(f"--weights {text!r}: there is nothing to say of 16 bits")
         return None
-    values = {}
+    values: dict[str, int] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
         if key not in known:
             raise UserError(f"--weights {text!r}: {key!r} is none of {', '.join(known)}")
         if not value.isdecimal():
             raise UserError(f"--weights {text!r}: {key} takes a whole number, not {value!r}")
+        if key in values:
+            raise UserError(f"--weights {text!r}: {key} is said twice")
         values[key] = int(value)
     return WeightSetting(int(name[3:]), **values)
 

@@ -81,6 +81,15 @@ class Sequences:
         if seen is not None and seen.within:
             self.frequencies()  # raises now where they are not known, and not in the middle of a text
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"captured": None, "handle": -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy: its memory is its own, which no graph was captured for and none is compiled to find."""
+        self.__dict__.update(state)
+        if self.shape is not None:
+            self._settle()
+
     @property
     def lengths(self) -> Tensor:
         return self.counts[:-1]
@@ -150,6 +159,7 @@ class Sequences:
 
     def _move(self, shape: Shape, rows: Tensor | None) -> None:
         """Into memory of another shape, a layer at a time. rows: which sequence each one is a copy of; None: itself."""
+        self.closing = Closing()  # which would hold on to the old memory
         with torch.inference_mode(False):
             for i, layer in enumerate(self.layers):
                 old = layer.storage()

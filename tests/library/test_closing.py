@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
+from collections.abc import Callable
 from typing import ClassVar
 
 import pytest
@@ -14,7 +17,7 @@ from model import Rope
 from selective_kv import SelectiveCache, Shape
 from selective_kv.formats import TILE
 from selective_kv.kernels import pytorch as eager
-from selective_kv.regions import Together
+from selective_kv.regions import Together, offsets
 
 FREQUENCIES = 100.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
 
@@ -68,3 +71,27 @@ def test_a_step_closes_the_tiles_of_all_layers_at_once(alone: list[int]) -> None
     assert called == ([(3, 2)] * 4 if not alone else [(1, 2)] * 12)
     cache.sequence(1).begin(1)
     assert called[-1] == ((3, 1) if not alone else (1, 2))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_cache_closes_the_tiles_in_its_own_memory(copied: Callable[[ModelCache], ModelCache]) -> None:
+    """The table of where layers' memory is, which a launch goes by, is none of the original's."""
+    seen: list[Together] = []
+
+    def close(together: Together, positions: Tensor) -> None:
+        seen.append(together)
+
+    original = ModelCache(SelectiveCache(3, 20), 3, Shape(1, 2, 8, 400, torch.float32, torch.device("cpu")))
+    original.begin(1)
+    original.closing.parts[0].offsets.add_(16)  # distances are others there, whatever the allocator does
+    cache = copied(original)
+    for layer in cache.layers:
+        assert isinstance(layer, SelectiveCache)
+        layer.wrap_kernels(lambda kernels: dataclasses.replace(kernels, close=close))
+    cache.begin(1)
+    assert [regions.k.data_ptr() for regions in seen[0].layers] == [
+        layer.regions.k.data_ptr() for layer in cache.layers if isinstance(layer, SelectiveCache)
+    ]
+    assert seen[0].offsets.equal(offsets(seen[0].layers))

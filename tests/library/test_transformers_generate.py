@@ -3,12 +3,14 @@ that a prompt alone gets."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.util
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,6 +44,7 @@ from selective_kv.transformers import (
     SelectiveKVCache,
     SinkWindowKVCache,
 )
+from selective_kv.transformers.sequences import by_handle
 
 SELECTIVE = SelectiveCache(sink_size=2, window_size=6)
 POLICIES = {
@@ -206,6 +209,32 @@ def test_memory_that_grows_holds_the_same_tokens(policy: KVCache, monkeypatch: p
     expected = write(model, LONG[:, :110], cache_of(policy, model, max_cache_len=200), 60)
     monkeypatch.setattr("selective_kv.transformers.sequences.ROOM", 3)
     assert write(model, LONG[:, :110], cache_of(policy, model), 60).equal(expected)
+
+
+def test_memory_that_has_grown_is_given_back_at_once() -> None:
+    """Not at the next step, until when a cache would take twice its size."""
+    model = tiny("llama3")
+    cache = cache_of(SELECTIVE, model)
+    for ids in (LONG, LONG[:, :1]):
+        logits(model, ids, cache)
+    before = [weakref.ref(t) for layer in cache.sequences.layers for t in layer.storage() or []]
+    cache.sequences.make_room(1000)
+    assert before and all(tensor() is None for tensor in before)
+
+
+def test_a_copy_of_a_cache_goes_its_own_way() -> None:
+    """Two continuations of one text; a compiled model finds the copy's memory, not the original's."""
+    model = tiny("llama3")
+    cache, other = cache_of(SELECTIVE, model), cache_of(SELECTIVE, model)
+    for held in (cache, other):
+        logits(model, LONG, held)
+        logits(model, LONG[:, :1], held)
+    duplicate = copy.deepcopy(cache)
+    for i in range(3):
+        logits(model, LONG[:, i + 1 : i + 2], cache)
+        torch.testing.assert_close(logits(model, LONG[:, -1:], duplicate), logits(model, LONG[:, -1:], other))
+    assert by_handle[duplicate.sequences.handle] is duplicate.sequences
+    assert by_handle[cache.sequences.handle] is cache.sequences
 
 
 def test_beam_search_and_sampling() -> None:

@@ -183,6 +183,16 @@ def test_what_a_cpu_packs_is_found_again(shape: tuple[int, int], group: int) -> 
     assert torch.allclose(packed.many(torch.eye(shape[1])).T, dense, atol=0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("group", [0, 64])
+def test_a_prompt_in_float16_ends_in_no_infinity(group: int) -> None:
+    """Its results are small, though sums of 8 bits' integers, without their scales, are past what float16 holds."""
+    made = QuantizedLinear(70, 2048, 8, group, False, torch.float16)
+    made.fill(0.01 * matrix((70, 2048), 0).abs(), 0)
+    x = torch.full((MOST_TOKENS + 1, 2048), 4.0, dtype=torch.float16)
+    for product_of in (made, for_cpu(made) if has_kernels() else made):
+        torch.testing.assert_close(product_of(x).double(), wanted(made, x), rtol=3e-3, atol=0)
+
+
 @pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 64), (8, 0)])
 def test_rows_are_quantised_on_their_own(bits: int, group: int) -> None:
     """A checkpoint's q, k and v come one after the other, and a chunk at a time."""
@@ -222,6 +232,7 @@ def test_settings_are_read_as_they_are_written() -> None:
         ("int3", "int8 or int4"), ("int4:groups=64", "group_size"), ("int4:group_size=48", "32, 64, 128"),
         ("int4:group_size=x", "whole number"), ("16:group_size=64", "nothing to say"),
         ("int8:down_bits=5", "down_bits"), ("int4:group_size=0", "not 0"), ("int8:group_size=16", "0, 32, 64, 128"),
+        ("int8:group_size=64,group_size=32", "twice"),
     ],
 )  # fmt: skip
 def test_a_setting_that_is_none(text: str, said: str) -> None:

@@ -111,6 +111,15 @@ def test_damage_is_told(written: Path) -> None:
         open_checkpoint(written)
 
 
+def test_a_folder_whose_8_bits_have_no_groups_though_it_names_them(source: Path, tmp_path: Path) -> None:
+    """As they were written before there were any: the size was said of 4 bits alone."""
+    command.main(["--checkpoint_path", str(source), "--weights", "int8", "--out", str(tmp_path), "--device", "cpu"])
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace("int8:group_size=0", "int8:group_size=64"))
+    with pytest.raises(UserError, match="8 bits had no groups when it was written: quantise it anew"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("value", [None, -1, "x", 10**20, [], 1 << 50, float("nan")])
 def test_every_value_of_the_config_is_judged(value: object, written: Path) -> None:
     """Tracebacks of "int too big to convert", and a hang for 10^20 layers."""
