@@ -77,6 +77,7 @@ def less_bias(x, d, pairs, within, turned, HEAD_DIM: tl.constexpr, PAIRS: tl.con
     second = (d >= HEAD_DIM // 2)[None, :]
     factor = tl.where(second == odd, u, w)
     factor = tl.where(odd & (d < HEAD_DIM // 2)[None, :], -factor, factor)
-    high, low = two_halves(tl.where(channel[:, None] == (d % (HEAD_DIM // 2))[None, :], factor, 0.0))
+    mine = (channel[:, None] == (d % (HEAD_DIM // 2))[None, :]) & (d < HEAD_DIM)[None, :]  # beyond it x stays 0
+    high, low = two_halves(tl.where(mine, factor, 0.0))
     cos_sin = tl.load(within + token[:, None] * (2 * PAIRS) + term[None, :])
     return (x.to(tl.float32) - tl.dot(cos_sin, low, tl.dot(cos_sin, high))).to(x.dtype)

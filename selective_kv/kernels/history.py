@@ -117,7 +117,7 @@ def slot_attention(q: Tensor, regions: Regions, start: int, own: Part, sink_rope
     """`history_attention` without tiles, and its log-sum-exp."""
     batch, n_head, n_token, head_dim = q.shape
     n_left = regions.n_left(start + 1)
-    out, (y, lse) = room(q, q.dtype), own
+    out, y, lse = room(q, q.dtype), own[0], own[1].contiguous()
     out_lse = torch.empty(batch, n_head, n_token, dtype=torch.float32, device=q.device)
     if y.stride() != out.stride():
         y = room(q, y.dtype).copy_(y)
@@ -125,7 +125,7 @@ def slot_attention(q: Tensor, regions: Regions, start: int, own: Part, sink_rope
     cos, sin = sink_rope if sink_rope is not None and turn else (lse, lse)  # the latter is never looked at
     assert cos.is_contiguous() and sin.is_contiguous()
     launch(history_kernel, (triton.cdiv(n_token, QUERIES), n_head, batch))(
-        q, regions.k, regions.v, cos, sin, y, lse.contiguous(), out, out_lse,
+        q, regions.k, regions.v, cos, sin, y, lse, out, out_lse,
         *q.stride()[:3], *regions.k.stride()[:2], *out.stride()[:3], n_head // regions.k.shape[1], n_token,
         regions.sink_size, start - n_left, n_left % max(1, regions.ring_size), regions.k.shape[2], head_dim**-0.5,
         HEAD_DIM=head_dim, QUERIES=QUERIES, KEYS=32, STAGES=2, TURN_SINKS=turn, INTERPRET=INTERPRET, num_warps=4,
