@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from selective_kv.cache import Chunk, KVCache
 from selective_kv.regions import Regions, Together, together
+
+if TYPE_CHECKING:
+    from selective_kv.kernels import AttentionKernels
 
 
 class Closing:
@@ -25,15 +29,24 @@ class Closing:
         """A copy of it stands beside a copy of the layers, whose memory is elsewhere, and looks anew."""
         return Closing, ()
 
-    def __call__(self, layers: Sequence[KVCache], chunk: Chunk) -> Chunk:
-        """The chunk, of one token a sequence, as `attend` is to be called with. To be captured it must have run."""
+    def look(self, layers: Sequence[KVCache]) -> list[tuple[AttentionKernels, Regions]]:
+        """Each layer's `tiles`, or nothing unless all have some. Remembers where they are; waits for the device if that
+        has changed."""
         found = [layer.tiles() for layer in layers]
         there = [tiles for tiles in found if tiles is not None]
-        if not there or len(there) < len(found):
-            return chunk
+        if len(there) < len(found):
+            there = []
         held = [regions for _, regions in there]
         if len(held) != len(self.held) or any(a is not b for a, b in zip(held, self.held, strict=True)):
             self.held, self.parts = held, together(held)
+        return there
+
+    def __call__(self, layers: Sequence[KVCache], chunk: Chunk) -> Chunk:
+        """The chunk, of one token a sequence, as `attend` is to be called with. To be captured it must have run, or
+        `look`."""
+        there = self.look(layers)
+        if not there:
+            return chunk
         batch = len(chunk.positions)
         for part in self.parts:
             some = part if batch == len(part.first.k) else part.sequences(chunk.row, batch)

@@ -105,7 +105,7 @@ class Sequences:
     def allocate(self, k: Tensor) -> None:
         """For keys like k [batch, n_kv_head, token, head_dim]."""
         batch, n_kv_head, n_token, head_dim = k.shape
-        capacity = self._capacity(n_token)
+        capacity, self.closing = self._capacity(n_token), Closing()  # which would hold on to the old memory
         self.shape = Shape(batch, n_kv_head, head_dim, capacity, k.dtype, k.device)
         with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside of it
             for layer in self.layers:
@@ -180,6 +180,7 @@ class Sequences:
                     target[tuple(slice(0, n) for n in source.shape)].copy_(source)
                 self.layers[i] = new
         self.shape = shape
+        self.closing.look(self.layers)
         self._settle()
 
     def select(self, rows: Tensor) -> None:
@@ -361,6 +362,8 @@ class Sequences:
 
     def _end(self, n: int, counts: Tensor) -> None:
         """The last layer has attended to a pass of n columns."""
+        if self.rope is None or self.first_pass:  # now: a compiled step may be captured, in memory that is used again
+            self.closing.look(self.layers)
         counts += 1 if self.rope is not None else self.added
         self.n_column += n
         self.rope, self.parts, self.under_way = None, [], False

@@ -222,6 +222,20 @@ def test_memory_that_has_grown_is_given_back_at_once() -> None:
     assert before and all(tensor() is None for tensor in before)
 
 
+def test_where_tiles_close_is_known_before_the_first_step() -> None:
+    """A compiled step may be captured, and what it makes then is in memory that other steps use again."""
+    model = tiny("llama3")
+    cache = cache_of(SELECTIVE, model)
+    logits(model, LONG, cache)
+    for more in (1000, 2000):
+        parts = cache.sequences.closing.parts
+        assert parts
+        logits(model, LONG[:, :1], cache)
+        assert cache.sequences.closing.parts is parts
+        cache.sequences.make_room(more)
+        assert cache.sequences.closing.parts is not parts
+
+
 def test_a_copy_of_a_cache_goes_its_own_way() -> None:
     """Two continuations of one text; a compiled model finds the copy's memory, not the original's."""
     model = tiny("llama3")
