@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import RMSNorm
 
-from model import Attention, Block, Ranks, Transformer
+from model import Attention, Block, Transformer
 
 if TYPE_CHECKING:
     from engine.kernels.contract import HeadNorms
-
-
-class ChunkRanks(Ranks, Protocol):
-    """What a chunk asks of the devices that hold a model together, beside what the model does: `parallel.Parallel`."""
-
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begin the sum of every rank's x, in its memory, beside what is computed next; what this returns waits."""
-        ...
 
 
 class FusedChunk:
@@ -28,17 +19,12 @@ class FusedChunk:
         normed = norm(x)                   qkv = wqkv(normed), then norms of heads and RoPE in place
         x += wo(attention), normed         h = swiglu(w13(normed))        x += w2(h), normed
 
-    Of several ranks the sums of a long chunk take a tenth of its time, so a layer's products after attention are made
-    for its tokens in two parts: one part's sum goes over the link while the other's products are computed.
-
     Of the last layer all keys and values are needed, and of queries and what follows only the last token's: one layer
     of 32 is hardly there.
 
     The products are the model's own modules, whatever they are, and the cache sees what it always sees. `model.py`
     stays the definition.
     """
-
-    LONG = 2048  # tokens of a chunk that is cut in two for the sums
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -69,9 +55,6 @@ class FusedChunk:
                 x = x.view(batch, n_token, -1)[:, -1].contiguous() if last is None else x[last]
             y = layer_cache.attend(q, k, v, step, rope).transpose(1, 2).reshape(len(x), -1)
             del qkv, heads, q, k, v
-            if model.ranks is not None and len(y) >= self.LONG and not x.is_meta:
-                x, normed = self._in_parts(x, y, block, next(after), next(after))
-                continue
             x, normed = self._add(x, attention.wo(y), next(after))
             h = swiglu(feed_forward.w13(normed))
             x, normed = self._add(x, feed_forward.w2(h), next(after))
@@ -79,23 +62,6 @@ class FusedChunk:
         if last is not None:
             return model.head((x if len(x) == len(last) else x[last])[None])
         return model.head(x.view(batch, -1, x.shape[1])[:, -1:])
-
-    def _in_parts(
-        self, x: Tensor, y: Tensor, block: Block, norm: RMSNorm, norm_after: RMSNorm
-    ) -> tuple[Tensor, Tensor]:
-        """What follows attention, whose output is y, in two parts of the tokens: x, in its memory, and its norm."""
-        from engine.kernels.prefill import swiglu
-
-        ranks, attention, feed_forward = cast(ChunkRanks, self.model.ranks), block.attention, block.feed_forward
-        half = -(-len(x) // 2)
-        parts = x.split(half)
-        sums = [ranks.begin(attention.wo(part)) for part in y.split(half)]
-        for i, part in enumerate(parts):
-            part.add_(sums[i]())
-            sums[i] = ranks.begin(feed_forward.w2(swiglu(feed_forward.w13(norm(part)))))
-        for part, total in zip(parts, sums, strict=True):
-            part.add_(total())
-        return x, norm_after(x)
 
     def _add(self, x: Tensor, y: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """x and y, or every rank's y, which may take x's place; and the norm of that."""

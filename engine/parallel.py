@@ -50,16 +50,6 @@ class Parallel:
         """residual plus every rank's x, which may be overwritten."""
         return next(sums for sums in self.sums if sums.fits(x)).sum(x, residual)
 
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begin the sum of every rank's x, in its memory, beside what is computed next; what this returns waits."""
-        work = dist.all_reduce(x, group=self.group, async_op=True)
-
-        def end() -> Tensor:
-            work.wait()  # a GPU's stream does, and not the host
-            return x
-
-        return end
-
     def greedy(self, logits: Tensor, start: int) -> Tensor:
         """The likeliest token of the whole vocabulary; -1 where a row is not finite on some rank. int64 [batch].
 

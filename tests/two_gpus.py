@@ -19,7 +19,7 @@ from conftest import SENTENCES
 
 from checkpoint import find_demo, load_model, open_checkpoint
 from common.messages import say
-from engine import PREFILL_CHUNK, Engine, FusedChunk, Sampling
+from engine import PREFILL_CHUNK, Engine, Sampling
 from engine.link import linked
 from engine.parallel import Parallel, connect, rank_device
 from engine.precompile import Run, compiled_ahead, prompt_parts
@@ -157,7 +157,6 @@ def main(folder: Path, cases: list[tuple[torch.dtype, str]]) -> None:
         }  # fmt: skip
         say("written alone")
         ranks = connect(link, device)
-        FusedChunk.LONG = 64  # so that the longer prompt's sums are begun in two parts
         found: dict[str, Any] = {"sums": sums_of(ranks), "path": ranks.path, "rows": []}
         together = {dtype: Runs(dtype, device, caches[dtype], ranks) for dtype in caches}
         for dtype, cache in cases:

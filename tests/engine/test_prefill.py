@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -116,39 +115,3 @@ def test_a_batch_in_one_chunk(device: str) -> None:
         got = FusedChunk(model)(ids, ModelCache(FullCache(), 2, shape))
         want = model(ids, ModelCache(FullCache(), 2, dataclasses.replace(shape)), last_only=True)
     assert error(got, want.double()) < 1e-4
-
-
-class TwoAlike:
-    """Two ranks that each have half of what the products give, and take turns with their sums."""
-
-    def __init__(self) -> None:
-        self.begun = 0
-
-    def sum(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return 2 * x + residual
-
-    def begin(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        self.begun += 1
-        return lambda: x.mul_(2)  # not before somebody waits
-
-
-def test_a_long_chunk_on_ranks_is_summed_in_two_parts(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """And is the whole model, whose products give twice as much; an odd number of tokens, and the last layer's one."""
-    config = Config(101, 48, 3, 4, 2, 80, 256, head_dim=16)
-    model = Transformer(config).to(device).eval()
-    whole = Transformer(config).to(device).eval()
-    whole.load_state_dict(model.state_dict())
-    for block in whole.layers:
-        block.attention.wo.weight.data *= 2
-        block.feed_forward.w2.weight.data *= 2
-    ranks = TwoAlike()
-    model.ranks = ranks
-    shape = Shape(1, 2, 16, 64, FP32, torch.device(device))
-    ids = torch.randint(101, (1, 21)).to(device)
-    with torch.inference_mode():
-        want = whole(ids, ModelCache(FullCache(), 3, shape), last_only=True)
-        for long in (16, 22):
-            monkeypatch.setattr(FusedChunk, "LONG", long)
-            got = FusedChunk(model)(ids, ModelCache(FullCache(), 3, dataclasses.replace(shape)))
-            assert error(got, want.double()) < 1e-4
-            assert ranks.begun == 8  # two layers' two sums of two parts, and none of the last layer's
