@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from selective_kv.kernels.basics import INTERPRET, in_order
 from selective_kv.kernels.bias import bias_queries
-from selective_kv.kernels.decode_config import Plan, cuts, early, fitting, merging, plan, processor, sharing
+from selective_kv.kernels.decode_config import Plan, cuts, fitting, merging, plan, processor, sharing, split_appends
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, float_block, load_q
 from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
@@ -312,8 +312,7 @@ def decode_attention(
     here, itemsize = processor(q.device), regions.k.element_size()
     p = configure(batch_heads, group, q.shape[2], itemsize, here.multiprocessors, k_bits, v_bits)
     p = fitting(p, here.shared, q.shape[2], itemsize, k_bits, v_bits)
-    # Splits may be resident before all SMs are free where `append` would let them too; otherwise it is what they await.
-    if new is not None and here.overlap and not early(batch_heads, here.multiprocessors, 0 < k_bits + v_bits < 16):
+    if new is not None and here.overlap and not split_appends(batch_heads, here.multiprocessors):
         append(regions, *new, positions)
         new = None
     return run(q, regions, positions, sink_rope, p, then, new)

@@ -33,12 +33,18 @@ def parts(k_bits: int, v_bits: int) -> int:
 
 
 def early(batch_heads: int, n_processor: int, four: bool) -> bool:
-    """Whether splits become resident and prefetch their first tokens into L2 while the token is still being computed.
-    They then write it themselves (or, where `append` does, that gives its PDL trigger at once). Shared memory must cap
-    such a plan at `per_processor` programs an SM: while some SMs are still busy, splits would otherwise crowd onto the
-    others (8 x 32k tokens took 9% longer so).
+    """Whether `append` gives its PDL trigger at once, so that splits become resident and prefetch their first tokens
+    into L2 while it still waits for its token. Shared memory must cap such a plan at `per_processor` programs an SM:
+    while some SMs are still busy, splits would otherwise crowd onto the others (8 x 32k tokens took 9% longer so).
     """
     return (2 * batch_heads <= 3 * n_processor) if four else (4 * batch_heads <= n_processor)
+
+
+def split_appends(batch_heads: int, n_processor: int) -> bool:
+    """Whether splits write a step's token themselves, and `append` is no launch. They then become resident beside the
+    launch that computes it; where there are more of them than that leaves room for, 8 x 32k tokens took 3% longer so.
+    """
+    return 4 * batch_heads <= n_processor
 
 
 def plan(
