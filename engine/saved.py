@@ -36,7 +36,6 @@ from engine.parallel import Parallel
 from kv_cache import make_policy
 from model import Config
 from selective_kv import KVCache, Shape
-from weights.modules import quantized
 
 KIND = "selective_kv_cache"
 WHAT = "a saved cache"
@@ -212,7 +211,9 @@ class SavedCache:
         """
         ranks, config = engine.ranks, engine.model.config if share is None else share.whole
         if self.record["weights"] != fingerprint_of(engine, share):
-            more = " (in 8 or 4 bits they differ with the number of ranks)" if any(quantized(engine.model)) else ""
+            few_bits = not all(parameter.is_floating_point() for parameter in engine.model.parameters())
+            differ = "with the number of ranks, the device, its kind of processor and this program's version"
+            more = f" (in 8 or 4 bits they differ {differ})" if few_bits else ""
             raise UserError(f"{self.path}: {WHAT} of other weights, for a model of the same shape{more}")
         views: dict[str, Tensor] = {}
         for b, n in enumerate(kept):

@@ -112,7 +112,9 @@ def test_mistakes_are_one_line(tiny: Path, tmp_path: Path, capsys: pytest.Captur
     assert "of another cache" in fails(capsys, *run, "--load_cache", file, *QUANTIZE)
     assert "it holds 1 sequence, and the run has 2" in fails(capsys, *run, "--num_samples", 2, "--load_cache", file)
     other = write_checkpoint(tmp_path / "other", seed=1)
-    assert "of other weights" in fails(capsys, "--checkpoint_path", other, "--load_cache", file)
+    message = fails(capsys, "--checkpoint_path", other, "--load_cache", file)
+    assert "of other weights" in message and "bits" not in message
+    assert "in 8 or 4 bits they differ" in fails(capsys, *run, "--weights", "int8", "--load_cache", file)
     assert "no such file" in fails(capsys, *run, "--load_cache", tmp_path / "none")
     os.mkfifo(tmp_path / "pipe")
     for special in (tmp_path / "pipe", "/dev/null"):
