@@ -26,10 +26,10 @@ def in_order(bits):
 
 
 @triton.jit
-def reciprocal(x, INTERPRET: tl.constexpr):
+def reciprocal(x, DIVIDE: tl.constexpr):
     """1 / x, off by a unit in the last place at most, of float32 between 1e-37 and 1e37: one instruction where a
-    division has eight."""
-    if INTERPRET:
+    division has eight. DIVIDE: by that division, as in the interpreter, which knows no assembly."""
+    if DIVIDE:
         y = 1.0 / x
     else:
         y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)

@@ -7,7 +7,7 @@ does not depend on them, so one CUDA graph serves every length; a program withou
 weight that is read after attention (`then`), and `combine_kernel` reads only the partial results that were written.
 A new token needs no launch of its own: the program whose slots have its place writes it there before it reads them.
 
-Full-precision slots and then tiles are one range of work, measured in tokens, roughly, and cut evenly: the program at
+Full-precision slots and then tiles are one range of work, measured in blocks, and cut evenly: the program at
 the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing
 has left the window, the result is the full cache's, bit for bit.
 

@@ -1,6 +1,6 @@
 """Split-KV: which tokens of a sequence each program of a decode step reads; and prefetching them into L2.
 
-Full-precision slots and then tiles are one range, measured in tokens, roughly. n_split programs divide it evenly, at
+Full-precision slots and then tiles are one range, measured in blocks. n_split programs divide it evenly, at
 the beginnings of blocks: none has more than a block above the mean, and the one at the border has slots and tiles. All
 is computed from the number of tokens, in every program of `split_kernel` for itself; those of `combine_kernel` compute
 the same to know which partial results were written.

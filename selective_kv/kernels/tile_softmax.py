@@ -51,12 +51,12 @@ def lowest_byte(x):
 
 
 @triton.jit
-def two_terms(q, unit, N: tl.constexpr, INTERPRET: tl.constexpr):
+def two_terms(q, unit, N: tl.constexpr, DIVIDE: tl.constexpr):
     """q float32 [D, N] to int8 [D, 2 * N]: q[:, n] = unit[n] / 254 * (254 * t[:, 2n] + t[:, 2n + 1]).
 
     unit: float32 [N], at least a 127th of the largest element.
     """
-    x = q * reciprocal(unit, INTERPRET)[None, :]
+    x = q * reciprocal(unit, DIVIDE)[None, :]
     high = x + ROUND  # its lowest bits are the integer
     low = (x - (high - ROUND)) * 254.0 + ROUND
     return tl.reshape(tl.join(lowest_byte(high), lowest_byte(low)), (q.shape[0], 2 * N))
@@ -174,7 +174,7 @@ def channels(k_scale, d, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def tile_query(
-    query, k_scale, log2_scale, HEAD_DIM: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr,
+    query, k_scale, log2_scale, HEAD_DIM: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr, DIVIDE: tl.constexpr,
 ):  # fmt: skip
     """What the queries become for one tile of keys, whose scales and bases are at k_scale.
 
@@ -191,7 +191,7 @@ def tile_query(
         largest = tl.max(tl.maximum(tl.abs(one), tl.abs(two)), 0)
         offset = tl.sum(query[0] * base[:, None] + query[1] * odd_base[:, None], 0)
         unit = tl.maximum(largest, 1e-30) * (1.0 / 127.0)
-        terms = (two_terms(one, unit, N, INTERPRET), two_terms(two, unit, N, INTERPRET))
+        terms = (two_terms(one, unit, N, DIVIDE), two_terms(two, unit, N, DIVIDE))
     else:
         scale, base = channels(k_scale, tl.arange(0, DIM), DIM, HEAD_DIM)
         if BITS == 8:
@@ -199,7 +199,7 @@ def tile_query(
         scaled = query[0] * scale[:, None]
         offset = tl.sum(query[0] * base[:, None], 0)
         unit = tl.maximum(tl.max(tl.abs(scaled), 0), 1e-30) * (1.0 / 127.0)
-        terms = (two_terms(scaled, unit, N, INTERPRET),)
+        terms = (two_terms(scaled, unit, N, DIVIDE),)
     return (unit * (log2_scale / 254.0), offset * log2_scale) + terms  # noqa: RUF005
 
 
@@ -247,7 +247,7 @@ def add_block(
     state, query, k, v, v_scale, k_factor, by_bias, bias_within, bias_turned, start,
     HEAD_DIM: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
     PARTS: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, PAIRS: tl.constexpr,
-    WITHIN: tl.constexpr, INTERPRET: tl.constexpr,
+    WITHIN: tl.constexpr, DIVIDE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Add WARPS * STEPS * ROWS * PARTS tokens, the first of which is `start` counted over all tiles, to the softmax.
 
@@ -297,7 +297,7 @@ def add_block(
             v_steps, v_bases = v_steps + (step,), v_bases + (base,)  # noqa: RUF005
     new_top, new_unit = tl.maximum(top, tl.max(best, 1)), tl.maximum(unit, tl.max(largest, 1))
     keep = tl.exp2(top - new_top)
-    inverse = reciprocal(new_unit, INTERPRET)  # [WARPS, N]
+    inverse = reciprocal(new_unit, DIVIDE)  # [WARPS, N]
     total = total * keep[:, None, :]
     bases = bases * keep[:, None, :]
     keep_values = tl.broadcast_to((keep * (unit * inverse))[:, None, :], state[4].shape)
