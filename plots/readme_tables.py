@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 FILES = (ROOT / "README.md", RESULTS / "README.md", ROOT / "assets" / "demo" / "README.md")
 STEPS = "h100/steps.jsonl"  # whole steps
-KERNELS = "kernels-h200.json"  # one layer's attention
+KERNELS = "kernels-h100.json"  # one layer's attention
 RULER = (  # of the last, 20 of 400 samples, those of 8k, were cut off; full scores 0 there
     "smollm2/ruler-1.json", "smollm2/ruler-2.json", "smollm2/ruler-vt.unfinished.json",
 )  # fmt: skip
