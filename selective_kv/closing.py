@@ -2,7 +2,8 @@
 
 A tile that closes holds tokens of earlier steps alone, so it need not wait for its layer. All layers close theirs in
 the same step: together they are work for a whole GPU, where a layer's few tiles would take as long as one of them does,
-layer after layer. A step that closes none has one short launch more, and its layers need not look.
+layer after layer. A step that closes none has one short launch more, and its layers need not look. (Two launches where
+only some layers have a key bias that is kept apart.)
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ KV head among `n_split` programs, each of whose warps keeps an online softmax an
 `combine_kernel` rescales them to a common maximum, adds and normalises. Lengths are read on the device and the grid
 does not depend on them, so one CUDA graph serves every length; a program without tokens only prefetches into L2 the
 weight that is read after attention (`then`), and `combine_kernel` reads only the partial results that were written.
-A new token needs no launch of its own: the program whose slots have its place writes it there before it reads them.
+A new token needs no launch of its own, but in a large batch (`early`): the programs whose slots have its place write it
+there before they read them.
 
 Full-precision slots and then tiles are one range of work, measured in blocks, and cut evenly: the program at
 the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing

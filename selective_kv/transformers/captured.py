@@ -1,8 +1,8 @@
 """A layer's decode step as a CUDA graph of its own, for a model that is not compiled.
 
-There transformers' step is bound by the processor, and launching three Triton kernels from Python costs ten times what
-replaying a graph of them does (0.4 ms a layer on an H100's host). Queries, keys and values are copied to where the
-graph expects them; all layers share those places, for each is done with before the next begins.
+There transformers' step is bound by the processor, and launching two or three Triton kernels from Python costs ten
+times what replaying a graph of them does (0.4 ms a layer on an H100's host). Queries, keys and values are copied to
+where the graph expects them; all layers share those places, for each is done with before the next begins.
 """
 
 from __future__ import annotations
