@@ -37,7 +37,7 @@ from engine.kernels.small_gemm_integers import tokens_integers_kernel
 from selective_kv.formats import TILE, rotation_size
 from selective_kv.kernels.close import blocks_of
 from selective_kv.kernels.decode import combine_kernel, split_kernel
-from selective_kv.kernels.decode_config import cuts, fitting, merging, plan
+from selective_kv.kernels.decode_config import blocks, fitting, merging, plan
 from selective_kv.kernels.dense import copy_slots_kernel, dequantize_kernel, rotate_heads_kernel
 from selective_kv.kernels.history import history_kernel
 from selective_kv.kernels.history_8bit import QUERIES, attend_kernel, quantize_queries_kernel, requantize_kernel
@@ -62,12 +62,11 @@ def compile_split_kernel(
     itemsize = 4 if dtype == "fp32" else 2
     p = plan(batch_heads, group, head_dim, itemsize, 132, k_bits, v_bits)
     p = fitting(p, shared, head_dim, itemsize, k_bits, v_bits)
-    cut = cuts(p)
     constants = {
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
         **stored_as(head_dim, k_bits, v_bits, pairs=pairs),
-        "INT_COST": cut["INT_COST"], "AHEAD": p.ahead, "TURN_SINKS": turn, "NEW": new,
+        "AHEAD": p.ahead, "TURN_SINKS": turn, "NEW": new,
         "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
     }  # fmt: skip
     names = split_kernel.arg_names
@@ -283,7 +282,7 @@ def compile_combine_kernel(
     itemsize = 4 if dtype == "fp32" else 2
     p = plan(8, group, head_dim, itemsize, 132, bits // 2, bits // 2)
     constants = {"HEAD_DIM": head_dim, "HEADS": p.heads, "TILES": -(-group // p.heads), "WARPS": p.warps,
-                 "HAS_INT": bits > 0, "OVERLAP": True, **cuts(p),
+                 "HAS_INT": bits > 0, "OVERLAP": True, **blocks(p),
                  **merging((n_split + 1) * p.warps, head_dim)}  # fmt: skip
     types = {"partial": "*fp32", "statistics": "*fp32", "positions": "*i64", "out": f"*{dtype}"}
     compiled = compile_kernel(combine_kernel, types, constants, 1, True)
@@ -374,7 +373,7 @@ def compile_the_rest() -> None:
         for key in (False, True):
             compile_kernel(pick_kernel, picking, {"KEY": key, "BLOCK": 32, "OVERLAP": overlap})
         compile_kernel(combine_kernel, types, {
-            "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "FLOAT_BLOCK": 64, "INT_BLOCK": 64, "INT_COST": 2,
+            "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "FLOAT_BLOCK": 64, "INT_BLOCK": 64,
             "WARPS": 2, "HAS_INT": True, "OVERLAP": overlap, **merging(68, 128),
         })  # fmt: skip
         for swiglu, head_dim in ((False, 0), (True, 0), (False, 128), (False, 96)):

@@ -5,8 +5,8 @@ KV head among `n_split` programs, each of whose warps keeps an online softmax an
 `combine_kernel` rescales them to a common maximum, adds and normalises. Lengths are read on the device and the grid
 does not depend on them, so one CUDA graph serves every length; a program without tokens only prefetches into L2 the
 weight that is read after attention (`then`), and `combine_kernel` reads only the partial results that were written.
-A new token needs no launch of its own, but in a large batch (`early`): the programs whose slots have its place write it
-there before they read them.
+A new token needs no launch of its own, but in a large batch (`split_appends`): the programs whose slots have its place
+write it there before they read them.
 
 Full-precision slots and then tiles are one range of work, measured in blocks, and cut evenly: the program at
 the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing
@@ -30,7 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from selective_kv.kernels.basics import INTERPRET, in_order
 from selective_kv.kernels.bias import bias_queries
-from selective_kv.kernels.decode_config import Plan, cuts, fitting, merging, plan, processor, sharing, split_appends
+from selective_kv.kernels.decode_config import Plan, blocks, fitting, merging, plan, processor, sharing, split_appends
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, float_block, load_q
 from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
@@ -109,8 +109,8 @@ def split_kernel(
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr,
-    V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, INT_COST: tl.constexpr,
-    AHEAD: tl.constexpr, TURN_SINKS: tl.constexpr, NEW: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, AHEAD: tl.constexpr, TURN_SINKS: tl.constexpr,
+    NEW: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (column, sequence, split): one split of the tokens of one sequence, one KV head (column // TILES) and
     HEADS of its query heads. TILES: columns of a KV head, not tiles of tokens. K_BITS 0: nothing is quantised.
@@ -137,10 +137,10 @@ def split_kernel(
     n_token = tl.load(positions + batch) + 1
     n_left = count_left(n_token, sink_size, window_size)
     each, n_full, float_blocks, int_blocks = partition(
-        n_token, n_left, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, INT_COST, HAS_INT
+        n_token, n_left, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, HAS_INT
     )
-    lo, tile_lo = first_blocks(split, each, float_blocks, int_blocks, INT_COST)
-    hi, tile_hi = first_blocks(split + 1, each, float_blocks, int_blocks, INT_COST)
+    lo, tile_lo = first_blocks(split, each, float_blocks, int_blocks)
+    hi, tile_hi = first_blocks(split + 1, each, float_blocks, int_blocks)
     lo, hi = lo * FLOAT_BLOCK, tl.minimum(hi * FLOAT_BLOCK, n_full)
     tile_lo, tile_hi = tile_lo * INT_BLOCK, tile_hi * INT_BLOCK
     oldest = n_left
@@ -239,8 +239,7 @@ def split_kernel(
 def combine_kernel(
     partial, statistics, positions, out, group, sink_size, window_size, n_slot, n_split,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, FLOAT_BLOCK: tl.constexpr,
-    INT_BLOCK: tl.constexpr, INT_COST: tl.constexpr, CHUNK: tl.constexpr,
-    DIMS: tl.constexpr, HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
+    INT_BLOCK: tl.constexpr, CHUNK: tl.constexpr, DIMS: tl.constexpr, HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, sequence, query head of the group and block of DIMS dims): reduce the partial results.
 
@@ -253,12 +252,10 @@ def combine_kernel(
     member, block = tl.program_id(2) // BLOCKS, tl.program_id(2) % BLOCKS
     n_token = tl.load(positions + batch) + 1
     n_left = count_left(n_token, sink_size, window_size)
-    each, _, float_blocks, int_blocks = partition(
-        n_token, n_left, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, INT_COST, HAS_INT
-    )
+    each, _, float_blocks, int_blocks = partition(n_token, n_left, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, HAS_INT)
     entry = tl.arange(0, CHUNK)
     split = entry // WARPS
-    wrote = written(split, each, float_blocks, int_blocks, INT_COST) & (split <= n_split)
+    wrote = written(split, each, float_blocks, int_blocks) & (split <= n_split)
     column = (batch * tl.num_programs(0) + kv_head) * TILES + member // HEADS
     at = column * (n_split + 1) * WARPS * HEADS + member % HEADS
     entry = tl.where(wrote, entry, 0)[:, None] * HEADS  # program 0 has a slot if any has
@@ -347,7 +344,6 @@ def run(
     k_codes, v_codes, k_scale, v_scale, k_factor = tile_operands(regions)
     if has_int:
         k_codes, v_codes = k_codes.view(torch.int8), v_codes.view(torch.int16)
-    cut = cuts(p)
     partials = batch, n_column, n_split + 1, p.warps, p.heads
     partial = torch.empty(*partials, head_dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(*partials, 2, dtype=torch.float32, device=q.device)
@@ -364,14 +360,13 @@ def run(
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
         V_BITS=v_bits, BALANCED=regions.k_format is not None and regions.k_format.balanced, **rotations(regions),
-        PAIRS=n_pair, INT_COST=cut["INT_COST"],
-        AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_rope is not None, NEW=new is not None,
+        PAIRS=n_pair, AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_rope is not None, NEW=new is not None,
         INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip
     block = merging((n_split + 1) * p.warps, head_dim)
     launch(combine_kernel, (n_kv_head, batch, group * (head_dim // block["DIMS"])))(
         partial, statistics, positions, out, group, regions.sink_size, regions.window_size, n_slot, n_split,
-        HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, **cut, **block, HAS_INT=has_int, OVERLAP=overlap,
-        launch_pdl=overlap, num_warps=1,
+        HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, **blocks(p), **block, HAS_INT=has_int,
+        OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
     )  # fmt: skip
     return out

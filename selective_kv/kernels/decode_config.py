@@ -95,14 +95,9 @@ def plan(
     return p._replace(int_slice=int_slice, warps=min(p.warps, TILE // int_slice))
 
 
-def cuts(p: Plan) -> dict[str, int]:
-    """Tokens per block of slots and of tiles, and how many of the former a block of tiles counts as: a power of two,
-    by which `combine_kernel` has the time to divide.
-
-    They count alike. By tokens a block of a tile would be 2 to 4, but the program with slots then ends last: it has
-    two loops to start, and a slot has 2 to 4 times the bytes (LOG.md, 2026-11-26: 1 x 32k took 10% longer).
-    """
-    return {"FLOAT_BLOCK": p.warps * p.float_slice, "INT_BLOCK": p.warps * p.int_slice, "INT_COST": 1}
+def blocks(p: Plan) -> dict[str, int]:
+    """Tokens per block of slots and of tiles, which programs take whole."""
+    return {"FLOAT_BLOCK": p.warps * p.float_slice, "INT_BLOCK": p.warps * p.int_slice}
 
 
 MOST_PARTIAL = 256  # partial results that a warp merges

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from kernel_reference import DEVICES, tl, triton
 
 from selective_kv.formats import TILE
-from selective_kv.kernels.decode_config import Plan, cuts, plan, sharing
+from selective_kv.kernels.decode_config import plan, sharing
 from selective_kv.kernels.split_kv import count_left, first_blocks, partition, written
 
 N = 512  # entries looked at: more than there are programs
-COSTS = [1, 2, 4, 16]  # of a block of tiles, in blocks of slots
 SLOTS, TOKENS = 32, 64  # per block
 
 
@@ -27,27 +26,27 @@ def device(request: pytest.FixtureRequest) -> str:
 @triton.jit(do_not_specialize=["n_token", "sink_size", "window_size", "n_slot", "n_split"])
 def share_kernel(
     out, n_token, sink_size, window_size, n_slot, n_split, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
-    INT_COST: tl.constexpr, HAS_INT: tl.constexpr, N: tl.constexpr,
+    HAS_INT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One program: out int32 [3, N], the two results of `first_blocks` and that of `written`."""
     n = n_token.to(tl.int64)
     n_left = count_left(n, sink_size, window_size)
-    each, _full, float_blocks, int_blocks = partition(n, n_left, n_slot, n_split, SLOTS, TOKENS, INT_COST, HAS_INT)
+    each, _full, float_blocks, int_blocks = partition(n, n_left, n_slot, n_split, SLOTS, TOKENS, HAS_INT)
     split = tl.arange(0, N)
-    first, tile_first = first_blocks(split, each, float_blocks, int_blocks, INT_COST)
-    wrote = written(split, each, float_blocks, int_blocks, INT_COST)
+    first, tile_first = first_blocks(split, each, float_blocks, int_blocks)
+    wrote = written(split, each, float_blocks, int_blocks)
     tl.store(out + split, first)
     tl.store(out + N + split, tile_first)
     tl.store(out + 2 * N + split, wrote.to(tl.int32))
 
 
 def shares(
-    n_token: int, sink: int, window: int, n_split: int, cost: int, has_int: bool, device: str
+    n_token: int, sink: int, window: int, n_split: int, has_int: bool, device: str
 ) -> tuple[list[range], list[range], list[bool]]:
     """Blocks of slots and of tiles of every program, and whether there is something at every entry."""
     out = torch.empty(3, N, dtype=torch.int32, device=device)
     n_slot = sink + window + (TILE if has_int else 0)
-    share_kernel[(1,)](out, n_token, sink, window, n_slot, n_split, SLOTS, TOKENS, cost, has_int, N, num_warps=1)
+    share_kernel[(1,)](out, n_token, sink, window, n_slot, n_split, SLOTS, TOKENS, has_int, N, num_warps=1)
     slots, tiles, wrote = out.tolist()
     programs = range(n_split)
     return (
@@ -62,11 +61,10 @@ def shares(
     window=st.integers(1, 5000) | st.integers(1, 1 << 26),
     n_more=st.integers(0, 5000) | st.integers(0, 1 << 26),
     n_split=st.integers(1, 8) | st.integers(1, 255),
-    cost=st.sampled_from(COSTS),
 )
 @settings(max_examples=100, deadline=None)
-def check(device: str, sink: int, window: int, n_more: int, n_split: int, cost: int) -> None:
-    slots, tiles, wrote = shares(sink + window + n_more, sink, window, n_split, cost, True, device)
+def check(device: str, sink: int, window: int, n_more: int, n_split: int) -> None:
+    slots, tiles, wrote = shares(sink + window + n_more, sink, window, n_split, True, device)
     n_left = n_more // TILE * TILE
     n_blocks = -(-(sink + window + min(n_more, TILE)) // SLOTS), n_left // TOKENS
     for parts, n in zip((slots, tiles), n_blocks, strict=True):  # every block once, in order
@@ -74,11 +72,8 @@ def check(device: str, sink: int, window: int, n_more: int, n_split: int, cost: 
         assert all(a.stop == b.start and a.start <= a.stop for a, b in pairwise(parts))
     last_with_slots = max(s for s in range(n_split) if slots[s])
     assert not any(tiles[s] for s in range(last_with_slots))  # slots come first
-    work = [len(a) + len(b) * cost for a, b in zip(slots, tiles, strict=True)]
-    if n_left:
-        assert max(work) < -(-sum(work) // n_split) + cost
-    else:
-        assert max(work) == -(-n_blocks[0] // n_split)
+    work = [len(a) + len(b) for a, b in zip(slots, tiles, strict=True)]
+    assert max(work) == -(-sum(n_blocks) // n_split)
     expected = [False] * (n_split + 2)
     for s in range(n_split):
         assert not (slots[s] and expected[s]), "two results at one entry"
@@ -91,17 +86,12 @@ def test_every_block_once_in_order_and_evenly(device: str) -> None:
     check(device)
 
 
-@pytest.mark.parametrize("cost", COSTS)
-def test_without_tiles_the_shares_are_the_full_caches(cost: int, device: str) -> None:
+def test_without_tiles_the_shares_are_the_full_caches(device: str) -> None:
     for n_split in (1, 2, 7, 255):
         for n_token in (0, 33, 4000, (1 << 20) * SLOTS - 1):
-            full = shares(n_token, 0, 1 << 30, n_split, 1, False, device)
+            full = shares(n_token, 0, 1 << 30, n_split, False, device)
             for sink, window in ((0, max(n_token - TILE + 1, 1)), (9, 1 << 29)):
-                assert shares(n_token, sink, window, n_split, cost, True, device) == full
-
-
-def test_blocks_count_alike() -> None:
-    assert cuts(Plan(4, 2, 32, 64, 3, 3, 2)) == {"FLOAT_BLOCK": 64, "INT_BLOCK": 128, "INT_COST": 1}
+                assert shares(n_token, sink, window, n_split, True, device) == full
 
 
 def test_many_heads_of_four_bits_have_programs_for_every_processor() -> None:
