@@ -30,7 +30,7 @@ from engine.settings import PREFILL_CHUNK
 from kv_cache import ModelCache
 from model import Cache, Transformer
 from selective_kv import KVCache
-from selective_kv.kernels.launch import uncollected
+from selective_kv.kernels.launch import capture_stream, capturing
 
 LAG = 2  # steps that the host may be ahead of the tokens it has seen: enough to never let the GPU wait
 
@@ -116,17 +116,17 @@ class Engine:
     @torch.inference_mode()
     def _capture(self) -> None:
         """Record the step that comes next: a prompt's first token need not wait for it."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side, current = capture_stream(self.device), torch.cuda.current_stream(self.device)
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             self._warm_up()
-        torch.cuda.current_stream().wait_stream(side)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         # NCCL's own thread may look at its events meanwhile, which only a capture of this thread alone allows.
         mode = "global" if self.ranks is None else "thread_local"
         torch.cuda.synchronize(self.device)
-        with uncollected(), torch.cuda.graph(graph, capture_error_mode=mode):
+        with capturing(graph, self.device, capture_error_mode=mode):
             self._step()
         self.graph, self.to_capture = graph, False
 

@@ -27,7 +27,7 @@ from engine.saved import SavedCache, save_cache
 from engine.sums import PeerSums
 from kv_cache import ModelCache, parse_policy
 from selective_kv import Shape
-from selective_kv.kernels.launch import uncollected
+from selective_kv.kernels.launch import capturing
 
 REGIONS = "sink_size=4,window_size=32"
 CACHES = [
@@ -112,7 +112,7 @@ def sums_of(ranks: Parallel) -> dict[str, float]:
             graph = torch.cuda.CUDAGraph()
             sums.sum(x, residual)
             torch.cuda.synchronize()
-            with uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with capturing(graph, ranks.device, capture_error_mode="thread_local"):
                 out = sums.sum(x, residual)
             for seed in range(5):
                 generator = torch.Generator(ranks.device).manual_seed(seed)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
+import torch
+
 _thread = threading.local()
 ALWAYS_THERE = 48 << 10  # bytes of shared memory that a program may have without asking
 PREFER_NONE = 0  # CU_FUNC_CACHE_PREFER_NONE
@@ -30,7 +32,7 @@ def compiling(loaded: Callable[[Any], None] = lambda kernel: None) -> Iterator[N
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """`kernel[grid]`, to be called with the kernel's arguments."""
+    """`kernel[grid]`, to be called with the kernel's arguments: tensors of one GPU, not always the current one."""
     loaded = getattr(_thread, "compiled", None)
     return partial(_launch, kernel[grid]) if loaded is None else partial(_compile, kernel, grid, loaded)
 
@@ -40,7 +42,13 @@ def _compile(kernel: Any, grid: tuple[int, ...], loaded: Callable[[Any], None], 
 
 
 def _launch(run: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    reset_carveout(run(*args, **kwargs))
+    """Triton compiles for the current GPU and launches there, whatever GPU the arguments are on."""
+    index = next((arg.get_device() for arg in args if isinstance(arg, torch.Tensor)), -1)  # -1: a CPU's
+    if index < 0 or index == torch.cuda.current_device():
+        reset_carveout(run(*args, **kwargs))
+        return
+    with torch.cuda.device(index):
+        reset_carveout(run(*args, **kwargs))
 
 
 def reset_carveout(kernel: Any) -> None:
@@ -76,6 +84,30 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a GPU: cuBLAS keeps 32 MiB for each stream that it was ever called on.
+
+    torch.cuda.graph's own stream is one for all GPUs, on the GPU of the process's first capture: it records nothing of
+    what is launched on another.
+    """
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def capturing(
+    graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
+    """torch.cuda.graph of a step on `device`, whichever GPU is the current one. No garbage is collected in it."""
+    stream = capture_stream(device)
+    with (
+        torch.cuda.device(device),
+        uncollected(),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=capture_error_mode),
+    ):
+        yield
 
 
 @cache

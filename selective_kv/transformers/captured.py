@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from selective_kv.kernels.launch import uncollected
+from selective_kv.kernels.launch import capturing
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v to attention's output, as `KVCache.attend` has them
 
@@ -38,7 +38,7 @@ class CapturedSteps:
         graph = self.graphs[layer]
         if graph is None:
             graph = torch.cuda.CUDAGraph()
-            with uncollected(), torch.cuda.graph(graph, pool=self.pool):  # records, and runs nothing
+            with capturing(graph, self.out.device, self.pool):  # records, and runs nothing
                 self.out.copy_(step(*self.inputs))
             self.graphs[layer] = graph
         graph.replay()

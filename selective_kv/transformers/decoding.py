@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from selective_kv.kernels.launch import uncollected
+from selective_kv.kernels.launch import capture_stream, uncollected
 from selective_kv.transformers.cache import PolicyKVCache, compiling_nothing
 from selective_kv.transformers.sequences import Sequences
 
@@ -122,12 +122,6 @@ def refuse_hooks(model: nn.Module) -> None:
             )
 
 
-@functools.cache
-def recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings: cuBLAS keeps 32 MiB for each stream that it was ever called on."""
-    return torch.cuda.Stream(device)
-
-
 class CapturedStep:
     """One step, recorded. bound: what it was recorded for; inputs: what is copied, by name; rest: constants."""
 
@@ -165,7 +159,7 @@ class CapturedStep:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # of what is cached a graph's own pool can use nothing
         try:
-            stream = torch.cuda.stream(recording_stream(device))
+            stream = torch.cuda.stream(capture_stream(device))
             with torch.cuda.device(device), stream, sequences.recorded(cut), uncollected():
                 cut()
                 try:

@@ -261,10 +261,12 @@ def test_a_capture_survives_the_garbage_of_an_earlier_one(monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_the_second_gpu_writes_what_the_first_does(capfd: pytest.CaptureFixture[str]) -> None:
-    """The kernels, the graph and its events once went to the first device whatever --device said."""
+    """The kernels, the graph and its events once went to the first device whatever --device said; so did a second
+    graph, to that of the process's first one.
+    """
     texts = []
     try:
-        for device in ("cuda:1", "cuda:0"):
+        for device in ("cuda:0", "cuda:1"):
             generate_main(["--device", device, "--temperature", "0", "--max_new_tokens", "40", "quantize_kv"])
             texts.append(capfd.readouterr().out)
     finally:

@@ -231,3 +231,20 @@ def test_a_step_that_looks_at_the_device_is_not_captured() -> None:
         with pytest.raises(ValueError, match="this model's step cannot be captured"):
             write(model, ids, PolicyKVCache(model.config, POLICIES["full"]), 4)
     write(model, ids, PolicyKVCache(model.config, POLICIES["full"]), 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_gpu_that_is_not_the_current_one() -> None:
+    """Triton launches on the current GPU, and torch.cuda.graph records on that of the process's first capture."""
+    model, policy = bundled(torch.float32), POLICIES["selective"]
+    model.set_attn_implementation(NAME)
+    texts = []
+    for device in ("cuda:0", "cuda:1"):
+        model.to(device)
+        ids, mask = (t.to(device) for t in padded(gpu_prompts()))
+        texts.append(write(model, ids, PolicyKVCache(model.config, policy), 40, attention_mask=mask).cpu())
+        with captured_decoding(model):
+            texts.append(write(model, ids, PolicyKVCache(model.config, policy), 40, attention_mask=mask).cpu())
+    assert torch.cuda.current_device() == 0
+    assert all(text.equal(texts[0]) for text in texts)
