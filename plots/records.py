@@ -74,6 +74,10 @@ OPTIONAL: dict[str, dict[str, str]] = {  # read where a row or a record has them
     "rouge": {"sha256": "a text", "documents": "a number"},
     "benchmark": dict.fromkeys(("cache_bytes", "peak_memory_bytes"), "a number or null"),
 }
+# Scripts whose records have no picture.
+NOT_DRAWN = {f"scripts/{name}.py" for name in (
+    "bench_attention", "bench_kernels", "bench_transformers", "divergence_transformers", "evaluate_llama_cpp"
+)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,18 @@ def _record(path: Path, value: Any) -> Record | None:
     return Record(path, kind, value)
 
 
+def _no_steps(row: Any) -> bool:
+    """Whether a row is of kernels alone (`--kernels`) or of times to the first token (`--first_token`)."""
+    return isinstance(row, dict) and (
+        ("cache" not in row and ("us" in row or "ms" in row)) or ("first_token_s" in row and "step_ms" not in row)
+    )
+
+
 def _kind(path: Path, value: Row) -> str | None:
+    """None: a record of this project that no picture shows. Raises UserError for what no tool of it writes."""
+    command = value.get("command")
+    if isinstance(command, list) and command[:1] and str(command[0]) in NOT_DRAWN:
+        return None
     if "kind" in value:
         if value["kind"] not in [kind for kind in ROWS if kind != "benchmark"]:
             raise UserError(
@@ -156,8 +171,7 @@ def _kind(path: Path, value: Row) -> str | None:
         return str(value["kind"])
     rows = value.get("rows")
     if isinstance(rows, list):
-        kernels = [isinstance(row, dict) and "cache" not in row and ("us" in row or "ms" in row) for row in rows]
-        return None if kernels and all(kernels) else "benchmark"
+        return None if rows and all(map(_no_steps, rows)) else "benchmark"
     if "decode_tokens_per_s" in value:
         return "report"
     if "plan" in value:  # generate.py --dry_run: it measured nothing
