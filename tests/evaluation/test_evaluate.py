@@ -13,15 +13,12 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, SENTENCES, write_checkpoint
+from evaluate_calls import CACHES, TEXT, fails, record, text_file
 from safetensors.torch import load_file, save_file
 
 from evaluation import command as evaluate
 from evaluation import passkeys as retrieval
-from evaluation import scoring, subject, summaries
-
-TEXT = "\n".join(SENTENCES * 2)
-CACHES = ["--caches", "quantize_kv:sink_size=2,window_size=8", "compress_kv:sink_size=2,window_size=8"]
-
+from evaluation import scoring, subject
 
 BLANK = """
 from dataclasses import dataclass
@@ -40,24 +37,7 @@ class Blank(SelectiveCache):
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt.xz"
-    path.write_bytes(lzma.compress(TEXT.encode()))
-    return path
-
-
-def record(tmp_path: Path, *argv: object) -> dict:  # type: ignore[type-arg]
-    out = tmp_path / "new" / "out.json"
-    evaluate.main([*map(str, argv), "--json", str(out)])
-    assert [f.name for f in out.parent.iterdir()] == ["out.json"]
-    return json.loads(out.read_text())
-
-
-def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        evaluate.main([*map(str, argv)])
-    out, err = capsys.readouterr()
-    assert exit_.value.code == 2 and out == "" and err.count("\n") == 1
-    return err
+    return text_file(tmp_path)
 
 
 def test_perplexity_and_divergence_of_a_text(
@@ -120,59 +100,6 @@ def test_another_checkpoint_is_what_is_compared_with(
     assert "its vocabulary has" in fails(capsys, *base, "--reference_path", ROOT / "assets" / "demo")
 
 
-def test_passkeys_read_the_cache(tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights recall nothing; what counts is that every cell is tried, and the question finds only the cache."""
-    asked: list[tuple[str, int, int]] = []
-    original = subject.Engine.read
-
-    def spy(self, prompts):  # type: ignore[no-untyped-def]
-        asked.append((self.cache.policy.name, int(self.cache.lengths[0]), len(prompts[0])))
-        return original(self, prompts)
-
-    monkeypatch.setattr(subject.Engine, "read", spy)
-    base = ["--checkpoint_path", tiny, "--text", text, "--lengths", 200, 240, 200, "--depths", 0, 1, "--trials", 2]
-    r = record(tmp_path, "passkey", *base, *CACHES)
-    questions = [(name, before + n) for name, before, n in asked if before]
-    assert len(questions) == 2 * 2 * 2 * 3 and {n for _, n in questions} == {200, 240}
-    assert {name for name, _ in questions} == {"full", "quantize_kv", "compress_kv"}
-    for row in r["rows"]:
-        assert set(row["recalled"]) == {"200", "240"} and row["trials"] == 8
-        assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 1 and row["text"] == text.name
-    assert r["settings"] == {"lengths": [200, 240], "depths": [0, 1], "trials": 2, "batch": 1}
-
-
-def test_a_prompt_taken_from_the_full_cache_is_the_prompt_read(tiny: Path) -> None:
-    """One prefill for all settings: keys and values of a prompt that is one chunk do not depend on the cache."""
-    args = evaluate.make_parser().parse(["passkey", "--checkpoint_path", str(tiny), "--device", "cpu", *CACHES])
-    tested = subject.Subject(args)
-    prompts = [list(range(3, 90)), list(range(5, 70))]
-    engine_of = tested.engines_after(prompts, 120)
-    for policy in tested.policies:
-        engine, alone = engine_of(policy), tested.engine(policy, 120, 2)
-        alone.read(prompts)
-        for mine, theirs in zip(engine.cache.layers, alone.cache.layers, strict=True):
-            for a, b in zip(mine.storage() or [], theirs.storage() or [], strict=True):
-                assert (a is None and b is None) or (a == b).all()
-        rows = [list(e.generate([[7, 8], [9]], 6)) for e in (engine, alone)]
-        assert rows[0] == rows[1]
-
-
-def test_a_question_fed_by_steps_is_the_question_read(tiny: Path) -> None:
-    """What a GPU does, whose step is captured: each token as a chunk of one."""
-    args = evaluate.make_parser().parse(["passkey", "--checkpoint_path", str(tiny), "--device", "cpu", *CACHES])
-    tested = subject.Subject(args)
-    prompts, questions = [list(range(3, 90)), list(range(5, 70))], [[7, 8, 9], [9, 4, 3]]
-    for policy in tested.policies:
-        read, stepped = (tested.engine(policy, 160, 2) for _ in range(2))
-        for engine in (read, stepped):
-            engine.read(prompts)
-        rows = list(subject.fed(stepped, questions, 5))
-        *tokens, last = zip(*questions, strict=True)
-        for column in tokens:
-            read.read([[token] for token in column])
-        assert rows == list(read.generate([[token] for token in last], 5))
-
-
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -200,26 +127,6 @@ def test_what_is_read_together_is_what_is_read_alone(
             assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], rel=1e-4) and a["windows"] == b["windows"]
         else:
             assert a == b
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_the_same_keys_are_recalled(text: Path, tmp_path: Path) -> None:
-    """There the answering step is captured, kept from group to group, and fed the questions."""
-    sizes = "sink_size=4,window_size=16"
-    caches = [f"quantize_kv:{sizes}", f"quantize_kv:{sizes},k_bits=4,v_bits=4", f"compress_kv:{sizes}"]
-    base = ["passkey", "--dtype", "float32", "--text", text, "--lengths", 300, 500, "--depths", 0.3, 0.8, "--trials", 3]
-    base += ["--caches", *caches, "--batch", 4]
-    cpu, gpu = (record(tmp_path, *base, "--device", device)["rows"] for device in ("cpu", "cuda"))
-    assert [row["recalled"] for row in gpu] == [row["recalled"] for row in cpu]
-    assert cpu[0]["mean"] == 1 and cpu[-1]["mean"] < 1
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"), [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (81, 263, 0.2553, 0.3662)]
-)
-def test_wilsons_interval(right: int, n: int, low: float, high: float) -> None:
-    """The last figures are those of Newcombe 1998, table I."""
-    assert retrieval.wilson(right, n) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -294,50 +201,6 @@ def test_mistakes_are_one_line(tiny: Path, tmp_path: Path, text: Path, capsys: p
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"\xff\xfe")
     assert "bad.txt" in fails(capsys, *base, "--text", bad)
-
-
-def test_rouge_of_summaries(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SQuALITY's layout and a plain one; the full cache agrees with itself; a window of all agrees too."""
-    responses = [{"response_text": t} for t in SENTENCES[:2]]
-    squality = {"document": TEXT, "questions": [{"question_text": "What is the plot?", "responses": responses}]}
-    for line in (squality, {"document": TEXT, "summary": SENTENCES[0]}, {"prompt": TEXT, "references": SENTENCES[:3]}):
-        path = tmp_path / "d.jsonl"
-        path.write_text(f"{json.dumps(line)}\n{json.dumps(line)}\n")
-        base = ["rouge", "--checkpoint_path", tiny, "--text", path, "--context", 200, "--max_new_tokens", 12]
-        r = record(tmp_path, *base, "--caches", "quantize_kv:sink_size=2,window_size=200", "compress_kv:window_size=2")
-        full, same, other = r["rows"]
-        assert full["rouge_l_to_full"]["mean"] == same["rouge_l_to_full"]["mean"] == 1
-        assert full["rouge_l"] == same["rouge_l"] and full["documents"] == 2 and full["cut"] == 2
-        assert full["rouge_l_rise"] == {"mean": 0, "low": 0, "high": 0}
-        assert other["rouge_l_to_full"]["mean"] < 1
-        assert SENTENCES[0] not in json.dumps(r)
-    assert "2 cut to fit" in capsys.readouterr().out
-    for line, message in (
-        ('{"document": "a"}', "line 1: the field 'summary'"),
-        ("{", "line 1: not JSON"),
-        ("", "an empty text"),
-        ('{"document": 5, "summary": "a"}', "line 1: 'document' is not a text"),
-        ('{"document": "a", "summary": null}', "line 1: the references are not"),
-        ('{"document": "a", "questions": [{"question_text": "b", "responses": []}]}', "line 1: the references are not"),
-        ('{"document": "a", "questions": 5}', "line 1: 'questions' are not"),
-        ("5", "line 1: not a JSON object"),
-    ):
-        path.write_text(line)
-        assert message in fails(capsys, *base)
-
-
-def test_summaries_of_the_models_own_text(tiny: Path, tmp_path: Path) -> None:
-    """Nothing to compare with but the full cache's words."""
-    base = ["rouge", "--checkpoint_path", tiny, "--context", 100, "--max_new_tokens", 8, "--documents", 2]
-    full, *_ = record(tmp_path, *base, *CACHES)["rows"]
-    assert "rouge_l" not in full and full["rouge_l_to_full"]["mean"] == 1
-
-
-def test_an_interval_holds_its_mean_and_narrows() -> None:
-    few = summaries.mean_and_interval([0.1, 0.5, 0.3])
-    many = summaries.mean_and_interval([0.1, 0.5, 0.3] * 50)
-    assert few["low"] <= few["mean"] <= few["high"] and few["high"] - few["low"] > many["high"] - many["low"]
-    assert summaries.rouge_l("the fox jumps", ["a dog", "the fox jumped"]) == 1  # stemmed; the best reference
 
 
 @pytest.mark.parametrize("bad", ["weight", "logits"])
