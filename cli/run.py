@@ -79,6 +79,8 @@ def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None)
     chat = start_chat(args, checkpoint, tokenizer)
     if chat is not None:
         ids = [chat.turn(text).ids for text in texts]
+    elif args.interactive:  # lines of a conversation: a number is a text there
+        ids = []
     else:
         name = "a model of random weights" if args.random_weights else str(checkpoint.path)
         ids = [encode_prompt(text, tokenizer, config.vocab_size, args.seed, name) for text in texts]
@@ -95,7 +97,8 @@ def prepare(args: argparse.Namespace, policy: KVCache, link: Link | None = None)
     ends = frozenset() if args.ignore_eos or tokenizer is None else end_ids(checkpoint, tokenizer)
     if chat is not None and not args.ignore_eos:
         ends |= chat.end_of_turn()
-    for number in dict.fromkeys(text for text in texts if text.isdecimal() and tokenizer is not None and chat is None):
+    random = tokenizer is not None and chat is None and not args.interactive
+    for number in dict.fromkeys(text for text in texts if text.isdecimal() and random):
         say(f"--prompt {number} is {int(number):,} random tokens, not that text (a blank before it makes it one)")
     return Job(
         checkpoint,

@@ -15,6 +15,7 @@ one with the full cache, whose entropy the same run tells. A table goes to stand
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -50,6 +51,10 @@ SETTINGS = {  # what a record names of the command line, defaults included
     "ruler": ("lengths", "tasks", "trials", "chat", "batch"),
     "rouge": ("context", "documents", "max_new_tokens", "batch"),
 }
+USED_BY = {"load_cache": SCORED, "reference_path": SCORED, "text": (*SCORED, "passkey", "rouge")} | {
+    name: tuple(kind for kind, names in SETTINGS.items() if name in names)
+    for name in itertools.chain.from_iterable(SETTINGS.values())
+}  # by which kinds a flag is used, where not by all
 
 
 def make_parser() -> Parser:
@@ -107,9 +112,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--context 1: the first token has no score")
     if args.model is not None and args.checkpoint_path is None:
         raise UserError(f"--model {args.model} is a shape, and its weights are evaluated: give --checkpoint_path")
-    for flag, value in (("--load_cache", args.load_cache), ("--reference_path", args.reference_path)):
-        if value and args.kind not in SCORED:
-            raise UserError(f"{flag} goes with perplexity and divergence, not {args.kind}")
+    for name, kinds in USED_BY.items():
+        if args.kind not in kinds and getattr(args, name) != make_parser().get_default(name):
+            raise UserError(f"--{name} goes with {' and '.join(kinds)}, not {args.kind}")
+    if args.kind in ("passkey", "rouge") and len(args.text) > 1:
+        raise UserError(f"{args.kind} takes one --text")
     check_cache_names(args.caches)
     require_dtype(args.dtype)
     require_device(args.device)

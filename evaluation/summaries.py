@@ -74,8 +74,6 @@ def score_summaries(subject: Subject, save: Callable[[list[dict[str, Any]]], Non
     """Greedy summaries by every cache. A document is cut at its end where the prompt would not fit."""
     args = subject.args
     rouge_l("", [""])  # that its package is there shows before hours of writing
-    if len(args.text) > 1:
-        raise UserError("rouge takes one --text: a JSONL file of documents with references")
     context = min(args.context, subject.config.context)
     name, digest, documents = documents_of(subject, context)
     bar = progress(None, len(documents) * len(subject.policies), "summaries")

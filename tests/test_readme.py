@@ -31,9 +31,12 @@ FENCED = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 BLOCKS = [block for block in FENCED if "python " in block or "torchrun" in block]
 SHORT = {  # what makes a command short
     "generate.py": "--max_new_tokens 3 --device cpu",
-    "evaluate.py": "--context 64 --windows 1 --documents 1 --max_new_tokens 4 --trials 1 --device cpu",
-    "passkey": "--lengths 200 --depths 0.5",
-    "ruler": "--lengths 700 --tasks niah_single",
+    "evaluate.py": "--device cpu",
+    "evaluate.py perplexity": "--context 64 --windows 1",
+    "evaluate.py divergence": "--context 64 --windows 1",
+    "evaluate.py passkey": "--lengths 200 --depths 0.5 --trials 1",
+    "evaluate.py ruler": "--lengths 700 --tasks niah_single --trials 1",
+    "evaluate.py rouge": "--context 64 --documents 1 --max_new_tokens 4",
     "benchmark.py": "--context 60 --rounds 1 --device cpu",
     "--prefill": "--caches full quantize_kv",
     "--largest_batch": "--memory_budget 90MiB --context 1000 --caches full quantize_kv",

@@ -79,9 +79,16 @@ def test_a_prompt_comes_through_a_pipe(
         assert words in said(capsys, generate.main, *base, *argv)
 
 
-def test_a_number_is_told_to_be_random_tokens(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_number_is_told_to_be_random_tokens(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told of a conversation's first line too, which is read as text."""
     run("--checkpoint_path", tiny, "--prompt", "12", "--max_new_tokens", 2)
     assert "--prompt 12 is 12 random tokens" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", Piped(b""))
+    run("--checkpoint_path", tiny, "--interactive", "--prompt", "12", "--max_new_tokens", 2)
+    err = capsys.readouterr().err
+    assert "random" not in err and "12 tokens read" not in err
 
 
 # --- Seeds ------------------------------------------------------------------------------------------

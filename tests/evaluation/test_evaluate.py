@@ -197,6 +197,13 @@ def test_mistakes_are_one_line(tiny: Path, tmp_path: Path, text: Path, capsys: p
     assert "a passkey test takes at least" in fails(capsys, *passkey, "--lengths", 20)
     assert "past the model's context" in fails(capsys, *passkey, "--lengths", 256)
     assert "the first token has no score" in fails(capsys, *base, "--context", 1)
+    assert "--context goes with perplexity and divergence and rouge, not passkey" in fails(
+        capsys, *passkey, "--context", 100
+    )
+    assert "--lengths goes with passkey and ruler, not perplexity" in fails(capsys, *base, "--lengths", 100)
+    assert "--sequential goes with perplexity" in fails(capsys, *passkey, "--sequential")
+    assert "--text goes with" in fails(capsys, "ruler", "--checkpoint_path", tiny, "--text", text)
+    assert "passkey takes one --text" in fails(capsys, *passkey, short, "--lengths", 100)
     assert "--k_bits must be one of 8, 4, 3, 2, not 5" in fails(capsys, *base, "--caches", "quantize_kv:k_bits=5")
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"\xff\xfe")
@@ -233,10 +240,11 @@ def test_a_weight_that_is_not_finite_is_named(
     tensors = load_file(bad / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
     save_file(tensors, bad / "model.safetensors")
-    argv = [kind, "--checkpoint_path", bad, "--context", 100, "--windows", 1, "--max_new_tokens", 4, *CACHES]
+    short = {"passkey": "--lengths 200 --trials 1", "rouge": "--context 100 --max_new_tokens 4"}
+    argv = [kind, "--checkpoint_path", bad, *short.get(kind, "--context 100 --windows 1").split(), *CACHES]
     stories = tmp_path / "stories.jsonl"
     stories.write_text(json.dumps({"text": TEXT[:200], "summary": "A fox."}))
-    argv += ["--text", stories if kind == "rouge" else text, "--lengths", 200, "--trials", 1, "--json", out]
+    argv += ["--text", stories if kind == "rouge" else text, "--json", out]
     assert "layers.1.feed_forward.w2.weight" in fails(capsys, *argv)
     assert not list(out.parent.iterdir())
 
