@@ -24,7 +24,7 @@ from common.messages import note, progress
 from evaluation import scoring
 from evaluation.after import After
 from evaluation.flags import SETTINGS, main, make_parser
-from evaluation.kept import Kept, without_flag
+from evaluation.full_results import FullResults, without_flag
 from evaluation.passkeys import score_passkeys
 from evaluation.ruler import score_ruler
 from evaluation.subject import Subject, Text, groups
@@ -69,7 +69,8 @@ def score_texts(subject: Subject, save: Save) -> list[dict[str, Any]]:
         def make() -> dict[str, Tensor]:
             return {"states": states_of(subject.reference, FullCache(), tokens)}
 
-        return subject.kept.result(f"states-{name}", tokens.flatten().tolist(), make)["states"].to(subject.device)
+        found = subject.full_results.result(f"states-{name}", tokens.flatten().tolist(), make)
+        return found["states"].to(subject.device)
 
     def scores(model: Transformer, tokens: Tensor, states: Tensor, full: Tensor) -> list[scoring.Scored]:
         return [scoring.score(model, *w, subject.reference) for w in zip(tokens, states, full, strict=True)]
@@ -83,8 +84,8 @@ def score_texts(subject: Subject, save: Save) -> list[dict[str, Any]]:
             found = [vars(scored) for scored in scores(model, tokens, states, full)]
             return {field: torch.stack([scored[field] for scored in found]) for field in found[0]}
 
-        kept = subject.kept.result(f"score-{n}-{name}", tokens.flatten().tolist(), make)
-        return [scoring.Scored(**{field: values[w] for field, values in kept.items()}) for w in range(len(tokens))]
+        found = subject.full_results.result(f"score-{n}-{name}", tokens.flatten().tolist(), make)
+        return [scoring.Scored(**{field: values[w] for field, values in found.items()}) for w in range(len(tokens))]
 
     bar = progress(None, sum(len(t.windows) for t in texts) * len(runs), "scoring")
     for t, text in enumerate(texts):
@@ -196,7 +197,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.json or args.keep_full:
         note("fingerprints of weights and texts")
         about = record(subject, argv)
-    subject.kept = Kept(args.keep_full, about)
+    subject.full_results = FullResults(args.keep_full, about)
 
     def save(rows: list[dict[str, Any]], path: Path | None = None) -> None:
         if args.json:

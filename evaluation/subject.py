@@ -36,7 +36,7 @@ from engine.precompile import Run, compiled_ahead, prompt_parts
 from engine.sampling import BAD
 from evaluation import scoring
 from evaluation.flags import SCORED
-from evaluation.kept import Kept
+from evaluation.full_results import FullResults
 from kv_cache import ModelCache, format_policy, parse_policy
 from selective_kv import FullCache, KVCache, Shape
 from tokenizer import Tokenizer
@@ -67,7 +67,7 @@ class Subject:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.kept = Kept()  # of the full cache's results: nothing, until a run says where
+        self.full_results = FullResults()  # stores nothing, until a run names a folder
         self.device = parse_device(args.device)
         checkpoint = open_checkpoint(args.checkpoint_path or find_demo(), args.model)
         self.path = checkpoint.path
@@ -157,7 +157,7 @@ class Subject:
             bar = progress(engine.generate([start] * n, context - 1), context - 1, "writing")
             return {"tokens": torch.tensor([row for row in bar], dtype=torch.int64).T.contiguous()}
 
-        columns = self.kept.result(f"own-{n}-{context}", start, write)["tokens"]
+        columns = self.full_results.result(f"own-{n}-{context}", start, write)["tokens"]
         windows = [torch.cat((torch.tensor(start), column)) for column in columns]
         return Text("(the model's own)", hashlib.sha256(columns.numpy().tobytes()).hexdigest(), windows, True)
 
@@ -173,11 +173,14 @@ class Subject:
         n_new: int,
         enough: Enough = never,
     ) -> Iterator[list[list[int]]]:
-        """For every setting, what it writes greedily in each sequence, without the end token: `bodies` are read first,
-        then `questions` from what the cache has kept. enough: told a sequence and its ids, whether to go no further.
+        """Yields for each setting what it writes greedily in each sequence, ids without the end token. It has read
+        `bodies` as prompts, and then `questions`, which see of the bodies only what the cache still holds.
 
-        One setting at a time; the full cache's answers are kept under `name`. On a GPU the ends of the questions are
-        fed to the captured step, all at once; what the longer ones have before that is read with the bodies.
+        capacity: tokens that a sequence may have; n_new: the most that it may write; enough(sequence, ids written so
+        far): whether that sequence is done. The full cache's answers are stored as the result `name`.
+
+        On a GPU the last tokens of all questions, as many as the shortest question has, go through the captured step
+        together; what longer questions have before them is read with the bodies.
         """
         if self.device.type == "cuda":
             n = min(map(len, questions))
@@ -188,7 +191,7 @@ class Subject:
             answer = functools.partial(self._written, engines, policy, questions, n_new, enough)
             if policy.name == FullCache.name:
                 of = [token for ids in (*bodies, *questions) for token in ids]
-                yield json.loads(self.kept.text(name, of, lambda: json.dumps(answer())))  # noqa: B023
+                yield json.loads(self.full_results.text(name, of, lambda: json.dumps(answer())))  # noqa: B023
             else:
                 yield answer()
 
@@ -240,20 +243,21 @@ class Subject:
         return engine_of
 
     def engine(self, policy: KVCache, capacity: int, batch: int) -> Engine:
-        """One that has read nothing. On a GPU, where its step is captured, it is kept for the next of its shape."""
+        """An engine that has read nothing. On a GPU, where capturing its step takes time, it is used again for the next
+        call with the same setting and shape."""
         name, shape = format_policy(policy), self.shape(capacity, batch)
-        kept = self.engines.pop(name, None)
-        if kept is not None and kept.cache.shape == shape:
-            kept.reset()
+        engine = self.engines.pop(name, None)
+        if engine is not None and engine.cache.shape == shape:
+            engine.reset()
         else:
-            del kept  # its memory is free before the next one's is taken
+            del engine  # its memory is free before the next one's is taken
             self.compile(shape)
             captured = self.device.type == "cuda"
             cache = ModelCache(policy, self.config.n_layer, shape)
-            kept = Engine(self.model, cache, Sampling(temperature=0), self.end_ids, capture=captured, lag=0)
+            engine = Engine(self.model, cache, Sampling(temperature=0), self.end_ids, capture=captured, lag=0)
         if self.device.type == "cuda":
-            self.engines[name] = kept
-        return kept
+            self.engines[name] = engine
+        return engine
 
     def compile(self, shape: Shape) -> None:
         """Compile what engines of this shape launch, all settings side by side; on a CPU nothing, nor a second time."""

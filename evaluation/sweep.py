@@ -19,7 +19,7 @@ from cli.provenance import FORMAT, made_from
 from common.errors import UserError
 from common.files import is_special, read_json, require_writable
 from common.messages import progress, say
-from evaluation.kept import FLAG, without_flag
+from evaluation.full_results import FLAG, without_flag
 from evaluation.sweep_flags import main, make_parser
 from evaluation.tables import PRINTERS, print_speeds
 from kv_cache import format_policy, make_policy, parse_policy
@@ -149,8 +149,8 @@ def tasks(args: argparse.Namespace) -> list[Task]:
             flags = [word for knob in knobs.split(",") if knob for word in flag(*knob.split("="))]
             command = ["generate.py", cache, *flags, *plugin, *args.rest, "--json", str(result)]
         else:
-            kept = [FLAG, str(full_results(args)), "--json", str(result)]
-            command = ["scripts/evaluate.py", args.kind, "--caches", setting, *plugin, *args.rest, *kept]
+            stored = [FLAG, str(full_results(args)), "--json", str(result)]
+            command = ["scripts/evaluate.py", args.kind, "--caches", setting, *plugin, *args.rest, *stored]
         made.append(Task(setting, result, (sys.executable, str(ROOT / command[0]), *command[1:]), source))
     return made
 

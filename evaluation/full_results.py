@@ -1,12 +1,13 @@
-"""What the full cache gave, kept in a folder: settings evaluated one by one share it (sweep.py, a Slurm array).
+"""The full cache's results in a folder, for settings that are evaluated one by one (sweep.py, a Slurm array).
 
-Its states of each window, its scores, its answers and what the model writes by itself are the same in every run over
-the same texts, so the first run to need one computes it, and the others read it, to the bit. One file each, written in
-one step, with checksums and the whole identity of what it was made from: weights, texts, settings, dtype, device,
-torch, and the program's own sources. A file that does not say just that, or was damaged, is made again.
+Every setting is compared with the full cache on the same texts, and the full cache's part is the same each time: its
+hidden states of each window, its scores, its answers, the text that the model writes by itself. The first run that
+needs one of these results computes and stores it; later runs read it back, equal to the bit. Each result is a file of
+its own. It has checksums and names all that it was made from: weights, texts, settings, dtype, device, torch, and the
+program's own sources. A file that names anything else, or that is damaged, is computed again.
 
-Runs at the same time wait for each other (a lock, which ends with the process that holds it); where the file system
-has no locks, each computes what it does not find.
+Two runs at the same time wait for each other by a file lock, which ends with the process that holds it. On a file
+system without locks each run computes what it does not find.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from evaluation.flags import KEEP_FULL as FLAG
 KIND = "selective_kv_full"
 WHAT = "a result of the full cache"
 ROOT = Path(__file__).parents[1]
-ROOMS = ("", "selective_kv", "engine", "weights", "checkpoint", "cli", "common", "evaluation")  # what results come of
+ROOMS = ("", "selective_kv", "engine", "weights", "checkpoint", "cli", "common", "evaluation")  # sources of a result
 Make = Callable[[], Mapping[str, Tensor]]
 
 
 def without_flag(argv: Sequence[str]) -> list[str]:
-    """A command line as if nothing were kept: its results are the same."""
+    """A command line without `--keep_full`, which changes no result."""
     found: list[str] = []
     words = iter(argv)
     for word in words:
@@ -49,7 +50,7 @@ def without_flag(argv: Sequence[str]) -> list[str]:
 
 
 def sources() -> str:
-    """A fingerprint of the program itself: what an edited one computes is not what it computed before."""
+    """A sha256 of the program's own sources: an edited program may compute another result."""
     whole = hashlib.sha256()
     for room in ROOMS:
         folder = ROOT / room
@@ -59,14 +60,15 @@ def sources() -> str:
 
 
 def identity(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the full cache's results depend on. record: of the run, as evaluate.py writes it: all but its command."""
+    """What the full cache's results depend on: all of a run's record, as evaluate.py writes it, but its command and
+    commit; the sources; and what decides the last bits of a CPU's arithmetic."""
     arithmetic = {"instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     found = {name: value for name, value in record.items() if name not in ("command", "commit")}
     return json.loads(json.dumps(found | {"sources": sources(), "arithmetic": arithmetic}))
 
 
-class Kept:
-    """Results by name. `folder` None: nothing is kept, everything is made."""
+class FullResults:
+    """Results by name. `folder` None: nothing is stored, every result is computed."""
 
     def __init__(self, folder: Path | None = None, record: Mapping[str, Any] | None = None) -> None:
         """record: of the run that asks. Raises UserError where the folder cannot be written."""
@@ -78,9 +80,10 @@ class Kept:
             require_writable(self.folder / "lock", FLAG)
 
     def result(self, name: str, of: Iterable[int], make: Make) -> Mapping[str, Tensor]:
-        """What `make` gives, from the file where it is there: then on the CPU, to the bit. Raises OSError.
+        """The tensors that `make` returns: read from the file if there is one (then on the CPU), else computed and
+        stored. Raises OSError.
 
-        of: the tokens that it is made from; a text that came through a pipe is in no record.
+        of: the tokens that the result is made from, since no record names a text that came through a pipe.
         """
         if self.folder is None:
             return make()
@@ -90,7 +93,7 @@ class Kept:
         if found is not None:
             return found
         with _alone(self.folder / "lock"):
-            found = _read(path, record)  # by whom we have waited for
+            found = _read(path, record)  # the run that held the lock may have stored it
             if found is None:
                 found = make()
                 with replaced_whole(path) as part:
@@ -99,7 +102,7 @@ class Kept:
         return found
 
     def text(self, name: str, of: Iterable[int], make: Callable[[], str]) -> str:
-        """The same for a text."""
+        """`result` for a text."""
 
         def encoded() -> Mapping[str, Tensor]:
             return {"text": torch.frombuffer(bytearray(make().encode() + b"."), dtype=torch.uint8)}  # none is empty
@@ -108,7 +111,7 @@ class Kept:
 
 
 def _read(path: Path, record: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
-    """None where there is no file, or none that is whole and has this very record."""
+    """The tensors of a stored result; None if there is no file, or it is damaged or has another record."""
     if not path.is_file():
         return None
     try:
@@ -123,7 +126,7 @@ def _read(path: Path, record: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """The only process in the block, where there are locks. `path`: an empty file, which is made."""
+    """Hold a lock on `path`, an empty file that is made, where the file system has locks."""
     path.parent.mkdir(parents=True, exist_ok=True)  # another run may have cleared the folder away
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

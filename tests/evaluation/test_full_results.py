@@ -22,8 +22,8 @@ from torch import Tensor
 from common.errors import UserError
 from engine import Engine
 from evaluation import command as evaluate
-from evaluation import kept, scoring, sweep
-from evaluation.kept import Kept
+from evaluation import full_results, scoring, sweep
+from evaluation.full_results import FullResults
 from model import Transformer
 from selective_kv import KVCache
 
@@ -137,13 +137,13 @@ def test_a_file_that_was_damaged_or_is_anothers_is_made_again(tmp_path: Path, mo
         made.append(1)
         return {"a": torch.arange(5.0), "b": torch.full((2, 3), float(len(made)), dtype=torch.bfloat16)}
 
-    found = Kept(tmp_path, {"device": "cpu", "command": ["a"]}).result("x", [1, 2], make)
-    again = Kept(tmp_path, {"device": "cpu", "command": ["b"]})
+    found = FullResults(tmp_path, {"device": "cpu", "command": ["a"]}).result("x", [1, 2], make)
+    again = FullResults(tmp_path, {"device": "cpu", "command": ["b"]})
     assert all((found[name] == tensor).all() for name, tensor in again.result("x", [1, 2], make).items())
     assert len(made) == 1
     again.result("x", [1, 3], make)  # other tokens: of a text that came through a pipe, in no record
     assert len(made) == 2
-    Kept(tmp_path, {"device": "H100"}).result("x", [1, 3], make)
+    FullResults(tmp_path, {"device": "H100"}).result("x", [1, 3], make)
     assert len(made) == 3
     (file,) = (again.folder or tmp_path).glob("*.safetensors")
     whole = file.read_bytes()
@@ -152,8 +152,8 @@ def test_a_file_that_was_damaged_or_is_anothers_is_made_again(tmp_path: Path, mo
         assert again.result("x", [1, 3], make)["b"][0, 0] == len(made)
         assert file.read_bytes() != damaged
     n = len(made)
-    monkeypatch.setattr(kept, "sources", lambda: "another program")
-    Kept(tmp_path, {"device": "cpu"}).result("x", [1, 3], make)
+    monkeypatch.setattr(full_results, "sources", lambda: "another program")
+    FullResults(tmp_path, {"device": "cpu"}).result("x", [1, 3], make)
     assert len(made) == n + 1
     with pytest.raises(ZeroDivisionError):
         again.result("y", [], lambda: {"a": torch.ones(1) / (1 // 0)})
@@ -161,17 +161,17 @@ def test_a_file_that_was_damaged_or_is_anothers_is_made_again(tmp_path: Path, mo
 
 
 def test_texts_come_back(tmp_path: Path) -> None:
-    store = Kept(tmp_path, {})
+    store = FullResults(tmp_path, {})
     for n, words in enumerate(("", "a", "żółw \n\x00 📦", "x" * 10_000)):
         assert store.text(str(n), [], lambda: words) == words  # noqa: B023
         assert store.text(str(n), [], lambda: "another") == words
-        assert Kept().text(str(n), [], lambda: words) == words  # noqa: B023
+        assert FullResults().text(str(n), [], lambda: words) == words  # noqa: B023
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a")
     with pytest.raises(UserError, match="--keep_full"):
-        Kept(tmp_path / "file", {})
+        FullResults(tmp_path / "file", {})
 
 
 CODE = """
@@ -179,12 +179,12 @@ import sys, time
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
-from evaluation.kept import Kept
+from evaluation.full_results import FullResults
 def make():
     Path(sys.argv[3]).touch()
     time.sleep(float(sys.argv[4]))
     return {"a": torch.tensor([float(sys.argv[5])])}
-print(Kept(Path(sys.argv[2]), {}).result("x", [], make)["a"].item())
+print(FullResults(Path(sys.argv[2]), {}).result("x", [], make)["a"].item())
 """
 
 
