@@ -175,20 +175,29 @@ def parsed(program: str, argv: list[str]) -> None:
         importlib.import_module(MODULES[program]).make_parser().parse(argv)
 
 
-GPU_LINES = [
-    line for block in BLOCKS for line in lines_of(block)
-    if re.search(r"--device cuda|load_cache|save_cache|torchrun|benchmark.py|bench_kernels.py|weights", line)
-    and "--dry_run" not in line
-]  # fmt: skip
+def for_a_gpu() -> list[list[str]]:
+    """README's lines that a GPU changes; lines that go on with a saved cache stay with the one that saves it."""
+    groups: list[list[str]] = []
+    for line in (line for block in BLOCKS for line in lines_of(block)):
+        if "--dry_run" in line:
+            continue
+        if "--load_cache" in line:
+            groups[-1].append(line)
+        elif re.search(r"--device cuda|save_cache|torchrun|benchmark.py|bench_kernels.py|weights", line):
+            groups.append([line])
+    return groups
 
 
 @pytest.mark.gpu
-def test_commands_for_a_gpu(folder: Path) -> None:
-    """One after another, as programs of their own; with several GPUs those for two, with hqq the peer's."""
-    for line in GPU_LINES:
+@pytest.mark.parametrize("lines", for_a_gpu(), ids=lambda lines: " ".join(lines[0].split("#")[0].split())[:90])
+def test_commands_for_a_gpu(lines: list[str], folder: Path) -> None:
+    """As programs of their own."""
+    for line in lines:
         script, words, stdin, n_rank = split(line)
-        if n_rank > torch.cuda.device_count() or ("--peer" in line and importlib.util.find_spec("hqq") is None):
-            continue
+        if n_rank > torch.cuda.device_count():
+            pytest.skip(f"needs {n_rank} GPUs")
+        if "--peer" in line:
+            pytest.importorskip("hqq")
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_rank)] if n_rank > 1 else []
         argv = [*launch, str(ROOT / script), *expanded(words, folder), *shortened(line, script, ON_A_GPU)]
         text = (folder / stdin).read_text() if (folder / stdin).is_file() else stdin
