@@ -149,14 +149,15 @@ def padding_mask(
 
 @torch.library.custom_op("selective_kv::decode", mutates_args=("counts",))
 def decode(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, handle: int, layer: int) -> Tensor:
-    """`Sequences.attend` of one token a sequence. With kernels that may be captured, so may this."""
-    return by_handle[handle].attend(layer, q, k, v, counts, None)
+    """`Sequences.attend` of one token a sequence. With kernels that may be captured, so may this. Contiguous, as a
+    compiler is told: it reads the memory by that."""
+    return by_handle[handle].attend(layer, q, k, v, counts, None).contiguous()
 
 
 @torch.library.custom_op("selective_kv::chunk", mutates_args=("counts",), tags=(torch.Tag.cudagraph_unsafe,))
 def chunk(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, mask: Tensor | None, handle: int, layer: int) -> Tensor:
     """`Sequences.attend` of several tokens a sequence, or with padding: the host reads the lengths."""
-    return by_handle[handle].attend(layer, q, k, v, counts, mask)
+    return by_handle[handle].attend(layer, q, k, v, counts, mask).contiguous()  # as above
 
 
 @torch.library.custom_op("selective_kv::cut", mutates_args=("counts",), tags=(torch.Tag.cudagraph_unsafe,))

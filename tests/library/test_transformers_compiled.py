@@ -157,6 +157,11 @@ def test_the_operators_keep_their_word() -> None:
     torch.library.opcheck(torch.ops.selective_kv.decode.default, (*arguments, sequences.handle, 0), test_utils=checks)
     chunk = torch.ops.selective_kv.chunk.default
     torch.library.opcheck(chunk, (*arguments, None, sequences.handle, 0), test_utils=checks)
+    for with_mask in (False, True):  # of a prompt, as a model lays it out: inductor stopped at where its output lay
+        cache.reset()
+        q, k, v = (torch.randn(2, 5, n_head, 8).transpose(1, 2) for n_head in (6, 2, 2))
+        mask = torch.ones(2, 5, dtype=torch.bool) if with_mask else None
+        assert chunk(q, k, v, sequences.counts, mask, sequences.handle, 0).is_contiguous()
 
 
 def test_policies_that_cannot_be_captured_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
