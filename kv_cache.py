@@ -1,5 +1,5 @@
-"""The cache of a whole model: one `KVCache` a layer, the lengths that they share, the memory that it will take, and
-the caches that settings spell (`kv_settings.py`).
+"""The cache of a whole model: one `KVCache` for each layer, the lengths that they share, the memory that they will
+take; and caches made from their settings as text (`kv_settings.py`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ __all__ = ["ModelCache", "format_policy", "make_policy", "parse_policy", "plan",
 class ModelCache:
     """One cache per layer, and on the device how many tokens each sequence has: int64 `lengths` [batch].
 
-    The whole batch decodes a token at a time; `sequence(b)` is the same cache seen as sequence b alone, to
-    read a prompt of its own length into it.
+    The whole batch decodes together, one token for each sequence. `sequence(b)` is a view of sequence b alone, into
+    which a prompt of any length can be read.
     """
 
     def __init__(self, policy: KVCache, n_layer: int, shape: Shape) -> None:
@@ -37,7 +37,7 @@ class ModelCache:
         self.lengths = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
         self.row = 0
         self.closing = Closing()
-        self.start: int | None = None  # how long the sequences are, where that need not be asked of the device
+        self.start: int | None = None  # the sequences' length, if the host knows it without asking the device
 
     def expect_biases(self, biases: Sequence[Tensor | None], frequencies: Tensor) -> None:
         """`KVCache.expect_bias` of every layer whose keys have one. Waits for the device."""
@@ -51,7 +51,7 @@ class ModelCache:
         return self.policy.endless_with(self.shape.reach)
 
     def sequence(self, b: int, start: int | None = None) -> ModelCache:
-        """One of a batch's sequences, as a cache of its own. start: its length, where the caller knows it."""
+        """A view of one of the batch's sequences. start: its length, if the caller knows it."""
         view = copy.copy(self)
         view.start = start
         view.lengths = self.lengths[b : b + 1]
@@ -59,11 +59,12 @@ class ModelCache:
         return view
 
     def begin(self, n_token: int) -> Chunk:
-        """The chunk about to be read. Raises ValueError if it does not fit.
+        """Prepare to read a chunk of n_token tokens a sequence. Returns what `attend` must be told of it.
 
-        One token: what it pushes out of the window is quantised now, in all layers. No look at the device, so that
-        decoding can be captured; the caller has made sure that it fits. More: the sequences must all have the same
-        length.
+        One token (decoding): the tiles that it pushes out of the window are quantised here, in all layers at once.
+        Nothing waits for the device, so that the step can be captured; the caller has called `check_room`.
+        More tokens: the sequences must all have the same length. Raises ValueError if they do not, or if the chunk does
+        not fit.
         """
         if n_token == 1:
             return self.closing(self.layers, Chunk(self.lengths[:, None], self.row))
@@ -114,7 +115,7 @@ class ModelCache:
 
 
 def require_slides(policy: KVCache, shape: Shape) -> None:
-    """Raises ValueError where a cache would show a query more than the model's own attention looks back to."""
+    """Raises ValueError if a cache would show a query more tokens than the model's own sliding window has."""
     if shape.reach is not None and shape.capacity > shape.reach and not policy.slides:
         raise ValueError(
             f"the model attends to the last {shape.reach} tokens only, which {policy.name or type(policy).__name__} "
@@ -123,7 +124,7 @@ def require_slides(policy: KVCache, shape: Shape) -> None:
 
 
 def plan(policy: KVCache, n_layer: int, shape: Shape) -> dict[str, int]:
-    """The bytes by region that a cache will need, found by allocating it on the meta device."""
+    """Bytes by region that the caches of n_layer layers will need, found by allocating one on the meta device."""
     require_slides(policy, shape)
     layer = dataclasses.replace(policy)
     layer.allocate(dataclasses.replace(shape, device=torch.device("meta")))
@@ -131,8 +132,8 @@ def plan(policy: KVCache, n_layer: int, shape: Shape) -> dict[str, int]:
 
 
 def bits_per_element(policy: KVCache, head_dim: int) -> dict[str, float] | None:
-    """Of what a cache stores in fewer bits, scales included, by "keys" and "values". None: it stores nothing so, or
-    does not say."""
+    """Bits of a quantised element with its share of the scales, for "keys" and "values". None: the cache quantises
+    nothing, or does not say what it does."""
     seen = policy.sees()
     if seen is None or seen.formats is None:
         return None
@@ -140,8 +141,8 @@ def bits_per_element(policy: KVCache, head_dim: int) -> dict[str, float] | None:
 
 
 def make_policy(name: str, knobs: Mapping[str, Any]) -> KVCache:
-    """The cache called `name`, with values given as text or as they are. Raises UserError."""
-    caches()  # they are imported: what is made are caches, not their settings alone
+    """The cache called `name`; the values of its knobs may be text. Raises UserError."""
+    caches()  # imports the cache classes: without them this would be the settings alone
     return cast(KVCache, make_settings(name, knobs))
 
 

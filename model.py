@@ -24,28 +24,28 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE frequencies are stretched past the context that a model was pre-trained with.
+    """How RoPE's frequencies are lowered so that a model can read past the context that it was pre-trained with.
 
-    kind "linear" divides every frequency by `factor`. kind "llama3" divides only the slow ones (Llama 3.1,
-    `apply_scaling` in meta-llama/llama-models): wavelengths longer than original_context / low_freq_factor, with a
-    smooth step up to original_context / high_freq_factor.
-    kind "yarn" (Peng et al. 2023, arXiv:2309.00071) also divides the slow ones, those that turn less than
-    `low_freq_factor` times over the original context (the paper's beta_slow), and keeps those of more than
-    `high_freq_factor` turns (beta_fast); between the two the step is linear in the pair's number, whole numbers
-    where `whole_pairs`. Queries and keys are `magnitude` times as long, which sharpens attention.
-    kind "factors" divides each frequency by its own of `factors` (a GGUF file's rope_freqs)."""
+    "linear": every frequency is divided by `factor`.
+    "llama3" (`apply_scaling` in meta-llama/llama-models): frequencies of wavelengths above original_context /
+    low_freq_factor are divided, those below original_context / high_freq_factor are not, with a smooth step between.
+    "yarn" (Peng et al. 2023, arXiv:2309.00071): frequencies that turn less than `low_freq_factor` times over the
+    original context (the paper's beta_slow) are divided, those that turn more than `high_freq_factor` times (beta_fast)
+    are not; the step between is linear in the pair's index, rounded to whole indices if `whole_pairs`. Queries and keys
+    are multiplied by `magnitude`, which sharpens attention.
+    "factors": each frequency is divided by its own factor (a GGUF file's rope_freqs)."""
 
     kind: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
-    factors: tuple[float, ...] = ()  # one a pair of dimensions
+    factors: tuple[float, ...] = ()  # one for each pair of dimensions
     magnitude: float = 1.0
     whole_pairs: bool = True
 
     def stretched(self, freq: Tensor, theta: float) -> Tensor:
-        """freq: float64 [head_dim / 2], radians per position before scaling. Returns the same after it."""
+        """freq: float64 [head_dim / 2], radians per position, not scaled. Returns the scaled ones."""
         if self.kind == "linear":
             return freq / self.factor
         if self.kind == "factors":
@@ -56,7 +56,7 @@ class RopeScaling:
         elif self.kind == "yarn":
             n_pair = len(freq)
 
-            def pair_of(turns: float) -> float:  # which pair, were they continuous, turns so often
+            def pair_of(turns: float) -> float:  # the index, a fraction, at which a pair would turn so often
                 return n_pair * math.log(self.original_context / (turns * 2 * math.pi)) / math.log(theta)
 
             first, last = pair_of(self.high_freq_factor), pair_of(self.low_freq_factor)
@@ -75,9 +75,9 @@ class RopeScaling:
 class Config:
     """The shape of a model. `context` is the number of tokens that it was trained to handle.
 
-    reach: how many tokens back its attention looks, the query's own among them (Mistral 7B 0.1); 0: to the first. Then
-    `context` is no more than that, for up to there every cache is right, and `far_context` is what it was trained to
-    handle where the cache keeps to the reach."""
+    reach: how many tokens the model's own attention looks back to, the query's token included (Mistral 7B 0.1); 0: to
+    all of them. With a reach, `context` is at most that, the length up to which every cache is right, and `far_context`
+    is what the model was trained to handle, for caches that keep to the reach too (`KVCache.slides`)."""
 
     vocab_size: int
     dim: int
@@ -98,7 +98,7 @@ class Config:
     far_context: int = 0
     qk_norm: bool = False
     vocab_start: int = 0  # the first token that the head scores
-    vocab_rows: int = 0  # how many it scores; 0: the whole vocabulary. Several devices may share it
+    vocab_rows: int = 0  # how many it scores; 0: the whole vocabulary. Ranks may share the vocabulary
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "context"):
@@ -144,17 +144,7 @@ CONFIGS: dict[str, Config] = {
     ),
     "mistral-7b": Config(32000, 4096, 32, 32, 8, 14336, 32768, rope_theta=1e6),  # v0.2; v0.3 has vocab 32768
     "qwen-2.5-0.5b": Config(
-        151936,
-        896,
-        24,
-        14,
-        2,
-        4864,
-        32768,
-        norm_eps=1e-6,
-        rope_theta=1e6,
-        tied_embeddings=True,
-        qkv_bias=True,
+        151936, 896, 24, 14, 2, 4864, 32768, norm_eps=1e-6, rope_theta=1e6, tied_embeddings=True, qkv_bias=True
     ),
     "qwen-2.5-7b": Config(152064, 3584, 28, 28, 4, 18944, 32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True),
     "qwen-3-0.6b": Config(
@@ -192,13 +182,13 @@ class Ranks(Protocol):
     """What the model asks of the devices that hold its layers together, where there are several."""
 
     def sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual plus every rank's x, [..., dim]; in x's memory, maybe."""
+        """residual plus the sum of every rank's x: [..., dim], which may be in x's memory."""
         ...
 
 
-def both_ways(frequencies: Tensor) -> Tensor:
-    """[head_dim]: the negated frequencies, then the frequencies, so that the sine of an angle in the first half of a
-    head already has the minus sign of a rotation."""
+def with_signs(frequencies: Tensor) -> Tensor:
+    """[head_dim]: the negated frequencies and then the frequencies, so that the sines of a head's first half already
+    have the minus sign of a rotation."""
     return torch.cat((-frequencies, frequencies))
 
 
@@ -207,17 +197,17 @@ class Rope:
 
     Angles are made in float64 from the positions themselves, so there is no table to outgrow and no
     rounding to notice at a position of a million. (MPS has no float64; float32 serves there.)
-    frequencies: [head_dim / 2]; positions: [batch, token]; signed: `both_ways(frequencies)`, where it is at hand;
-    magnitude: what rotating multiplies lengths by (YaRN's)."""
+    frequencies: [head_dim / 2]; positions: [batch, token]; signed: `with_signs(frequencies)`, if the caller has it;
+    magnitude: what rotated vectors are multiplied by (YaRN)."""
 
     def __init__(
         self, frequencies: Tensor, positions: Tensor, signed: Tensor | None = None, magnitude: float = 1.0
     ) -> None:
         self.frequencies, self.positions = frequencies, positions
-        self.signed = both_ways(frequencies) if signed is None else signed
+        self.signed = with_signs(frequencies) if signed is None else signed
         self._back: dict[int, tuple[Tensor, Tensor]] = {}
         angle = positions[:, None, :, None] * self.signed
-        # Rounded where they are made: a launch apart would be two more in every step.
+        # `out` has them rounded to float32 in the same launch: casts of their own would be two more in every step.
         self.cos, self.sin = (torch.empty_like(angle, dtype=torch.float32) for _ in range(2))
         torch.cos(angle, out=self.cos)  # [batch, 1, token, head_dim]: cos is even
         torch.sin(angle, out=self.sin)  # odd: signed, so that `roll` by half a head completes the rotation
@@ -231,16 +221,16 @@ class Rope:
         return torch.addcmul(x * self.cos, x.roll(half, -1), self.sin).to(x.dtype)
 
     def part(self, tokens: slice) -> Rope:
-        """Of some of the tokens alone."""
+        """The rotations of some of the tokens alone."""
         part = copy.copy(self)
         part.positions, part.cos, part.sin = self.positions[:, tokens], self.cos[:, :, tokens], self.sin[:, :, tokens]
         part._back = {}
         return part
 
     def back_to(self, last: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, float32 [batch, head_dim], of the rotation that takes each sequence's first position here back
-        to `last`; of none where it is not beyond, and never of another length. Made at the first call, which must come
-        before the positions move on: a step's layers share them.
+        """cos and sin, float32 [batch, head_dim], of the rotation that takes a query from each sequence's first
+        position here back to position `last`, without `magnitude`; of none where that position is not above `last`.
+        Computed by the first call, before `positions` advance, and shared by a step's layers.
         """
         if last not in self._back:
             back = Rope(self.frequencies, (last - self.positions[:, :1]).clamp_max(0), self.signed)
@@ -287,7 +277,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """ranks: the devices that each hold some heads and columns of it; None: all is here."""
+    """ranks: the devices that each hold some of its heads and columns; None: this one holds them all."""
 
     def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
         super().__init__()
@@ -302,21 +292,21 @@ class Block(nn.Module):
         return self.add(x, self.feed_forward(self.ffn_norm(x)))
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """x and y, or every rank's y."""
+        """x + y, or x + the sum of every rank's y."""
         return x + y if self.ranks is None else self.ranks.sum(y, x)
 
 
 class Transformer(nn.Module):
     """Build it under `torch.device("meta")`, then `materialize` it: the weights are allocated once.
 
-    ranks: the devices that hold it together, of which `config` describes one's share.
+    ranks: the devices that hold the model together; `config` then describes this one's share of it.
     """
 
     def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
         super().__init__()
         self.config, self.ranks = config, ranks
         self.frequencies = config.rope_frequencies
-        self.signed_frequencies = both_ways(self.frequencies)
+        self.signed_frequencies = with_signs(self.frequencies)
         # Not `nn.Embedding(...)`: its normal_ on the meta device imports torch's compiler, 2 to 3 s of every start.
         embeddings = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings: nn.Embedding = nn.Embedding.from_pretrained(
@@ -338,7 +328,7 @@ class Transformer(nn.Module):
         if self.config.tied_embeddings:  # to_empty would allocate the shared tensor twice
             for name, _ in self.tok_embeddings.named_parameters():
                 setattr(self.output, name, None)
-        # As `to_empty` does, whose empty_like of a meta tensor imports sympy, a second of every start.
+        # Not `to_empty`: its empty_like of a meta tensor imports sympy, a second of every start.
         self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
         self.tie()
         return self
@@ -347,15 +337,15 @@ class Transformer(nn.Module):
         if self.frequencies.device != positions.device:  # moved once, at the first token
             dtype = torch.float32 if positions.device.type == "mps" else torch.float64
             self.frequencies = self.frequencies.to(positions.device, dtype)
-            self.signed_frequencies = both_ways(self.frequencies)
+            self.signed_frequencies = with_signs(self.frequencies)
         scaling = self.config.rope_scaling
         magnitude = 1.0 if scaling is None else scaling.magnitude
         return Rope(self.frequencies, positions, self.signed_frequencies, magnitude)
 
     def key_biases(self) -> list[Tensor | None]:
-        """Of each layer, what every key has in it, turned by its position: float32 [n_kv_head, head_dim], or None."""
+        """Each layer's bias of its keys, which all of them have before RoPE: float32 [n_kv_head, head_dim], or None."""
         c = self.config
-        if not c.qkv_bias or c.qk_norm:  # after a norm no two keys have the same in them
+        if not c.qkv_bias or c.qk_norm:  # a norm after the bias divides it by another number for each key
             return [None] * c.n_layer
         magnitude = 1.0 if c.rope_scaling is None else c.rope_scaling.magnitude
         rows = slice(c.n_head * c.head_dim, (c.n_head + c.n_kv_head) * c.head_dim)

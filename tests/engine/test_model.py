@@ -12,7 +12,7 @@ from families import FAMILIES, make
 
 from checkpoint import load_model, open_checkpoint
 from kv_cache import ModelCache
-from model import CONFIGS, Config, Rope, RopeScaling, Transformer, both_ways
+from model import CONFIGS, Config, Rope, RopeScaling, Transformer, with_signs
 from selective_kv import FullCache, KVCache, SelectiveCache, Shape, SinkWindowCache
 
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def test_rope_turns_by_the_angles_of_each_half(dtype: torch.dtype) -> None:
     rope = Rope(frequencies, positions)
     assert torch.equal(rope.cos, angle.cos().float().repeat(1, 1, 1, 2))
     assert torch.equal(rope.sin, torch.cat((-angle.sin(), angle.sin()), -1).float())
-    assert torch.equal(Rope(frequencies, positions, both_ways(frequencies)).sin, rope.sin)
+    assert torch.equal(Rope(frequencies, positions, with_signs(frequencies)).sin, rope.sin)
 
 
 def test_a_turn_back_is_that_to_an_earlier_position_or_none() -> None:
