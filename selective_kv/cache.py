@@ -47,7 +47,8 @@ __all__ = ["Chunk", "KVCache", "RopeLike", "Shape", "Visible", "caches", "knob",
 class Shape:
     """What one layer's cache must hold. capacity: the most tokens that a sequence will ever have.
 
-    reach: how many tokens back the model's own attention looks, the query's among them (Mistral 7B 0.1); None: all.
+    reach: the size in tokens of the model's own sliding window, the query's token included (Mistral 7B 0.1); None: the
+    model has no such window.
     """
 
     batch: int
@@ -65,18 +66,18 @@ class Chunk:
 
     positions: Tensor  # int64 [batch, token], on the device
     row: int = 0
-    start: int | None = None  # positions[:, 0] where it is one number that the host knows: never in decoding
-    closed: bool = False  # in decoding: what the tokens push out of the window has been quantised (closing.py)
+    start: int | None = None  # positions[:, 0], if it is one number that the host knows; None in decoding
+    closed: bool = False  # in decoding: the tiles that the tokens push out of the window are quantised (closing.py)
     next_weight: Tensor | None = None  # read right after attention: kernels may prefetch it into L2
 
 
 @dataclass(frozen=True)
 class Visible:
-    """What a query at position p sees of a token at position t <= p, when every token came alone (decoding).
+    """What a query at position p sees of the token at position t <= p in decoding.
 
-    In full precision if t < sink_size or t > p - window_size (None: always); otherwise in `formats`, K's and V's, if
-    all of its tile has left the window, or not at all where that is None. `within`: sinks are seen at their distance
-    within the cache, not in the text.
+    The token is in full precision if t < sink_size or t > p - window_size (window_size None: always). Otherwise it is
+    in `formats`, K's and V's, as soon as its whole tile has left the window; with formats None it is gone. within:
+    sinks are seen at their distance within the cache, not in the text.
     """
 
     sink_size: int = 0
@@ -101,30 +102,30 @@ class KVCache(CacheSettings):
 
     @property
     def n_exact(self) -> int:
-        """How many tokens are kept in full precision; 0: no such limit. It must fit the model's context."""
+        """Tokens that are always in full precision, which must fit the model's context; 0: there is no such number."""
         return 0
 
     def endless_with(self, reach: int | None) -> bool:
-        """Whether more tokens than the model's context may be read of a model that looks `reach` tokens back."""
+        """Whether a sequence may be longer than the context of a model whose own window is `reach` tokens."""
         return self.endless
 
     def sees(self) -> Visible | None:
-        """What a query sees, where that can be said in advance: a text can then be scored in parallel, and a prompt
-        read by the full cache can be stored as this cache would have. None: only `update` knows.
+        """What a query sees, if the settings alone decide that: then a text can be scored in one pass, and a prompt
+        that the full cache has read can be stored as this cache would have stored it. None: only `update` knows.
         """
         return None
 
     def by_quality(self) -> list[tuple[str, KVCache]]:
-        """This cache in each number of bits that it has, most first, and their names: what `--bits auto` tries."""
+        """The cache in each of its formats with the format's name, most bits first: what `--bits auto` tries."""
         return []
 
     def use_reference(self) -> None:
-        """Take the slow, obvious path from now on; a cache without another takes it anyway."""
+        """Compute by the slow, obvious reference from now on. A cache without a fast path always does."""
 
     def wrap_kernels(self, wrap: Callable[[AttentionKernels], AttentionKernels]) -> bool:
-        """Call what `wrap` makes of this layer's kernels from now on: how they are timed, compared and compiled.
+        """Call wrap(kernels) in place of this layer's kernels from now on, to time, compare or compile them.
 
-        Returns False, having done nothing, for a cache that calls none.
+        Returns False, and does nothing, for a cache that calls no kernels.
         """
         return False
 
@@ -140,14 +141,14 @@ class KVCache(CacheSettings):
 
     @property
     def attends_to_last(self) -> bool:
-        """Whether `attend` takes the query of a chunk's last token alone, beside the keys and values of all of it: no
-        more is asked of a model's last layer.
+        """Whether `attend` takes the query of a chunk's last token alone with the keys and values of the whole chunk:
+        a model's last layer needs no other output.
         """
         return False
 
     def tiles(self) -> tuple[AttentionKernels, Regions] | None:
-        """Memory in which whole tiles are quantised, and what does it: what a step pushes out of the window is then
-        quantised for all layers at once, before the first (closing.py). None: there is none, or `attend` does it.
+        """The kernels and the memory by which `closing.Closing` quantises the tiles that a decode step closes, for all
+        layers at once, before the first one. None: there are no tiles, or `attend` quantises them.
         """
         return None
 
@@ -155,8 +156,9 @@ class KVCache(CacheSettings):
         """Make room. On the meta device this costs nothing and `nbytes` then is the plan."""
 
     def expect_bias(self, bias: Tensor, frequencies: Tensor) -> None:
-        """Keys will come with a bias that their projection adds before RoPE (Qwen 2): once after `allocate`, before the
-        first token. What stores keys in few bits may keep it apart; no result may depend on it but by rounding.
+        """Keys will come with a bias that their projection adds before RoPE (Qwen 2). Called once, after `allocate` and
+        before the first token. A cache that quantises keys may keep the bias apart; results may differ by rounding
+        only.
 
         bias: [n_kv_head, head_dim]; frequencies: [head_dim / 2], radians that each pair of dimensions turns per
         position, as `RopeLike` has them.
@@ -166,15 +168,15 @@ class KVCache(CacheSettings):
         """Forget everything. (Fixed storage need not be cleared: positions say what is valid.)"""
 
     def storage(self) -> list[Tensor] | None:
-        """The tensors, [batch, ...], that tokens are written to, always in the same order: whoever copies them copies
-        the sequences. With more capacity they are longer, or more follow, and the same tokens stand at the same places.
-        None: this cache cannot be copied.
+        """The tensors, [batch, ...], that tokens are written to, always in the same order: a copy of them is a copy of
+        the sequences. With a larger capacity they may be longer, or more of them may follow, but a token's place is the
+        same. None: this cache cannot be copied.
         """
         return None
 
     def fill_randomly(self) -> bool:
-        """Put random keys and values everywhere, as if every sequence had been read to the capacity: for measurements,
-        which take from the lengths how much of it counts. False, having done nothing: only `update` can fill it.
+        """For measurements: fill the storage with random keys and values, as if every sequence had been read up to the
+        capacity. (The lengths say how much of that counts.) Returns False, and does nothing, if only `update` can.
         """
         return False
 
@@ -185,16 +187,16 @@ class KVCache(CacheSettings):
     def held(self, row: int, n_token: int) -> dict[str, Tensor] | None:
         """All that sequence `row` holds after its first `n_token` tokens: views of the storage, by name.
 
-        A saved cache is a copy of them, and loading one copies it back, maybe into a cache of another capacity: names
-        and what they hold must not depend on it. Dimension 1 counts tokens (or tiles of tokens); what is empty may be
-        left out. None: this cache cannot be saved.
+        A cache is saved by copying these views and loaded by copying back, maybe into a cache of another capacity; so
+        neither their names nor their contents may depend on the capacity. Dimension 1 counts tokens (or tiles of
+        tokens). Empty views may be left out. None: this cache cannot be saved.
         """
         return None
 
     def score_error(self, row: int, n_token: int, k_bits: int | None = None) -> Tensor | None:
         """How far scores are off over keys as this layer stores them, in nats, float32 []: the root mean square for the
         last query of the chunk that was read last, over the last keys of sequence `row`, which holds n_token tokens.
-        More than `score_error.BOUND` is a lot. k_bits: as if they were stored in so many.
+        More than `score_error.BOUND` is a lot. k_bits: as if keys were stored in so many bits.
 
         None: this cache stores no keys in fewer bits, or there is nothing to measure it by (fewer than 16 tokens, or a
         sequence of a batch after its eighth).
@@ -202,8 +204,8 @@ class KVCache(CacheSettings):
         return None
 
     def forgets(self, n_token: int) -> bool:
-        """Whether a sequence of n_token tokens no longer holds all of them as they came. If it does, it can go back to
-        any shorter beginning of itself: `held` of that is then the beginning of what `held` is now.
+        """Whether a sequence of n_token tokens has quantised or dropped any of them. If not, it can be cut back to any
+        shorter beginning: what `held` returns of that is the beginning of what it returns now.
         """
         return True
 
@@ -238,12 +240,12 @@ class KVCache(CacheSettings):
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float32, or wider as it is: what a reference computes in."""
+    """x in float32, or in its own dtype if that is wider: what references compute in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def caches() -> dict[str, type[KVCache]]:
     """Every cache class that has a name, the user's own included: name -> class."""
-    from selective_kv import full, selective, sink_window  # noqa: F401 (not above: they are made of this module)
+    from selective_kv import full, selective, sink_window  # noqa: F401 (not above: they import this module)
 
     return {name: cls for name, cls in known_settings().items() if issubclass(cls, KVCache)}

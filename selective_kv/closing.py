@@ -1,9 +1,9 @@
-"""What a decode step pushes out of the window is quantised before its first layer, for all layers in one launch.
+"""The tiles that a decode step pushes out of the window are quantised before its first layer, for all layers at once.
 
-A tile that closes holds tokens of earlier steps alone, so it need not wait for its layer. All layers close theirs in
-the same step: together they are work for a whole GPU, where a layer's few tiles would take as long as one of them does,
-layer after layer. A step that closes none has one short launch more, and its layers need not look. (Two launches where
-only some layers have a key bias that is kept apart.)
+A tile that closes holds tokens of earlier steps only, so it need not wait for its layer; and all layers close theirs in
+the same step. Together they are work for a whole GPU. One layer's few tiles are not: each layer would take as long as
+one tile does. The price is one short launch in every step, also in those that close nothing. (Two launches, if only
+some of the layers have a key bias that is kept apart.)
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 
 
 class Closing:
-    """For the layers of one model, whose memory it remembers: it makes a table of it whenever that has changed."""
+    """Closes the tiles of one model's layers. It holds a table of where their memory is, made anew when that
+    changes."""
 
     def __init__(self) -> None:
         self.held: list[Regions] = []
         self.parts: list[Together] = []
 
     def __reduce__(self) -> tuple[type[Closing], tuple[()]]:
-        """A copy of it stands beside a copy of the layers, whose memory is elsewhere, and looks anew."""
+        """A copy belongs to copied layers, whose memory is elsewhere, and starts without a table."""
         return Closing, ()
 
     def look(self, layers: Sequence[KVCache]) -> list[tuple[AttentionKernels, Regions]]:
-        """Each layer's `tiles`, or nothing unless all have some. Remembers where they are; waits for the device if that
-        has changed."""
+        """Each layer's `tiles`; nothing unless all layers have some. Makes the table, and waits for the device, if the
+        layers' memory has changed."""
         found = [layer.tiles() for layer in layers]
         there = [tiles for tiles in found if tiles is not None]
         if len(there) < len(found):
@@ -43,8 +44,8 @@ class Closing:
         return there
 
     def __call__(self, layers: Sequence[KVCache], chunk: Chunk) -> Chunk:
-        """The chunk, of one token a sequence, as `attend` is to be called with. To be captured it must have run, or
-        `look`."""
+        """Close the tiles that a chunk of one token a sequence pushes out, and return the chunk for `attend`. Before it
+        is captured, it or `look` must have run once."""
         there = self.look(layers)
         if not there:
             return chunk

@@ -44,14 +44,14 @@ INSET = {(4, True): 0.15, (3, True): 0.3, (2, True): 0.3, (3, False): 0.15, (2, 
 
 
 class Tiles(NamedTuple):
-    """Quantised tiles. n_vector: what has a scale, head_dim channels (keys) or TILE tokens (values)."""
+    """Quantised tiles. n_vector: scales of a tile, one for each of head_dim channels (keys) or TILE tokens (values)."""
 
     codes: Tensor  # uint8 [..., n_tile, n_byte]: the planes, one after the other
     scales: Tensor  # bfloat16 [..., n_tile, n_vector, 2]: scale and base
     factors: Tensor | None  # bfloat16 [..., n_tile, TILE / 2, 2], where balanced: of the tokens i and i + TILE / 2
 
     def of(self, sequence: int) -> Tiles:
-        """Views of those of one sequence, where sequences come first."""
+        """Views of one sequence's tiles, if the first dimension counts sequences."""
         return Tiles(
             self.codes[sequence], self.scales[sequence], None if self.factors is None else self.factors[sequence]
         )
@@ -198,12 +198,12 @@ class Format:
 
 
 def key_format(bits: int, rotated: bool = True) -> Format:
-    """A key's scale belongs to a channel. At 8 bits balancing wins nothing (LOG.md)."""
+    """Scales of keys belong to channels. At 8 bits balancing improves nothing (LOG.md)."""
     return Format(bits, per_channel=True, rotated=rotated, balanced=bits < 8)
 
 
 def value_format(bits: int, rotated: bool = True) -> Format:
-    """A value's scale belongs to a token. At 8 bits rotating wins next to nothing, and costs time in decoding."""
+    """Scales of values belong to tokens. At 8 bits a rotation improves next to nothing, and costs decoding time."""
     return Format(bits, per_channel=False, rotated=rotated and bits < 8)
 
 

@@ -23,7 +23,7 @@ class RegionCache(KVCache):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._reference = False
-        self._last_q: dict[int, Tensor] = {}  # of a sequence, [n_head, head_dim]: the last of the chunk read last
+        self._last_q: dict[int, Tensor] = {}  # by sequence, [n_head, head_dim]: the last query of its latest chunk
         self._bias: tuple[Tensor, Tensor] | None = None
 
     def sizes(self, capacity: int) -> tuple[int, int]:
@@ -31,7 +31,7 @@ class RegionCache(KVCache):
         raise NotImplementedError
 
     def formats(self) -> tuple[Format, Format] | None:
-        """K's and V's, in what has left the window; None: it is dropped."""
+        """K's and V's formats for tokens that have left the window; None: such tokens are dropped."""
         return None
 
     def allocate(self, shape: Shape) -> None:
@@ -41,7 +41,7 @@ class RegionCache(KVCache):
         n_tile = max(0, rest - window) // TILE if formats else 0
         if n_tile:
             ring = window + TILE  # a tile's first tokens wait for its last
-        else:  # no tile is ever full, and nothing leaves: where tokens are dropped, whatever the window has no room for
+        else:  # no tile is ever full: nothing leaves, or, in a cache that drops tokens, what the window has no room for
             window = ring = max(1, rest if formats else min(window, rest))
 
         # Zeros, not garbage: a value that is masked is still multiplied by zero, and 0 * NaN is NaN.
@@ -89,8 +89,8 @@ class RegionCache(KVCache):
 
     def reset(self) -> None:
         self._last_q.clear()
-        if self.regions.k_tiles is not None:  # a value that is masked may be an earlier text's, and that one NaN
-            with torch.inference_mode():  # in which it may have been allocated
+        if self.regions.k_tiles is not None:  # a masked slot may hold an earlier text's value, and that may be NaN
+            with torch.inference_mode():  # the mode in which it may have been allocated
                 self.regions.v.zero_()
 
     def storage(self) -> list[Tensor] | None:
@@ -163,14 +163,14 @@ class RegionCache(KVCache):
         return y
 
     def sink_rope(self, rope: RopeLike) -> tuple[Tensor, Tensor] | None:
-        """cos and sin of what queries are turned by for the sinks, if those are to be seen at their distance within
-        the cache: float32 [batch, head_dim], as RoPE has them.
+        """cos and sin, float32 [batch, head_dim], of the rotation of queries that lets them see the sinks at their
+        distance within the cache; None: at their distance in the text.
         """
         return None
 
     def update(self, row: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         r = self.regions
-        self._leave(row, start)
+        self._close_tile(row, start)
         n_left = r.n_left(start + 1)
         past = torch.arange(start, device=k.device)
         middle = (past >= r.sink_size) & (past < r.sink_size + n_left)
@@ -186,15 +186,15 @@ class RegionCache(KVCache):
         positions = past if stored else past[~middle]
         for i in range(k.shape[1]):
             if i > 0:
-                self._leave(row, start + i)
+                self._close_tile(row, start + i)
             r.k[row, :, r.slot(start + i)] = k[:, i].to(r.k.dtype)
             r.v[row, :, r.slot(start + i)] = v[:, i].to(r.v.dtype)
         own = torch.arange(start, start + k.shape[1], device=k.device)
         return dense[0], dense[1], torch.cat((positions, own))
 
-    def _leave(self, row: int, pos: int) -> None:
-        """Position `pos` is about to be written: quantise the tile, if any, whose last token leaves the window for it,
-        this once."""
+    def _close_tile(self, row: int, pos: int) -> None:
+        """Quantise the tile, if any, whose last token leaves the window for the token at position `pos`, which is about
+        to be written."""
         r = self.regions
         first, end = (r.sink_size + r.n_left(n) for n in (pos, pos + 1))
         if first == end:

@@ -13,21 +13,22 @@ from selective_kv.key_bias import KeyBias
 
 
 class Stored(NamedTuple):
-    """K or V: its slots, its tiles, and how to write and read those."""
+    """K or V of a layer: slots, tiles, and the format and bias by which tiles are written and read."""
 
     slots: Tensor
     tiles: Tiles
     format: Format
-    bias: KeyBias | None  # kept out of the tiles
+    bias: KeyBias | None  # subtracted before tiles are quantised, and added back
 
     def quantize(self, x: Tensor, first: int) -> Tiles:
-        """x [..., n_kv_head, n_tile, TILE, head_dim], what the tiles from `first` on are to hold: as they will."""
+        """The tiles from index `first` on, made of x [..., n_kv_head, n_tile, TILE, head_dim]."""
         if self.bias is not None:
             x = self.bias.taken_out(x, slice(first, first + x.shape[-3]))
         return self.format.quantize(x)
 
     def stored(self, tiles: Tiles, which: slice) -> Tensor:
-        """The vectors of `tiles`, those at `which`, still rotated if they are: float32 [..., n_tile, TILE, head_dim]"""
+        """The vectors of `tiles`, which are those of indices `which`, rotated if the format is: float32 [..., n_tile,
+        TILE, head_dim]."""
         x = self.format.stored(tiles)
         return x if self.bias is None else x + self.format.rotate(self.bias.dense(which, x.shape[-1]))
 
@@ -73,16 +74,16 @@ class Regions(NamedTuple):
         return pos if pos < self.sink_size else self.sink_size + (pos - self.sink_size) % self.ring_size
 
     def n_left(self, n_token: int) -> int:
-        """How many of the first n_token tokens are no longer looked at in full precision: positions sink_size and on.
+        """How many of the first n_token tokens have left full precision: those at positions sink_size and on.
 
-        Where there are tiles it is a multiple of TILE.
+        With tiles this is a multiple of TILE.
         """
         n = max(0, n_token - self.sink_size - self.window_size)
         return n if self.k_tiles is None else n // TILE * TILE
 
     def exact_slots(self, n_token: int, coming: int = 0) -> list[slice]:
-        """Where those of n_token tokens stand that are looked at in full precision: sinks, then the ring from its
-        oldest token on, which may be in two parts. coming: tokens that make others leave, but are not there yet."""
+        """The slots of those of n_token tokens that are in full precision: the sinks, then the ring from its oldest
+        token on, which may be in two parts. coming: tokens still to be written, for which others have already left."""
         sink, n_left = self.sink_size, self.n_left(n_token + coming)
         if n_left == 0:
             return [slice(0, n_token)]
@@ -95,13 +96,13 @@ class Regions(NamedTuple):
         ]
 
     def stored(self) -> Iterator[Stored]:
-        """K's and V's; nothing where the middle is dropped."""
+        """K's and V's slots and tiles; nothing if what leaves the window is dropped."""
         if self.k_tiles is not None and self.v_tiles is not None and self.k_format and self.v_format:
             yield Stored(self.k, self.k_tiles, self.k_format, self.key_bias)
             yield Stored(self.v, self.v_tiles, self.v_format, None)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the memory that tokens are written to, by name: [batch, n_kv_head, slot or tile, ...]."""
+        """The tensors that tokens are written to, by name: [batch, n_kv_head, slot or tile, ...]."""
         found: dict[str, Tensor | None] = {"k": self.k, "v": self.v}
         for name, part in zip("kv", self.stored(), strict=False):
             found |= {f"{name}_{what}": tensor for what, tensor in part.tiles._asdict().items()}
@@ -110,7 +111,7 @@ class Regions(NamedTuple):
     def held(self, row: int, n_token: int) -> dict[str, Tensor]:
         """What sequence `row` holds after n_token tokens, by name: views [n_kv_head, slot or tile, ...].
 
-        Slots and tiles do not depend on the capacity: a ring that the capacity made shorter has not come round yet.
+        They do not depend on the capacity: a ring that a small capacity made shorter has not been gone round yet.
         """
         slots, tiles = slice(min(n_token, self.k.shape[2])), slice(self.n_left(n_token) // TILE)
         views = {name: t[row, :, slots if name in ("k", "v") else tiles] for name, t in self.tensors().items()}
@@ -131,7 +132,7 @@ class Regions(NamedTuple):
 
 
 class Together(NamedTuple):
-    """The memory of layers that differ in nothing else but where it is, as one launch sees it."""
+    """The memory of layers that are alike in shapes, formats and window: one launch serves them all."""
 
     layers: list[Regions]
     offsets: Tensor  # int64 [layer, 10]: elements from the first layer's tensors to each layer's (`_addresses`)
@@ -149,9 +150,9 @@ N_ADDRESS = 10
 
 
 def together(layers: Sequence[Regions]) -> list[Together]:
-    """Layers with tiles, those that one launch can see in one. Waits for the device, if there is more than one layer.
+    """Layers with tiles in groups that one launch can serve. Waits for the device, if there is more than one layer.
 
-    Layers differ where some have a key bias that is kept apart and others none.
+    There are several groups if only some of the layers have a key bias that is kept apart.
     """
     groups: dict[object, list[Regions]] = {}
     for layer in layers:
@@ -171,14 +172,15 @@ def offsets(layers: list[Regions]) -> Tensor:
         [(there - here) // size for (there, size), (here, _) in zip(_addresses(layer), first, strict=True)]
         for layer in layers
     ]
-    aligned = device.type == "cpu" or all(offset % 16 == 0 for row in rows for offset in row)  # there in 64 bytes only
-    assert aligned, "what kernels are told of how memory is aligned"
+    # A CPU's allocator promises 64 bytes only, and the interpreter does not care.
+    aligned = device.type == "cpu" or all(offset % 16 == 0 for row in rows for offset in row)
+    assert aligned, "the kernels are compiled for layers' tensors that are multiples of 16 elements apart"
     return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
 def _addresses(layer: Regions) -> list[tuple[int, int]]:
-    """Where kernels look for slots, integers, scales and factors of K and V, and for the key bias; and the bytes of an
-    element as they see it."""
+    """Addresses of slots, integers, scales and factors of K and V and of the key bias, each with the size in bytes of
+    the elements that kernels count there."""
     assert layer.k_tiles is not None and layer.v_tiles is not None
     (k, k_scale, factor), (v, v_scale, _) = layer.k_tiles, layer.v_tiles
     bias = [layer.k] * 3 if layer.key_bias is None else [*layer.key_bias]

@@ -1,9 +1,9 @@
-"""How far scores are off because keys are stored in fewer bits: a warning before the text comes, not after it.
+"""How far attention scores are off because keys are stored in fewer bits, measured before the first token is written.
 
-Measured on a prompt's own last keys, those that are still held as they came: they are rounded as the tile that they
-will be in, and the prompt's last query meets them before and after. An error of x in a score multiplies the weight of
-its token by e^x, so the unit is the nat. How large the error is beside the scores says nothing: those are as large as
-they like where all tokens share them.
+A prompt's last keys are still in full precision. They are quantised as the tile that they will be in, and the scores of
+the prompt's last query with them are compared before and after. The unit is the nat: an error of x in a score
+multiplies its token's weight by e^x. A relative error would say nothing, since adding the same number to all scores
+changes no weight.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from selective_kv.formats import TILE, Format
 if TYPE_CHECKING:
     from selective_kv.cache import KVCache
 
-# Of a layer: an attention weight is then off by a factor of e. SmolLM2-135M-Instruct's worst layer is at 0.03 with 8
-# bits, 0.33 with 4, 0.7 with 3 and 1.7 with 2 (of its layers' mean 0.01, 0.23, 0.49 and 1.2), and it is at 2 bits that
-# its text suffers: KL 0.05, perplexity 6% worse.
+# A layer's error from which on it is too large: an attention weight is then off by a factor of e.
+# SmolLM2-135M-Instruct's worst layer is at 0.03 with 8 bits, 0.33 with 4, 0.7 with 3 and 1.7 with 2 (of its layers'
+# mean 0.01, 0.23, 0.49 and 1.2), and it is at 2 bits that its text suffers: KL 0.05, perplexity 6% worse.
 BOUND = 1.0
 
-# Sequences of a batch that are measured, its first ones: each chunk of one costs a copy of its last query.
+# The first sequences of a batch, which are measured: each of their chunks costs a copy of its last query.
 MOST_ROWS = 8
-LEAST_TOKENS = 16  # tokens to measure by: of so few the range, and with it the error, is two thirds of a whole tile's
+LEAST_TOKENS = 16  # keys to measure by: the range of so few, and with it the error, is two thirds of a whole tile's
 
 
 def score_error(q: Tensor, k: Tensor, form: Format, bias: Tensor | None = None) -> Tensor:
-    """The root mean square, over query heads and tokens, of what rounding changes in a score, in nats: float32 [].
+    """The root mean square, over query heads and tokens, of the change of a score by quantising, in nats: float32 [].
 
-    q: [n_head, head_dim]; k: [n_kv_head, token, head_dim], 1 to TILE tokens of one tile, as they came; bias: what is
-    kept out of that tile, [n_kv_head, TILE, head_dim]. Fewer tokens than TILE stand for the others too.
+    q: [n_head, head_dim]; k: [n_kv_head, token, head_dim] in full precision, 1 to TILE tokens of one tile; bias: the
+    key bias that is kept out of that tile, [n_kv_head, TILE, head_dim]. If there are fewer tokens than TILE, they are
+    repeated to fill it.
     """
     n = k.shape[1]
     x = k.float()
