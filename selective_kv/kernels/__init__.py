@@ -3,23 +3,23 @@
 `attention_kernels` chooses by device. Either implementation can stand in for the other, and tests compare them.
 
 Words, each with one meaning here:
-    slot         the place of one token's key and value in full precision: sinks, then a ring
-    tile         128 tokens that left the window together, as integers; part: its tokens in one field of its bytes
-    plane, row   the packed integers of a tile, three planes of 3 bits; a row has head_dim bytes, or half as many
-    scale, base  of a channel of keys over a tile or of one value: value = base + scale * integer; factor: a key's norm
-    rotate       multiply by a Hadamard matrix; turn: rotate by position, as RoPE does
-    block        the tokens that a program adds to its softmax at once; slice: a warp's part of them
-    split        one of the programs that share the tokens of a sequence and KV head; combine: merge their results
-    column       one KV head of one sequence, and at most `heads` of its query heads
-    batch_heads  sequences times KV heads
-    overlap      a launch that starts before the one ahead has ended (programmatic dependent launch); `then`: read after
+    slot         the place of one token's key and value in full precision; sinks come first, then a ring tile
+    128 consecutive tokens that left the window together and are stored as integers plane, row   a tile's packed
+    integers: one plane, or three of 3 bits; a row of it has head_dim bytes, or half as many part         the tokens of
+    a tile whose integers stand in the same bits of the bytes (2 parts at 4 bits) scale, base  value = base + scale *
+    integer: one pair for a channel of keys over a tile, or for a token's value factor       what a balanced key was
+    divided by before it was quantised (formats.py) rotate       multiply by a Hadamard matrix turn         rotate by
+    position, as RoPE does block        the tokens that a program adds to its softmax at once slice        a warp's
+    share of a block split        one of the programs that share the tokens of a sequence and KV head combine      merge
+    the partial results of splits column       one KV head of one sequence with at most `heads` of its query heads: what
+    a split computes for batch_heads  sequences times KV heads overlap      start a launch before the one ahead of it
+    has ended (programmatic dependent launch, PDL) then         the weight that is read right after attention, and is
+    prefetched into L2 meanwhile
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import logging
 import os
 import shutil
 
@@ -31,25 +31,26 @@ from selective_kv.kernels.attention_lse import attend
 from selective_kv.kernels.contract import AttentionKernels
 from selective_kv.kernels.pytorch import PYTORCH
 from selective_kv.regions import Regions
+from selective_kv.warning import warn_once
 
 __all__ = ["PYTORCH", "AttentionKernels", "attention_kernels", "chunk_attention", "uses_triton"]
 
 
 def uses_triton(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a device; where a GPU cannot run them, a warning says why, once.
+    """Whether the Triton kernels run on a device. If a GPU cannot run them, a warning says why, once.
 
-    SELECTIVE_KV_KERNELS=pytorch in the environment asks for the PyTorch twins, to compare or to debug.
+    With SELECTIVE_KV_KERNELS=pytorch in the environment they do not, to compare or to debug.
     """
     if device.type != "cuda" or os.environ.get("SELECTIVE_KV_KERNELS") in ("pytorch", "eager"):
         return False
     missing = what_triton_lacks(device)
     if missing:
-        _warn_once(f"{missing}: decoding falls back on PyTorch kernels, slowly")
+        warn_once(f"{missing}: decoding falls back on PyTorch kernels, slowly")
     return not missing
 
 
 def attention_kernels(device: torch.device) -> AttentionKernels:
-    """What a cache on this device calls: Triton's where there is a GPU that can run them, PyTorch's elsewhere."""
+    """The kernels for a device: Triton's on a GPU that can run them, PyTorch's elsewhere."""
     if not uses_triton(device):
         return PYTORCH
     from selective_kv.kernels.triton_backend import TRITON
@@ -58,7 +59,7 @@ def attention_kernels(device: torch.device) -> AttentionKernels:
 
 
 def what_triton_lacks(device: torch.device) -> str:
-    """Why the Triton kernels cannot run on a CUDA device; empty where they can."""
+    """Why the Triton kernels cannot run on a CUDA device; empty if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     capability = torch.cuda.get_device_capability(device)
@@ -69,12 +70,6 @@ def what_triton_lacks(device: torch.device) -> str:
     if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
         return "Triton needs a C compiler to launch its kernels, and there is none (CC names one)"
     return ""
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    """Every layer's cache asks for its kernels, and one line is enough. The library never prints."""
-    logging.getLogger("selective_kv").warning(line)
 
 
 def chunk_attention(

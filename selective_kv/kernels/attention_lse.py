@@ -19,17 +19,18 @@ which recur from chunk to chunk.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-SCORES = 1 << 24  # of one sequence at a time, in `plain`
+from selective_kv.warning import warn_once
+
+SCORES = 1 << 24  # elements of the scores that `plain` holds at once, for one sequence
 LARGEST_BLOCK = 32768
 BLOCK_SIZES = (LARGEST_BLOCK, 8192)  # keys that cuDNN is given at once
-WORTH_A_PLAN = 2e11  # multiply-adds of a call from which on a model's layers save more than a plan takes
-OLDEST_CUDNN = 90000  # that returns log-sum-exps here
+WORTH_A_PLAN = 2e11  # multiply-adds of a call from which on its plan pays: a model's layers share the plan
+OLDEST_CUDNN = 90000  # the oldest version that returns log-sum-exps
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -51,13 +52,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tenso
         try:
             return cudnn(q, k, v, causal)
         except RuntimeError as error:
-            _warn_once(f"cuDNN's attention refuses {_shape(q, k)}, and a slower kernel takes its place: {_line(error)}")
+            warn_once(f"cuDNN's attention refuses {_shape(q, k)}, and a slower kernel takes its place: {_line(error)}")
     if q.dtype in HALVES and takes_flash(q.device, q.shape[3]):
         return flash(q, k, v, causal)
     try:
         return efficient(q, k, v, causal)
     except RuntimeError as error:
-        _warn_once(f"no attention kernel takes {_shape(q, k)}, and PyTorch's operators do it slowly: {_line(error)}")
+        warn_once(f"no attention kernel takes {_shape(q, k)}, and PyTorch's operators do it slowly: {_line(error)}")
         return plain(q, k, v, causal)
 
 
@@ -90,7 +91,7 @@ def has_cudnn(device: torch.device) -> bool:
     version = torch.backends.cudnn.version() or 0
     if version < OLDEST_CUDNN:
         found = f"cuDNN {version}" if version else "no cuDNN"
-        _warn_once(f"{found} where {OLDEST_CUDNN} or later has the fastest attention: long prompts take a third longer")
+        warn_once(f"{found} where {OLDEST_CUDNN} or later has the fastest attention: long prompts take a third longer")
     return version >= OLDEST_CUDNN
 
 
@@ -178,8 +179,3 @@ def _shape(q: Tensor, k: Tensor) -> str:
 
 def _line(error: RuntimeError) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    logging.getLogger("selective_kv").warning(line)

@@ -1,4 +1,4 @@
-"""What the kernels have in common, whatever they compute."""
+"""Small functions that several kernels use."""
 
 from __future__ import annotations
 

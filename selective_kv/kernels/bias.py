@@ -1,8 +1,8 @@
-"""The key bias that is kept out of tiles, in Triton: taken out of keys, given back to scores (maths: key_bias.py).
+"""The key bias that is kept out of tiles, in Triton: subtracted from keys, added back to scores (maths: key_bias.py).
 
-A row or column `term` stands for the cosine of pair term / 2 where it is even, for its sine where it is odd: TERMS is
-2 * PAIRS. Products are of float16: the cosines and sines are that exactly, and the other factor is two of them, its
-rounded value and what is left, as accurate as float32.
+Dimension `term`, of TERMS = 2 * PAIRS, has the cosine of pair term / 2 at even indices and its sine at odd ones.
+Products have float16 operands: cosines and sines are stored in float16, and the other factor is the sum of two float16,
+its rounded value and the remainder, which is as accurate as float32.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LARGEST = tl.constexpr(60000.0)  # float16 ends at 65,504, and no softmax tells such scores apart
+LARGEST = tl.constexpr(60000.0)  # float16 ends at 65,504; larger scores saturate the softmax anyway
 
 
 @triton.jit
 def two_halves(x):
-    """float32 as the sum of two float16."""
+    """float32, clamped to LARGEST, as the sum of two float16."""
     x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16)
@@ -23,8 +23,8 @@ def two_halves(x):
 
 @triton.jit
 def bias_queries(q, stride_h, head, n_head, pairs, scale, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
-    """What u and w are multiplied by in a score, times `scale`: two of float32 [TERMS, N]. head: [N]; pairs: of the KV
-    head."""
+    """The factors of u and of w in a score (key_bias.py), times `scale`: two float32 [TERMS, N]. head: [N], the query
+    heads; pairs: those of the KV head."""
     term = tl.arange(0, 2 * PAIRS)
     channel, odd = tl.load(pairs + term // 2), term % 2 == 1
     there = (head < n_head)[None, :] & (term >= 0)[:, None]
@@ -36,7 +36,8 @@ def bias_queries(q, stride_h, head, n_head, pairs, scale, HEAD_DIM: tl.constexpr
 
 @triton.jit
 def bias_terms(by_u, by_w, turned, tile, WARPS: tl.constexpr):
-    """What the cosines and sines of a tile's tokens are multiplied by: two float16 [WARPS, TERMS, N], to be added."""
+    """The factors of a tile's cosines and sines in a score: two float16 [WARPS, TERMS, N] that are to be added.
+    by_u, by_w: from `bias_queries`."""
     TERMS: tl.constexpr = by_u.shape[0]
     term = tl.arange(0, TERMS)
     at = turned + (tile * (TERMS // 2) + term // 2) * 2
@@ -53,7 +54,7 @@ def load_within(within, token, TERMS: tl.constexpr):
 
 @triton.jit
 def all_within(within, WARPS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, TERMS: tl.constexpr):
-    """The same of all tokens of a tile, as blocks of a whole tile have them: a tuple of PARTS."""
+    """`load_within` of all tokens of a tile, in the order of a block that is a whole tile: a tuple of PARTS."""
     token = (tl.arange(0, WARPS) * ROWS)[:, None] + tl.arange(0, ROWS)[None, :]
     found = ()
     for j in tl.static_range(PARTS):

@@ -28,7 +28,7 @@ LEAST = tl.constexpr(2.0**-126)  # the smallest float32 whose inverse is one too
 
 
 def blocks_of(head_dim: int) -> tuple[int, int, int]:
-    """Vectors in a block of keys and of values, and the warps of a program."""
+    """Vectors in a block of keys, vectors in a block of values, and warps of a program."""
     dim = max(16, triton.next_power_of_2(head_dim))
     keys, values = min(dim, ELEMENTS // TILE.value), min(TILE.value, ELEMENTS // dim)
     return keys, values, max(1, min(8, keys * TILE.value // 2048))
@@ -116,7 +116,8 @@ def levels(
 
 @triton.jit
 def place(i, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Where row i of a block of vectors is from: of 16 rows, BLOCK at a time are neighbours, and STEP lies between."""
+    """The index of the vector in row i of a block: of 16 rows, each BLOCK are consecutive vectors, and the next BLOCK
+    begin STEP vectors further on."""
     return i // 16 * BLOCK + i % 16 // BLOCK * STEP + i % BLOCK
 
 

@@ -1,8 +1,10 @@
-"""What the caches call: the kernels that write to a layer's cache and attend over it. PyTorch and Triton implement
-the contract; whoever measures or compares hands a cache another implementation (`dataclasses.replace`).
+"""The contract of the kernels that the caches call: they write to a layer's cache and attend over it.
 
-`Regions` is the memory that every function sees. Nothing here waits for the device in decoding (`close`, `append`,
-`decode_attention`); with Triton all three may be recorded in a CUDA graph, and lengths are read on the device.
+PyTorch (`pytorch.py`, the reference) and Triton (`triton_backend.py`) implement it. To measure or compare, hand a cache
+another implementation (`dataclasses.replace`). Every function works on `Regions`, a layer's memory.
+
+Triton's decoding functions (`close`, `append`, `decode_attention`) never wait for the device: they may be recorded in a
+CUDA graph, and read the sequences' lengths on the device.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ from torch import Tensor
 
 from selective_kv.regions import Regions, Together
 
-SinkRotation = tuple[Tensor, Tensor]  # cos and sin, float32 [batch, head_dim], as RoPE has them
+SinkRotation = tuple[Tensor, Tensor]  # cos and sin, float32 [batch, head_dim], as `model.Rope` has them
 
 
 class Append(Protocol):
     def __call__(self, regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        """Write one token per sequence. What that pushes out of the window is dropped, or `close` came first.
+        """Write one token per sequence into its slot. The token that was there is lost: `close` has quantised its tile
+        before, or the cache drops it.
 
-        k, v: [batch, n_kv_head, head_dim] in the regions' dtype; positions: int64 [batch], where the tokens stand.
+        k, v: [batch, n_kv_head, head_dim] in the regions' dtype; positions: int64 [batch], of the new tokens.
         """
         ...
 
@@ -31,7 +34,7 @@ class Close(Protocol):
         """Before a step's tokens are appended: quantise, in all of these layers, the tiles that they push out of the
         window.
 
-        positions: int64 [batch], where the tokens will stand. Twice before a step does what once does.
+        positions: int64 [batch], of the tokens to come. A second call before the same step changes nothing.
         """
         ...
 
@@ -48,10 +51,11 @@ class DecodeAttention(Protocol):
     ) -> Tensor:
         """Attention of one new token per sequence over all that its cache holds.
 
-        q: [batch, n_head, head_dim]; positions: int64 [batch]; sink_rope: what q is rotated by for the sinks, so that
-        they are seen at their distance within the cache (StreamingLLM, arXiv:2309.17453); then: a weight that is read
-        next, which may be prefetched into L2 meanwhile; new: the token's key and value, [batch, n_kv_head, head_dim]
-        each, appended first as `Append` does; None: they have been. Returns [batch, n_head, head_dim] in q's dtype.
+        q: [batch, n_head, head_dim] in the regions' dtype; positions: int64 [batch]; sink_rope: the rotation of q by
+        which it sees the sinks at their distance within the cache (StreamingLLM, arXiv:2309.17453), None: q as it is;
+        then: a weight that is read next, which may be prefetched into L2 meanwhile; new: the token's key and value,
+        [batch, n_kv_head, head_dim] each, to be appended first as `Append` does, None: they are in the cache already.
+        Returns [batch, n_head, head_dim] in q's dtype.
         """
         ...
 
@@ -76,22 +80,24 @@ class HistoryAttention(Protocol):
 
 class Evict(Protocol):
     def __call__(self, regions: Regions, start: int) -> None:
-        """Before a chunk that begins at `start`: quantise what has left the window by then."""
+        """Before attention over a chunk that begins at position `start`: quantise the tile, if any, that the token at
+        `start` pushes out of the window."""
         ...
 
 
 class StoreChunk(Protocol):
     def __call__(self, regions: Regions, k: Tensor, v: Tensor, start: int) -> None:
-        """After attention over a chunk: keep its last tokens, quantise (or drop) what leaves the window.
+        """After attention over a chunk: write the tokens that stay in the window into their slots, and quantise or drop
+        all that leave it.
 
-        k, v: [batch, n_kv_head, token, head_dim], the tokens at positions start, start + 1, ...
+        k, v: [batch, n_kv_head, token, head_dim], of the tokens at positions start, start + 1, ...
         """
         ...
 
 
 @dataclass(frozen=True)
 class AttentionKernels:
-    """One implementation. `name` is what a report shows; captures: a decode step of it may be in a CUDA graph."""
+    """One implementation. name: how reports call it; captures: a CUDA graph may record its decode step."""
 
     name: str
     captures: bool

@@ -55,7 +55,7 @@ def takes_8bit(q: Tensor, regions: Regions) -> bool:
 
 @triton.jit
 def int8_step(x):
-    """The scales of the rows of x [N, D]; NaN where an element is no number, which no int8 could say."""
+    """The int8 scales of the rows of x [N, D]. NaN if an element is NaN, which int8 itself cannot express."""
     largest = tl.max(tl.abs(x), 1)
     return tl.where(largest > 0, largest / 127.0, 1.0) + tl.sum(x * 0.0, 1)
 

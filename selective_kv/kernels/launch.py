@@ -1,10 +1,9 @@
-"""How a Triton kernel is launched here, and how, instead, it is only compiled. Needs no Triton itself."""
+"""Launching a Triton kernel, or only compiling it ahead of its first launch. Imports no Triton."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 
+from selective_kv.warning import warn_once
+
 _thread = threading.local()
 ALWAYS_THERE = 48 << 10  # bytes of shared memory that a program may have without asking
 PREFER_NONE = 0  # CU_FUNC_CACHE_PREFER_NONE
@@ -20,9 +21,10 @@ PREFER_NONE = 0  # CU_FUNC_CACHE_PREFER_NONE
 
 @contextmanager
 def compiling(loaded: Callable[[Any], None] = lambda kernel: None) -> Iterator[None]:
-    """In here, and in this thread, `launch` compiles and launches nothing. Arguments may be on the meta device.
+    """In this context and thread `launch` compiles kernels instead of launching them. Arguments may be on the meta
+    device.
 
-    loaded: called with what Triton has for each launch: None in the interpreter, where there is nothing to compile.
+    loaded: called with each compiled kernel; with None in the interpreter, where there is nothing to compile.
     """
     _thread.compiled = loaded
     try:
@@ -70,7 +72,7 @@ def reset_carveout(kernel: Any) -> None:
     if driver is not None:
         status = driver.cuFuncSetCacheConfig(ctypes.c_void_p(function), PREFER_NONE)
         if status:
-            _warn_once(f"cuFuncSetCacheConfig failed with {status}: decoding may take longer than it needs to")
+            warn_once(f"cuFuncSetCacheConfig failed with {status}: decoding may take longer than it needs to")
 
 
 @contextmanager
@@ -108,11 +110,6 @@ def capturing(
         torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=capture_error_mode),
     ):
         yield
-
-
-@cache
-def _warn_once(line: str) -> None:
-    logging.getLogger("selective_kv").warning(line)
 
 
 @cache

@@ -1,4 +1,5 @@
-"""What the Triton kernels are given of a cache's tiles, and what they are told of them when they are compiled."""
+"""Arguments of the Triton kernels that come from a cache's tiles: tensors, and constants that they are compiled
+with."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from selective_kv.regions import Regions
 
 
 def stored_bits(regions: Regions) -> tuple[int, int]:
-    """K's and V's; 0 where there are no tiles."""
+    """Bits of K's and of V's integers; 0 without tiles."""
     if regions.k_format is None or regions.v_format is None:
         return 0, 0
     return regions.k_format.bits, regions.v_format.bits
 
 
 def rotations(regions: Regions) -> dict[str, int]:
-    """What the kernels are told of the formats' rotations."""
+    """Constants K_ROTATION and V_ROTATION: the size of the format's Hadamard blocks, 1 if it is not rotated."""
     return {
         f"{name}_ROTATION": rotation_size(regions.k.shape[3]) if form is not None and form.rotated else 1
         for name, form in (("K", regions.k_format), ("V", regions.v_format))
@@ -26,10 +27,10 @@ def rotations(regions: Regions) -> dict[str, int]:
 
 
 def tile_operands(regions: Regions) -> list[Tensor]:
-    """What kernels take of the tiles: K's and V's bytes, K's and V's scales, K's factors; pairs of bfloat16 as int32.
+    """The tiles' tensors: K's and V's bytes, K's and V's scales, K's factors, the last three with each pair of bfloat16
+    as an int32. In place of one that does not exist stands another tensor, which kernels never read.
 
-    Where there is nothing of the kind, something that is never looked at. Raises ValueError where rows of 3 bits are no
-    whole words.
+    Raises ValueError if rows of 3 bits are not whole 16-bit words.
     """
     if regions.k_tiles is None or regions.v_tiles is None:
         return [regions.k] * 5
@@ -42,7 +43,7 @@ def tile_operands(regions: Regions) -> list[Tensor]:
 
 
 def bias_operands(regions: Regions) -> tuple[list[Tensor], int]:
-    """What kernels take of the key bias that is not in the tiles, and of how many pairs of channels it is."""
+    """The tensors of the key bias that is kept out of tiles, and of how many pairs of channels it is kept out."""
     if regions.key_bias is None:
         return [regions.k] * 3, 0
     return [*regions.key_bias], PAIRS

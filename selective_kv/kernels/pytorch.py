@@ -1,12 +1,15 @@
-"""The kernels in plain PyTorch: the twins that Triton's are compared with, and the fast path of a CPU.
+"""The kernels in plain PyTorch: the reference that Triton's are compared with, and the fast path of a CPU.
 
-Every function has the signature of its twin in Triton. In decoding, the group of query heads that share a KV head is
-one matrix, [KV head, group, head_dim], so that each key is read once; the KV heads of several sequences of one length
-are heads like any others. Integers are converted to float32 a block of tiles at a time; scales are factored out: a
-channel's multiplies the query, a token's its score or probability. A step over some thousand tokens takes as long as
-its calls of PyTorch do, so there are few: products by `bmm`, which `@` makes three calls of. For the thousands of
-queries of a chunk a block of tiles is dequantised instead (`history_attention`). `decode_attention` reads lengths on
-the host: free on a CPU, a synchronisation on an accelerator, where this module is only the fallback.
+Every function has the signature of its twin in Triton.
+
+Decoding. The query heads that share a KV head are one matrix, [KV head, group, head_dim], so that each key is read
+once; sequences of one length are computed together, their KV heads side by side. Integers are converted to float32 a
+block of tiles at a time. Scales are factored out: a channel's multiplies the query, a token's its score or probability.
+A step over a few thousand tokens takes as long as its calls of PyTorch do, so the code makes few of them: `bmm` is one,
+where `@` is three. Lengths are read on the host, which costs nothing on a CPU and a synchronisation on a GPU, where
+this module is only the fallback.
+
+Prompts. The thousands of queries of a chunk meet a block of tiles made dense (`history_attention`).
 """
 
 from __future__ import annotations
@@ -204,15 +207,15 @@ def _blocks(part: Stored, n_tile: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 class _Scratch(threading.local):
-    """Memory for a block of integers in float32, a thread's own. It is kept: an allocator gives as much back to the
-    system at once, and a processor takes longer to ask for fresh pages than to compute with what is in them.
+    """Each thread's memory for a block of integers in float32. It is never freed: an allocator would give so large a
+    block back to the system at once, and asking for fresh pages takes a CPU longer than computing with the block.
     """
 
     def __init__(self) -> None:
         self.memory = torch.empty(0)
 
     def floats(self, n: int, device: torch.device) -> Tensor:
-        """n numbers, which were there before, maybe."""
+        """n float32 numbers, uninitialised: valid until the next call."""
         if len(self.memory) < n or self.memory.device != device:
             with torch.inference_mode(False):
                 self.memory = torch.empty(n, device=device)
@@ -270,7 +273,7 @@ def _weighed_with_tiles(prob: Tensor, values: Sequence[Tensor], tiles: Stored, n
     y = torch.bmm(stored, base.unsqueeze(2))  # [head, group, 1]: of all channels
     weight = stored.mul_(scale.unsqueeze(1))
     if form.bits == 8 and not form.rotated and _tiles_at_once(tiles, n_tile) == n_tile:
-        # One product for all: what is in slots is copied to the integers, which takes less time than their own product.
+        # One product for all tokens: copying the slots beside the integers takes less time than a product of their own.
         out = _scratch.floats(n_head * prob.shape[2] * head_dim, prob.device).view(n_head, -1, head_dim)
         codes = tiles.tiles.codes.flatten(0, 1)[:, :n_tile].view(torch.int8).view(n_head, -1, head_dim)
         exact = (x.detach() for x in values)  # where a caller has gradients on, too

@@ -14,6 +14,7 @@ from torch import Tensor
 from selective_kv.formats import rotate, rotation_matrix
 from selective_kv.kernels import attention_lse
 from selective_kv.kernels.merge import merge as triton_merge
+from selective_kv.warning import warn_once
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -96,10 +97,10 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What is warned of, each time that it is logged; nothing has been said before."""
     lines: list[str] = []
     monkeypatch.setattr(logging.getLogger("selective_kv"), "warning", lines.append)
-    for cached in (attention_lse._warn_once, attention_lse.has_cudnn):
+    for cached in (warn_once, attention_lse.has_cudnn):
         cached.cache_clear()
     yield lines
-    for cached in (attention_lse._warn_once, attention_lse.has_cudnn):
+    for cached in (warn_once, attention_lse.has_cudnn):
         cached.cache_clear()
 
 

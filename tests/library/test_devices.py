@@ -14,6 +14,7 @@ from conftest import ROOT
 
 from checkpoint import parse_device
 from selective_kv import kernels
+from selective_kv.warning import warn_once
 
 GPU = torch.device("cuda", 1)
 
@@ -31,7 +32,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.delenv("SELECTIVE_KV_KERNELS", raising=False)
     monkeypatch.delenv("CC", raising=False)
-    kernels._warn_once.cache_clear()
+    warn_once.cache_clear()
     return chosen
 
 
