@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint import Checkpoint, open_checkpoint
+from checkpoint import Checkpoint, companion_folder, open_checkpoint
 from checkpoint.configs import Fields
 from checkpoint.convert import COMPANIONS
 from checkpoint.stored import Stored, stored_tensors
@@ -94,7 +94,9 @@ def open_adapter(folder: Path) -> Adapter:
 def _base(source: Path, adapter: Adapter) -> Checkpoint:
     """The base model, which has a place for every matrix of the adapter. Raises UserError."""
     checkpoint = open_checkpoint(source)
-    if not source.is_dir() or checkpoint.gguf is not None or checkpoint.weights is not None:
+    config = companion_folder(source) / "config.json"
+    in_few_bits = checkpoint.gguf is not None or checkpoint.weights is not None
+    if not source.is_dir() or in_few_bits or read_json(config, missing_ok=True).get("quantization_config"):
         raise UserError(f"{source}: an adapter is merged into a Hugging Face folder in 16 or 32 bits")
     stored = {fill.stored.name: fill.stored for fill in checkpoint.fills}
     for name, (a, b) in adapter.pairs.items():
@@ -119,7 +121,7 @@ def merge(source: Path, adapter_folder: Path, out: Path) -> Path:
             raise UserError(f"--out {out}: give a folder that is empty or not there")
         shutil.rmtree(part, ignore_errors=True)  # a dead run's
         part.mkdir(parents=True)
-        _copy_companions(source, adapter_folder, part)
+        _copy_companions(companion_folder(source), adapter_folder, part)
         _write_weights(checkpoint, adapter, part)
         part.replace(out.resolve())
     except OSError as error:

@@ -98,6 +98,29 @@ def test_the_adapters_own_tokenizer_is_taken_whole(base: Path, tmp_path: Path) -
     assert (out / "chat_template.jinja").exists() and not (out / "tokenizer_config.json").exists()
 
 
+def test_a_folder_of_the_hubs_cache_is_merged_whole(base: Path, tmp_path: Path) -> None:
+    """Config and tokenizer were looked for beside `snapshots`, and the merged folder had neither."""
+    hub = tmp_path / "models--owner--base"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("abc")
+    (hub / "snapshots").mkdir()
+    base.rename(hub / "snapshots" / "abc")
+    write_adapter(tmp_path / "adapter")
+    out = lora.merge(hub, tmp_path / "adapter", tmp_path / "out")
+    assert {"config.json", "model.safetensors", "tokenizer.model"} <= {file.name for file in out.iterdir()}
+    load(out)
+
+
+def test_a_base_in_4_bits_is_refused(base: Path, tmp_path: Path) -> None:
+    """AWQ's: the merged matrices were dense, under a config that said 4 bits, which other programs believe."""
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
+    (base / "config.json").write_text(json.dumps(config))
+    write_adapter(tmp_path / "adapter")
+    with pytest.raises(UserError, match="a Hugging Face folder in 16 or 32 bits"):
+        lora.merge(base, tmp_path / "adapter", tmp_path / "out")
+
+
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
