@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import Checkpoint, load_model, open_checkpoint
-from checkpoint.quantised import write_quantised
+from checkpoint import Checkpoint, companion_folder, load_model, open_checkpoint
+from checkpoint.quantised import MODEL_TYPE, write_quantised
 from common.errors import UserError
+from common.files import read_json
 from model import Transformer
 from weights.setting import WeightSetting
 
@@ -23,8 +24,11 @@ def quantise(source: Path, model: str | None, weights: WeightSetting, out: Path,
     folder = None if tokenizer is None else tokenizer.parent
     if folder is not None and folder.name == "original":
         folder = folder.parent
-    if folder is not None and folder.resolve() == out.resolve():
+    if out.resolve() in {place.resolve() for place in (folder, companion_folder(source), source) if place is not None}:
         raise UserError(f"--out {out}: the folder that the weights come from")
+    there = read_json(out / "config.json", missing_ok=True)
+    if there and there.get("model_type") != MODEL_TYPE:
+        raise UserError(f"--out {out}: holds another checkpoint: give an empty folder")
 
     def load() -> Transformer:
         dtype = checkpoint.dtype if checkpoint.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16

@@ -159,6 +159,22 @@ def test_it_is_not_quantised_twice(written: Path, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "again").exists()
 
 
+def test_no_other_checkpoint_is_written_over(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its config.json went, and its weights; the source's own where it had no tokenizer."""
+    bare, other = tmp_path / "bare", tmp_path / "other"
+    for folder, names in ((bare, ("config.json", "model.safetensors")), (other, ("config.json",))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes((source / name).read_bytes())
+    for path, out, message in ((bare, bare, "the folder that the weights come from"),
+                               (bare, other, "holds another checkpoint: give an empty folder")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            command.main(["--checkpoint_path", str(path), "--out", str(out), "--device", "cpu"])
+        assert message in capsys.readouterr().err
+        assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert (bare / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
 def test_a_weight_that_is_no_number_is_named(source: Path, tmp_path: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     name = next(n for n in tensors if n.endswith("o_proj.weight"))
