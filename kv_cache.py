@@ -47,8 +47,8 @@ class ModelCache:
 
     @property
     def endless(self) -> bool:
-        """Whether a sequence may be longer than the model's context."""
-        return self.policy.endless_with(self.shape.reach)
+        """Whether a sequence may be longer than the model's context, and than the capacity."""
+        return self.policy.endless_in(self.shape.capacity, self.shape.reach)
 
     def sequence(self, b: int, start: int | None = None) -> ModelCache:
         """A view of one of the batch's sequences. start: its length, if the caller knows it."""

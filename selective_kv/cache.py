@@ -109,6 +109,10 @@ class KVCache(CacheSettings):
         """Whether a sequence may be longer than the context of a model whose own window is `reach` tokens."""
         return self.endless
 
+    def endless_in(self, capacity: int, reach: int | None) -> bool:
+        """Whether one with room for `capacity` tokens may read more: all that a query is to see must fit in it."""
+        return self.endless_with(reach) and capacity >= self.n_exact
+
     def sees(self) -> Visible | None:
         """What a query sees, if the settings alone decide that: then a text can be scored in one pass, and a prompt
         that the full cache has read can be stored as this cache would have stored it. None: only `update` knows.

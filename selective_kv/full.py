@@ -21,3 +21,6 @@ class FullCache(FullSettings, SlidingCache):
 
     def endless_with(self, reach: int | None) -> bool:
         return self.endless or reach is not None
+
+    def endless_in(self, capacity: int, reach: int | None) -> bool:
+        return reach is not None and capacity >= reach

@@ -43,6 +43,10 @@ class SinkWindowCache(SinkWindowSettings, SlidingCache):
     def endless_with(self, reach: int | None) -> bool:
         return self.endless or (reach is not None and self.sink_size == 0)
 
+    def endless_in(self, capacity: int, reach: int | None) -> bool:
+        window = self.window_size if reach is None else min(self.window_size, reach)
+        return self.endless_with(reach) and capacity >= self.sink_size + window
+
     def sink_rope(self, rope: RopeLike) -> tuple[Tensor, Tensor] | None:
         if self.positions == "original" or not self.sink_size:
             return None

@@ -67,7 +67,7 @@ class Layer(CacheLayerMixin):
         """How many columns fit, as StaticCache has it: `padding_mask` compares, before a compiled step and not in it,
         which would be compiled for one limit only. Without a limit, query_length.
         """
-        if torch.compiler.is_compiling() or self.sequences.policy.endless:
+        if torch.compiler.is_compiling() or self.sequences.endless:
             return query_length, 0
         return self.sequences.max_length or query_length, 0
 

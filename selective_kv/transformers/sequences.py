@@ -54,6 +54,7 @@ class Sequences:
 
     def __init__(self, policy: KVCache, config: Any, max_length: int | None) -> None:
         self.config, self.max_length = config, max_length
+        self.endless = policy.endless_in(max_length or policy.n_exact, None)
         self.fixed = max_length is not None or policy.endless  # memory stays where it is, so a step may be captured
         self.layers = [dataclasses.replace(policy) for _ in range(config.num_hidden_layers)]
         self.policy = policy
@@ -151,7 +152,7 @@ class Sequences:
         """For n more columns. Raises ValueError if there is none and none can be made."""
         assert self.shape is not None
         n_column = self.n_column + n
-        if n_column <= self.shape.capacity or self.policy.endless:
+        if n_column <= self.shape.capacity or self.endless:
             return
         if self.max_length is not None:
             raise ValueError(f"{n_column} tokens do not fit a cache made with max_cache_len={self.max_length}")
@@ -326,7 +327,7 @@ class Sequences:
         self.make_room(1)
         # Of compiled steps that are replayed the host knows nothing: `padding_mask` counts for `generate`, and this is
         # for whoever calls a compiled model without a mask.
-        if counts.is_cuda and self.fixed and not self.policy.endless:
+        if counts.is_cuda and self.fixed and not self.endless:
             torch._assert_async((counts[-1] < self.shape.capacity), "the KV cache is full (max_cache_len)")
 
     def _begin_chunk(self, n: int, counts: Tensor, mask: Tensor | None) -> None:

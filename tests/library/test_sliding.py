@@ -98,6 +98,19 @@ def test_a_cache_that_shows_more_is_refused_past_the_reach() -> None:
     assert sum(plan(FullCache(), 1, shape).values()) == 16 * 2 * 8 * 4
 
 
+@pytest.mark.parametrize("policy", [FullCache(), SinkWindowCache(2, 99), SinkWindowCache(2, 14)])
+def test_less_room_than_a_query_sees_is_no_endless_cache(policy: KVCache) -> None:
+    """More tokens than room, and less room than the window: a smaller window was seen, and nobody was told."""
+    for capacity, endless in ((15, False), (18, True)):
+        cache = ModelCache(policy, 1, Shape(1, 1, 8, capacity, torch.float32, CPU, reach=16))
+        assert cache.endless == endless
+        if endless:
+            cache.begin(19)
+            continue
+        with pytest.raises(ValueError, match="16 tokens do not fit a cache made for 15"):
+            cache.begin(16)
+
+
 @pytest.mark.parametrize("family", ["mistral-sliding", "qwen2-sliding"])
 @pytest.mark.parametrize("chunks", [[150], [1] * 150, [60, 1, 70, 19]], ids=["prefill", "decode", "chunks"])
 def test_logits_equal_transformers_past_the_window(family: str, chunks: list[int], tmp_path: Path) -> None:

@@ -116,6 +116,8 @@ def test_what_does_not_fit() -> None:
     model = tiny("llama3")
     says("max_cache_len=30", lambda: write(model, PROMPTS, SelectiveKVCache(model.config, max_cache_len=30)))
     says("max_cache_len=20", lambda: write(model, PROMPTS, FullKVCache(model.config, max_cache_len=20)))
+    small = partial(SinkWindowKVCache, model.config, sink_size=2, window_size=40, max_cache_len=30)
+    says("max_cache_len=30", lambda: write(model, PROMPTS, small()))  # its window was 28 then
     says("at least 1", lambda: FullKVCache(model.config, max_cache_len=0))
     for wrong in (2.5, "20", 10**20):
         says("at least 1 and at most 2,147,483,647", partial(FullKVCache, model.config, max_cache_len=wrong))
