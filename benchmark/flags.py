@@ -119,8 +119,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--kernels goes with the model, --device, --batch, --context, --rounds and --json alone")
     if args.memory_budget and not args.largest_batch:
         raise UserError("--memory_budget goes with --largest_batch")
-    if args.largest_batch and (args.peer or args.prefill or args.png or args.each_step):
-        raise UserError("--largest_batch does not go with --peer, --prefill, --png or --each_step")
+    if args.largest_batch and (args.peer or args.prefill or args.png or args.each_step or args.batch):
+        raise UserError("--largest_batch does not go with --batch, --peer, --prefill, --png or --each_step")
     if len(args.weights or ()) > 1 and (args.largest_batch or args.peer or args.png):
         raise UserError("several settings of --weights do not go with --largest_batch, --peer or --png")
     if args.png:

@@ -147,7 +147,7 @@ class Engine:
     def reset(self) -> None:
         """Forget every sequence and start the random numbers anew: the same prompt gives the same tokens."""
         self.cache.reset()
-        self.loaded = False
+        self.loaded, self.logits = False, None  # those were of a text that is forgotten
         self.generator.manual_seed(self.sampling.seed)
 
     def _step(self) -> None:

@@ -149,6 +149,8 @@ def test_the_largest_batch_fits_and_one_more_does_not(tmp_path: Path) -> None:
         shape = Shape(row["batch"], config.n_kv_head, config.head_dim, 204, torch.float32, CPU)
         assert make_plan(config, policy, shape, 1).total <= 3e6
         assert make_plan(config, policy, replace(shape, batch=row["batch"] + 1), 1).total > 3e6
+    with pytest.raises(SystemExit):  # it was as many as fit, and the flag was nothing
+        run(tmp_path, "--largest_batch", "--batch", "2", "--context", "200", "--memory_budget", "3MB")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), torch.AcceleratorError("CUDA error: out of memory")])

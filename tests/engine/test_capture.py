@@ -95,6 +95,8 @@ def test_the_first_token_does_not_wait_for_a_capture(seen: list[Any]) -> None:
         seen.append(row)
     assert seen[1] == "capture" and seen.count("capture") == 1 and len(seen) == 5
     engine.reset()
+    with pytest.raises(AssertionError, match="nothing has been read yet"):  # a forgotten text's logits chose a token
+        next(engine.generate([[]], 4))
     assert [row for row in engine.generate([[1, 2, 3]], 4)] == [seen[0], *seen[2:]] and seen.count("capture") == 1
 
 
