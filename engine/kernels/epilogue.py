@@ -83,6 +83,38 @@ def rows_of(unit, n_out, HEAD_DIM: tl.constexpr, SWIGLU: tl.constexpr):
 
 
 @triton.jit
+def weight_rows(n_out, ROWS: tl.constexpr, UNITS: tl.constexpr, HEAD_DIM: tl.constexpr, SWIGLU: tl.constexpr):
+    """The ROWS rows of a program's UNITS units: the first rows of all units, then, if units have two, the second ones.
+    Row 0 stands for those beyond the end."""
+    r = tl.arange(0, ROWS)
+    row, apart = rows_of(tl.program_id(0) * UNITS + r % UNITS, n_out, HEAD_DIM, SWIGLU)
+    return tl.where(row < n_out, row, 0) + r // UNITS * apart
+
+
+@triton.jit
+def unit_sums(total, UNITS: tl.constexpr, PAIRED: tl.constexpr):
+    """float32 [WARPS, ROWS, N], a sum of each warp for each of `weight_rows` and each token, added up over the warps:
+    those of units' first rows and of their second ones, [UNITS, N] each; the first ones twice if not PAIRED."""
+    WARPS: tl.constexpr = total.shape[0]
+    PAIR: tl.constexpr = total.shape[1] // UNITS
+    N: tl.constexpr = total.shape[2]
+    if WARPS > 1:
+        # Two warps' sums go to one thread and those of the others to its neighbours: warps meet once for that, and
+        # twice in a `tl.sum` over them.
+        y = tl.reshape(total, (WARPS // 2, 2, PAIR, UNITS, N))
+        y, other = tl.split(tl.permute(y, (3, 4, 2, 0, 1)))
+        y = tl.sum(y + other, 3)
+    else:
+        y = tl.permute(tl.reshape(total, (PAIR, UNITS, N)), (1, 2, 0))
+    if PAIRED:
+        y, other = tl.split(y)
+    else:
+        y = tl.reshape(y, (UNITS, N))
+        other = y
+    return y, other
+
+
+@triton.jit
 def what_follows(
     bias, residual, cos, sin, row, apart, at, token, n_turned, there,
     HEAD_DIM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,

@@ -44,10 +44,10 @@ def vector_kernel(
     at = weight + tl.where(there, row, 0).to(tl.int64)[:, None] * K + k[None, :]
     other_at = at + apart.to(tl.int64) * K
     inside = (k < K)[None, :]
-    tile = tl.load(at, inside, 0.0)
-    other_tile = tile
+    weights = tl.load(at, inside, 0.0)
+    other_weights = weights
     if PAIRED:
-        other_tile = tl.load(other_at, inside, 0.0)
+        other_weights = tl.load(other_at, inside, 0.0)
     if OVERLAP:
         gdc_wait()
     follows = what_follows(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
@@ -64,10 +64,10 @@ def vector_kernel(
         if NORM:
             squares += value * value
             value *= tl.load(norm + start + k, start + k < K, 0.0).to(tl.float32)
-        total += tile.to(tl.float32) * value[None, :]
+        total += weights.to(tl.float32) * value[None, :]
         if PAIRED:
-            other_total += other_tile.to(tl.float32) * value[None, :]
-        tile, other_tile = after, other_after
+            other_total += other_weights.to(tl.float32) * value[None, :]
+        weights, other_weights = after, other_after
     scale = 1.0
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)

@@ -118,7 +118,7 @@ def prefetch_rows(ints, first, apart, ROWS: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def load_tile(at, to_high, inside, SPLIT: tl.constexpr, MASKED: tl.constexpr):
+def load_weights(at, to_high, inside, SPLIT: tl.constexpr, MASKED: tl.constexpr):
     """Blocks of 64 bytes of rows g and of rows g + 8, one pair after the other: 4 pairs, or (SPLIT 2) 2 and these
     again."""
     l0, h0 = words_of(at, inside, MASKED), words_of(at + to_high, inside, MASKED)
@@ -131,16 +131,16 @@ def load_tile(at, to_high, inside, SPLIT: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def tile_sums(
-    tile, at, to_high, inside, line, line_high, even, odd, lane, step, eight, sums,
+def row_sums(
+    weights, at, to_high, inside, scales, scales_high, even, odd, lane, step, eight, sums,
     PARTS: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The products of 16 / SPLIT rows with the token, but for the rows' units: rows g, and rows g + 8 (SPLIT 2: the
-    same again); and the next tile, at `at`, whose loads take the place of what has been multiplied.
+    same again); and the next weights, at `at`, whose loads take the place of what has been multiplied.
 
-    line, line_high: int32 [PARTS, 8, 4], the groups' scales and bases.
+    scales, scales_high: int32 [PARTS, 8, 4], the groups' scales and bases.
     """
-    l0, h0, l1, h1, l2, h2, l3, h3 = tile
+    l0, h0, l1, h1, l2, h2, l3, h3 = weights
     column = tl.arange(0, 16)[None, :] // 4  # of four groups
     c = block_product(l0, h0, even, odd, lane, PARTS, INTERPRET)
     l0, h0 = words_of(at, inside, MASKED), words_of(at + to_high, inside, MASKED)
@@ -153,12 +153,12 @@ def tile_sums(
         l3, h3 = words_of(at + 48, inside, MASKED), words_of(at + (to_high + 48), inside, MASKED)
     hi, lo = tl.split(tl.reshape(c, (PARTS, 8, 4, 2, 2)))
     low, high = tl.split((hi * 254 + lo).to(tl.float32))  # [PARTS, 8, 4]
-    scale, base = halves(line, True)
+    scale, base = halves(scales, True)
     if SPLIT == 2:  # the first two groups are of rows g, the others of rows g + 8
         low = tl.where(tl.arange(0, 4)[None, None, :] < 2, low, high)
     y = tl.sum((low * step + eight) * scale + base * sums, 2)
     if SPLIT == 1:
-        scale, base = halves(line_high, True)
+        scale, base = halves(scales_high, True)
         y, other = over_warps(tl.join(y, tl.sum((high * step + eight) * scale + base * sums, 2)), PARTS)
     else:
         y, other = over_warps(tl.join(y, y), PARTS)
@@ -181,13 +181,13 @@ def over_warps(value, PARTS: tl.constexpr):
 
 
 @triton.jit
-def lines_of(at, to_high, inside, SPLIT: tl.constexpr):
+def load_scales(at, to_high, inside, SPLIT: tl.constexpr):
     """Scales and bases of rows g, and of rows g + 8 (SPLIT 1; else the same)."""
-    line = tl.load(at, inside, 0)
-    line_high = line
+    scales = tl.load(at, inside, 0)
+    scales_high = scales
     if SPLIT == 1:
-        line_high = tl.load(at + to_high, inside, 0)
-    return line, line_high
+        scales_high = tl.load(at + to_high, inside, 0)
+    return scales, scales_high
 
 
 @triton.jit(do_not_specialize=["n_out", "n_unit", "n_turned", "steps"])
@@ -218,12 +218,12 @@ def int4_kernel(
     to_high = rows_apart * WORDS + (0 if SPLIT == 1 else 32)
     offset = g * WORDS + p * 64 + word
     inside = (p * 64 < WORDS) & (word >= 0)
-    part, line_row = tl.arange(0, PARTS)[:, None, None], tl.arange(0, 8)[None, :, None]
+    part, scale_row = tl.arange(0, PARTS)[:, None, None], tl.arange(0, 8)[None, :, None]
     group = 4 * part + tl.arange(0, 4)[None, None, :]
-    line_offset, line_inside = line_row * N_GROUP + group, (group < N_GROUP) & (line_row >= 0)
-    tile = load_tile(ints + first.to(tl.int64) * WORDS + offset, to_high, inside, SPLIT, MASKED)
-    line_at = pairs + first.to(tl.int64) * N_GROUP + line_offset
-    line, line_high = lines_of(line_at, rows_apart * N_GROUP, line_inside, SPLIT)
+    scale_offset, scale_inside = scale_row * N_GROUP + group, (group < N_GROUP) & (scale_row >= 0)
+    weights = load_weights(ints + first.to(tl.int64) * WORDS + offset, to_high, inside, SPLIT, MASKED)
+    scales_at = pairs + first.to(tl.int64) * N_GROUP + scale_offset
+    scales, scales_high = load_scales(scales_at, rows_apart * N_GROUP, scale_inside, SPLIT)
     if OVERLAP:
         gdc_wait()
     loaded = load_token(x, norm, K, PARTS, NORM)
@@ -244,12 +244,12 @@ def int4_kernel(
         # Behind the last rows come the last again: a mask would cost more than reading the L2.
         ahead = tl.minimum(start + tl.minimum(n + 1, steps - 1) * UNITS, n_unit - UNITS)
         first_ahead = rows_of(ahead, n_out, HEAD_DIM, SWIGLU)[0].to(tl.int64)
-        y, other, tile = tile_sums(
-            tile, ints + first_ahead * WORDS + offset, to_high, inside, line, line_high, even, odd, lane, step, eight,
-            sums, PARTS, SPLIT, MASKED, INTERPRET,
+        y, other, weights = row_sums(
+            weights, ints + first_ahead * WORDS + offset, to_high, inside, scales, scales_high, even, odd, lane, step,
+            eight, sums, PARTS, SPLIT, MASKED, INTERPRET,
         )  # fmt: skip
-        line_at = pairs + first_ahead * N_GROUP + line_offset
-        line, line_high = lines_of(line_at, rows_apart * N_GROUP, line_inside, SPLIT)
+        scales_at = pairs + first_ahead * N_GROUP + scale_offset
+        scales, scales_high = load_scales(scales_at, rows_apart * N_GROUP, scale_inside, SPLIT)
         if not PAIRED and SPLIT == 1:
             y = tl.reshape(tl.permute(tl.join(y, other), (1, 0)), (16,))
             other = y

@@ -182,7 +182,7 @@ def integers_kernel(
     N_GROUP: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
     WORDS: tl.constexpr = N_GROUP * GROUP // 8 if BITS == 4 else K // 4
     FOURS: tl.constexpr = BITS == 8 and N_GROUP % 4 == 0  # steps that a load brings
-    LINES: tl.constexpr = N_GROUP // 4 if FOURS else N_GROUP
+    SCALE_WORDS: tl.constexpr = N_GROUP // 4 if FOURS else N_GROUP
     WHOLE: tl.constexpr = CHUNKS * 4 == WORDS  # every thread has as many chunks
     ROWS: tl.constexpr = 2 * UNITS if PAIRED else UNITS
     chunk, word = tl.arange(0, CHUNKS), tl.arange(0, 4)
@@ -190,17 +190,18 @@ def integers_kernel(
     column = (chunk[:, None] * 4 + word[None, :])[:, None, :]  # [CHUNKS, 1, 4]
     inside = (chunk < WORDS // 4)[:, None, None]
     group = tl.minimum(chunk * (128 // BITS) // GROUP, N_GROUP - 1) if GROUP > 0 else chunk
-    line_of = group // 4 if FOURS else group
+    scale_word = group // 4 if FOURS else group
     r = tl.arange(0, ROWS)  # the first rows of all units, then the second ones
     start = tl.program_id(0) * (UNITS * steps)
     first, apart = rows_of(tl.minimum(start, n_unit - UNITS), n_out, HEAD_DIM, SWIGLU)
     # Units one after the other are rows one after the other: a row's offset from the first is a constant.
     row_offset = r % UNITS + r // UNITS * apart
-    offset, line_offset = (row_offset * WORDS)[None, :, None], (row_offset * LINES)[None, :] + line_of[:, None]
-    tile = words_of(ints + first.to(tl.int64) * WORDS + column + offset, inside, not WHOLE)
-    line = tile
+    offset = (row_offset * WORDS)[None, :, None]
+    scale_offset = (row_offset * SCALE_WORDS)[None, :] + scale_word[:, None]
+    weights = words_of(ints + first.to(tl.int64) * WORDS + column + offset, inside, not WHOLE)
+    scales = weights
     if GROUP > 0:
-        line = tl.load(pairs + first.to(tl.int64) * LINES + line_offset)
+        scales = tl.load(pairs + first.to(tl.int64) * SCALE_WORDS + scale_offset)
     if OVERLAP:
         gdc_wait()
 
@@ -261,23 +262,23 @@ def integers_kernel(
         # The next units' weights; behind the last ones the last again: a mask would cost more than reading the L2.
         ahead = tl.minimum(start + tl.minimum(n + 1, steps - 1) * UNITS, n_unit - UNITS)
         first_ahead = rows_of(ahead, n_out, HEAD_DIM, SWIGLU)[0].to(tl.int64)
-        tile_ahead = words_of(ints + first_ahead * WORDS + column + offset, inside, not WHOLE)
-        line_ahead = line
+        weights_ahead = words_of(ints + first_ahead * WORDS + column + offset, inside, not WHOLE)
+        scales_ahead = scales
         if GROUP > 0:
-            line_ahead = tl.load(pairs + first_ahead * LINES + line_offset)
+            scales_ahead = tl.load(pairs + first_ahead * SCALE_WORDS + scale_offset)
 
-        y = sum_of(tile, line, group, hi, lo, hi_odd, lo_odd, step, sums, BITS, GROUP, FOURS, INTERPRET) * row_unit
+        y = sum_of(weights, scales, group, hi, lo, hi_odd, lo_odd, step, sums, BITS, GROUP, FOURS, INTERPRET) * row_unit
         other = y
         if PAIRED:
             y, other = tl.split(tl.permute(tl.reshape(y, (2, UNITS)), (1, 0)))
         finish(y, other, scale, follows, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
-        tile, line = tile_ahead, line_ahead
+        weights, scales = weights_ahead, scales_ahead
 
 
 @triton.jit
-def step_of(line, group, FOURS: tl.constexpr):
-    """A group's step as float32. line: it, uint8, or (FOURS) int32, of four groups each; group: which of all."""
-    bits = (line >> group % 4 * 8) & 255 if FOURS else line.to(tl.int32)
+def step_of(scales, group, FOURS: tl.constexpr):
+    """The step of the group `group` as float32. scales: the step, uint8; with FOURS those of four groups, int32."""
+    bits = (scales >> group % 4 * 8) & 255 if FOURS else scales.to(tl.int32)
     # Set under 2**23's exponent they count ones: a conversion is slow.
     return (bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
@@ -290,20 +291,20 @@ def steps_as_loaded(weight: QuantizedWeight) -> Tensor:
 
 @triton.jit
 def sum_of(
-    tile, line, group, hi, lo, hi_odd, lo_odd, step, sums,
+    weights, scales, group, hi, lo, hi_odd, lo_odd, step, sums,
     BITS: tl.constexpr, GROUP: tl.constexpr, FOURS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Rows' products with the token, but for the rows' units: float32 [ROWS]. tile: [CHUNKS, ROWS, 4]."""
-    hi, lo = tl.broadcast_to(hi, tile.shape), tl.broadcast_to(lo, tile.shape)
+    """Rows' products with the token, but for the rows' units: float32 [ROWS]. weights: [CHUNKS, ROWS, 4]."""
+    hi, lo = tl.broadcast_to(hi, weights.shape), tl.broadcast_to(lo, weights.shape)
     if BITS == 4:
-        hi_odd, lo_odd = tl.broadcast_to(hi_odd, tile.shape), tl.broadcast_to(lo_odd, tile.shape)
-        total = tl.sum(dot_nibbles(tile, hi, lo, hi_odd, lo_odd, INTERPRET), 2).to(tl.float32) * step
-        scale, base = halves(line, True)
+        hi_odd, lo_odd = tl.broadcast_to(hi_odd, weights.shape), tl.broadcast_to(lo_odd, weights.shape)
+        total = tl.sum(dot_nibbles(weights, hi, lo, hi_odd, lo_odd, INTERPRET), 2).to(tl.float32) * step
+        scale, base = halves(scales, True)
         part = total * scale + base * sums
     else:
-        part = tl.sum(dot_bytes(tile, hi, lo, INTERPRET), 2).to(tl.float32) * step
+        part = tl.sum(dot_bytes(weights, hi, lo, INTERPRET), 2).to(tl.float32) * step
         if GROUP > 0:
-            part *= step_of(line, group[:, None], FOURS)
+            part *= step_of(scales, group[:, None], FOURS)
     return tl.sum(part, 0)
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels.epilogue import Around, finish, rows_of, what_follows
+from engine.kernels.epilogue import Around, finish, rows_of, unit_sums, weight_rows, what_follows
 from selective_kv.kernels.basics import INTERPRET, prefetch
 from selective_kv.kernels.decode_config import SHARED_SLACK, processor
 from selective_kv.kernels.launch import launch
@@ -46,9 +46,7 @@ def tokens_kernel(
     PAIRED: tl.constexpr = SWIGLU or HEAD_DIM > 0
     BLOCK: tl.constexpr = WARPS * SLICE
     UNITS: tl.constexpr = ROWS // 2 if PAIRED else ROWS
-    r = tl.arange(0, ROWS)  # the first rows of all units, then the second ones
-    row, apart = rows_of(tl.program_id(0) * UNITS + r % UNITS, n_out, HEAD_DIM, SWIGLU)
-    row = tl.where(row < n_out, row, 0) + r // UNITS * apart
+    row = weight_rows(n_out, ROWS, UNITS, HEAD_DIM, SWIGLU)
     start_of_row = row.to(tl.int64) * K
     if OVERLAP:
         if EARLY > 0:
@@ -71,37 +69,24 @@ def tokens_kernel(
     squares = tl.zeros((WARPS, N, N), tl.float32)
     for start in tl.range(0, end, BLOCK, num_stages=STAGES):
         if K % BLOCK == 0:
-            tile = tl.load(weight_at + start)
+            weights = tl.load(weight_at + start)
             value = tl.load(x_at + start, given, 0.0)
         else:
             inside = start + k < K
-            tile = tl.load(weight_at + start, inside[:, None, :], 0.0)
+            weights = tl.load(weight_at + start, inside[:, None, :], 0.0)
             value = tl.load(x_at + start, inside[:, :, None] & given, 0.0)
         if INTERPRET:  # its bfloat16 arithmetic is wrong
-            tile, value = tile.to(tl.float32), value.to(tl.float32)
+            weights, value = weights.to(tl.float32), value.to(tl.float32)
         if NORM:
             g = tl.load(norm + start + k) if K % BLOCK == 0 else tl.load(norm + start + k, start + k < K, 0.0)
             squares = tl.dot(tl.permute(value, (0, 2, 1)), value, squares, input_precision="ieee")
-            value = (value.to(tl.float32) * g.to(tl.float32)[:, :, None]).to(tile.dtype)
-        total = tl.dot(tile, value, total, input_precision="ieee")
+            value = (value.to(tl.float32) * g.to(tl.float32)[:, :, None]).to(weights.dtype)
+        total = tl.dot(weights, value, total, input_precision="ieee")
     scale = 1.0
     if NORM:
         own = (token[:, None] == token[None, :])[None]
         scale = tl.rsqrt(tl.sum(tl.sum(tl.where(own, squares, 0.0), 1), 0) / K + eps)[None, :]
-    PAIR: tl.constexpr = ROWS // UNITS
-    if WARPS > 1:
-        # Two warps' sums go to one thread and those of the others to its neighbours: warps meet once for that, and
-        # twice in a `tl.sum` over them.
-        y = tl.reshape(total, (WARPS // 2, 2, PAIR, UNITS, N))
-        y, other = tl.split(tl.permute(y, (3, 4, 2, 0, 1)))
-        y = tl.sum(y + other, 3)
-    else:
-        y = tl.permute(tl.reshape(total, (PAIR, UNITS, N)), (1, 2, 0))
-    if PAIRED:
-        y, other = tl.split(y)
-    else:
-        y = tl.reshape(y, (UNITS, N))
-        other = y
+    y, other = unit_sums(total, UNITS, PAIRED)
     finish(y, other, scale, follows, out, at, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
 
 

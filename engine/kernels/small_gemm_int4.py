@@ -201,11 +201,11 @@ def group_of_tokens(
 
 
 @triton.jit
-def load_tile(at, line_at, to_high, line_to_high, inside, line_inside, MASKED: tl.constexpr):
+def load_weights(at, scales_at, to_high, scales_to_high, inside, scale_inside, MASKED: tl.constexpr):
     """Of rows g and of rows g + 8: both groups' words, and their scales and bases."""
     l0, h0 = words_of(at, inside, MASKED), words_of(at + to_high, inside, MASKED)
     l1, h1 = words_of(at + 16, inside, MASKED), words_of(at + (to_high + 16), inside, MASKED)
-    p0, q0 = tl.load(line_at, line_inside, 0), tl.load(line_at + line_to_high, line_inside, 0)
+    p0, q0 = tl.load(scales_at, scale_inside, 0), tl.load(scales_at + scales_to_high, scale_inside, 0)
     return l0, h0, l1, h1, p0, q0
 
 
@@ -234,19 +234,19 @@ def tokens_int4_kernel(
     start = tl.program_id(0) * (UNITS * steps)
     first, apart = rows_of(tl.minimum(start, n_unit - UNITS), n_out, HEAD_DIM, SWIGLU)
     rows_apart = apart if PAIRED else apart + 8
-    to_high, line_to_high = rows_apart * WORDS, rows_apart * (N_GROUP // 2)
-    offset, line_offset = g * WORDS + p * 32 + word, g * (N_GROUP // 2) + p
+    to_high, scales_to_high = rows_apart * WORDS, rows_apart * (N_GROUP // 2)
+    offset, scale_offset = g * WORDS + p * 32 + word, g * (N_GROUP // 2) + p
     inside = (p * 32 < WORDS) & (word >= 0)
-    line_inside = p * 2 < N_GROUP
-    tile = load_tile(
-        ints + first.to(tl.int64) * WORDS + offset, pairs + first.to(tl.int64) * (N_GROUP // 2) + line_offset,
-        to_high, line_to_high, inside, line_inside, MASKED,
+    scale_inside = p * 2 < N_GROUP
+    weights = load_weights(
+        ints + first.to(tl.int64) * WORDS + offset, pairs + first.to(tl.int64) * (N_GROUP // 2) + scale_offset,
+        to_high, scales_to_high, inside, scale_inside, MASKED,
     )  # fmt: skip
     second = tl.minimum(start + tl.minimum(1, steps - 1) * UNITS, n_unit - UNITS)
     second = rows_of(second, n_out, HEAD_DIM, SWIGLU)[0].to(tl.int64)
-    ahead = load_tile(
-        ints + second * WORDS + offset, pairs + second * (N_GROUP // 2) + line_offset, to_high, line_to_high, inside,
-        line_inside, MASKED,
+    ahead = load_weights(
+        ints + second * WORDS + offset, pairs + second * (N_GROUP // 2) + scale_offset, to_high, scales_to_high, inside,
+        scale_inside, MASKED,
     )  # fmt: skip
     if OVERLAP:
         gdc_wait()
@@ -279,22 +279,22 @@ def tokens_int4_kernel(
         other_unit = own_unit
         if PAIRED:
             other_unit = tl.load(unit + row + apart) * scale
-        l0, h0, l1, h1, low_lines, high_lines = tile
+        l0, h0, l1, h1, low_scales, high_scales = weights
         c = group_product(l0, h0, x0, x1, x2, x3, lane, PARTS, FLOAT16, INTERPRET)
         d = group_product(l1, h1, y0, y1, y2, y3, lane, PARTS, FLOAT16, INTERPRET)
         third = tl.minimum(start + tl.minimum(n + 2, steps - 1) * UNITS, n_unit - UNITS)
         third = rows_of(third, n_out, HEAD_DIM, SWIGLU)[0].to(tl.int64)
         # Behind the last rows come the last again: a mask would cost more than reading the L2.
-        tile = ahead
-        ahead = load_tile(
-            ints + third * WORDS + offset, pairs + third * (N_GROUP // 2) + line_offset, to_high, line_to_high, inside,
-            line_inside, MASKED,
+        weights = ahead
+        ahead = load_weights(
+            ints + third * WORDS + offset, pairs + third * (N_GROUP // 2) + scale_offset, to_high, scales_to_high,
+            inside, scale_inside, MASKED,
         )  # fmt: skip
-        lines = tl.where(word // 2 % 2 == 0, low_lines, high_lines)
-        step, base = halves(lines.to(tl.int32), True)
+        scales = tl.where(word // 2 % 2 == 0, low_scales, high_scales)
+        step, base = halves(scales.to(tl.int32), True)
         total = c * step
         total += offset0 * (base * (1.0 / OFFSET) - step)
-        step, base = halves((lines >> 32).to(tl.int32), True)
+        step, base = halves((scales >> 32).to(tl.int32), True)
         total += d * step
         total += offset1 * (base * (1.0 / OFFSET) - step)
         own, other = over_warps(total, PARTS, PAIRED)

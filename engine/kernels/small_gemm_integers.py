@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels.epilogue import Around, finish, rows_of, what_follows
+from engine.kernels.epilogue import Around, finish, rows_of, unit_sums, weight_rows, what_follows
 from engine.kernels.gemv_integers import halves, step_of, steps_as_loaded
 from engine.kernels.small_gemm import padded
 from selective_kv.kernels.basics import INTERPRET, prefetch
@@ -165,16 +165,14 @@ def tokens_integers_kernel(
     N_GROUP: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP > 0 else 1
     LENGTH: tl.constexpr = N_GROUP * SLICE if BITS == 4 else K  # elements of `ints` in a row
     BLOCK: tl.constexpr = WARPS * SLICE
-    r = tl.arange(0, ROWS)  # the first rows of all units, then the second ones
-    row, apart = rows_of(tl.program_id(0) * UNITS + r % UNITS, n_out, HEAD_DIM, SWIGLU)
-    row = tl.where(row < n_out, row, 0) + r // UNITS * apart
+    row = weight_rows(n_out, ROWS, UNITS, HEAD_DIM, SWIGLU)
     start_of_row = row.to(tl.int64) * LENGTH
     warp = tl.arange(0, WARPS)
     FOURS: tl.constexpr = 4 if BITS == 8 and N_GROUP % 4 == 0 else 1  # steps of groups that a load brings
-    line_at = pairs + row.to(tl.int64)[None, :] * (N_GROUP // FOURS)  # [WARPS, ROWS], but for the group
-    line = warp  # nobody looks at it where there are no groups
+    scales_at = pairs + row.to(tl.int64)[None, :] * (N_GROUP // FOURS)  # [1, ROWS]: the rows' first groups
+    scales = warp  # never read without groups
     if GROUP > 0:
-        line = tl.load(line_at + (warp // FOURS)[:, None], (warp < N_GROUP)[:, None], 0)
+        scales = tl.load(scales_at + (warp // FOURS)[:, None], (warp < N_GROUP)[:, None], 0)
     if OVERLAP:
         if EARLY > 0:
             PER_LINE: tl.constexpr = 64 if BITS == 4 else 128  # elements of 128 bytes
@@ -210,53 +208,35 @@ def tokens_integers_kernel(
         for start in tl.range(0, end, BLOCK, num_stages=STAGES):
             words = tl.load(ints_at + start) if WHOLE else tl.load(ints_at + start, (start + k < LENGTH)[:, None, :], 0)
             after = start // SLICE + WARPS
-            line_after = tl.load(line_at + (after + warp)[:, None], (after + warp < N_GROUP)[:, None], 0)
-            a, b, c, d = nibbles_to_16_bits(words, FLOAT16, INTERPRET)
-            at_x = x_at + start * 4
-            rest = left - start * 4
-            first_value = operand(at_x, given if EVEN else given & (rest > 0), not EVEN, INTERPRET)
-            part = tl.dot(a, first_value, input_precision="ieee")
-            sums = tl.dot(constant, first_value, input_precision="ieee")
-            value = operand(at_x + SLICE, given if EVEN else given & (rest > SLICE), not EVEN, INTERPRET)
-            part = tl.dot(b, value, part, input_precision="ieee")
-            sums = tl.dot(constant, value, sums, input_precision="ieee")
-            value = operand(at_x + 2 * SLICE, given if EVEN else given & (rest > 2 * SLICE), not EVEN, INTERPRET)
-            part = tl.dot(c, value, part, input_precision="ieee")
-            sums = tl.dot(constant, value, sums, input_precision="ieee")
-            value = operand(at_x + 3 * SLICE, given if EVEN else given & (rest > 3 * SLICE), not EVEN, INTERPRET)
-            part = tl.dot(d, value, part, input_precision="ieee")
-            sums = tl.dot(constant, value, sums, input_precision="ieee")
-            scale, base = halves(line, True)
+            scales_after = tl.load(scales_at + (after + warp)[:, None], (after + warp < N_GROUP)[:, None], 0)
+            nibbles = nibbles_to_16_bits(words, FLOAT16, INTERPRET)
+            part = tl.zeros((WARPS, ROWS, N), tl.float32)
+            sums = tl.zeros((WARPS, ROWS, N), tl.float32)
+            for n in tl.static_range(4):  # quarters of the groups
+                there_x = given if EVEN else given & (left - start * 4 > n * SLICE)
+                value = operand(x_at + (start * 4 + n * SLICE), there_x, not EVEN, INTERPRET)
+                part = tl.dot(nibbles[n], value, part, input_precision="ieee")
+                sums = tl.dot(constant, value, sums, input_precision="ieee")
+            scale, base = halves(scales, True)
             total += part * scale[:, :, None]
             total += sums * (base * (1.0 / OFFSET) - scale)[:, :, None]
-            line = line_after
+            scales = scales_after
     else:
         x_at = x + token[None, None, :] * K + k[:, :, None]
         for start in tl.range(0, end, BLOCK, num_stages=STAGES):
             inside = start + k < K
-            tile = tl.load(ints_at + start) if WHOLE else tl.load(ints_at + start, inside[:, None, :], 0)
+            weights = tl.load(ints_at + start) if WHOLE else tl.load(ints_at + start, inside[:, None, :], 0)
             value = operand(x_at + start, given if WHOLE else inside[:, :, None] & given, not WHOLE, INTERPRET)
             if GROUP > 0:
                 group = start // SLICE + warp
                 after = group + WARPS
-                line_after = tl.load(line_at + (after // FOURS)[:, None], (after < N_GROUP)[:, None], 0)
-                part = tl.dot(bytes_to_16_bits(tile, FLOAT16, INTERPRET), value, input_precision="ieee")
-                total += part * step_of(line, group[:, None], FOURS == 4)[:, :, None]
-                line = line_after
+                scales_after = tl.load(scales_at + (after // FOURS)[:, None], (after < N_GROUP)[:, None], 0)
+                part = tl.dot(bytes_to_16_bits(weights, FLOAT16, INTERPRET), value, input_precision="ieee")
+                total += part * step_of(scales, group[:, None], FOURS == 4)[:, :, None]
+                scales = scales_after
             else:
-                total = tl.dot(bytes_to_16_bits(tile, FLOAT16, INTERPRET), value, total, input_precision="ieee")
-    PAIR: tl.constexpr = ROWS // UNITS
-    if WARPS > 1:
-        y = tl.reshape(total, (WARPS // 2, 2, PAIR, UNITS, N))
-        y, other = tl.split(tl.permute(y, (3, 4, 2, 0, 1)))
-        y = tl.sum(y + other, 3)
-    else:
-        y = tl.permute(tl.reshape(total, (PAIR, UNITS, N)), (1, 2, 0))
-    if PAIRED:
-        y, other = tl.split(y)
-    else:
-        y = tl.reshape(y, (UNITS, N))
-        other = y
+                total = tl.dot(bytes_to_16_bits(weights, FLOAT16, INTERPRET), value, total, input_precision="ieee")
+    y, other = unit_sums(total, UNITS, PAIRED)
     finish(y * own_unit, other * other_unit, 1.0, follows, out, at, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
 
 
