@@ -44,7 +44,7 @@ class Around(NamedTuple):
         return weight.shape[0] // 2 if self.paired else weight.shape[0]
 
     def pointers(self, x: Tensor) -> tuple[Tensor, ...]:
-        """bias, norm, residual, cos and sin; for one that is not given x, a valid pointer that is not read."""
+        """bias, norm, residual, cos and sin; in place of one that is not given stands x, which is then not read."""
         cos, sin = (x, x) if self.turn is None else self.turn[:2]
         bias, norm, residual = (x if t is None else t for t in (self.bias, self.norm, self.residual))
         return bias, norm, residual, cos, sin
@@ -72,7 +72,7 @@ class Around(NamedTuple):
 
 @triton.jit
 def rows_of(unit, n_out, HEAD_DIM: tl.constexpr, SWIGLU: tl.constexpr):
-    """The first row of a unit, and how far on its second one is (0: it has none)."""
+    """The weight's row that is a unit's first, and the distance to its second one (0: it has none)."""
     row, apart = unit, n_out * 0
     if SWIGLU:
         apart = n_out
@@ -115,11 +115,12 @@ def unit_sums(total, UNITS: tl.constexpr, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def what_follows(
+def load_epilogue(
     bias, residual, cos, sin, row, apart, at, token, n_turned, there,
     HEAD_DIM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Load the epilogue's operands ahead of the main loop, which hides their latency. at: offsets in `residual`."""
+    """The epilogue's operands, for `finish`, loaded ahead of the main loop, which hides their latency. at: offsets in
+    `residual`; token: rows of cos and sin; there: which outputs exist."""
     first, second, added = 0.0, 0.0, 0.0
     turn = (1.0, 0.0, 1.0, 0.0)
     if BIAS:
@@ -140,11 +141,12 @@ def what_follows(
 
 @triton.jit
 def finish(
-    y, other, scale, follows, out, at, apart, there,
+    y, other, scale, epilogue, out, at, apart, there,
     HEAD_DIM: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue: scale, bias, SwiGLU or RoPE, residual, store. y, other: float32 sums of units' two rows."""
-    first, second, added, turn = follows
+    """The epilogue: scale, bias, SwiGLU or RoPE, residual, store. y, other: float32 sums of units' two rows; epilogue:
+    from `load_epilogue`."""
+    first, second, added, turn = epilogue
     y *= scale
     other *= scale
     if BIAS:

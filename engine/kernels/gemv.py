@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels.epilogue import Around, Turn, finish, rows_of, what_follows
+from engine.kernels.epilogue import Around, Turn, finish, load_epilogue, rows_of
 from engine.kernels.small_gemm import plan_tokens, run_tokens, tokens_fit
 from selective_kv.kernels.decode_config import processor
 from selective_kv.kernels.launch import launch
@@ -50,7 +50,7 @@ def vector_kernel(
         other_weights = tl.load(other_at, inside, 0.0)
     if OVERLAP:
         gdc_wait()
-    follows = what_follows(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
+    epilogue = load_epilogue(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
     total = tl.zeros((UNITS, BLOCK), tl.float32)
     other_total = tl.zeros((UNITS, BLOCK), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
@@ -72,7 +72,7 @@ def vector_kernel(
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
     other = tl.sum(other_total, 1) if PAIRED else 0.0
-    finish(tl.sum(total, 1), other, scale, follows, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
+    finish(tl.sum(total, 1), other, scale, epilogue, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
 
 
 @triton.jit
@@ -133,10 +133,7 @@ def linear(
     swiglu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """weight @ x with what stands around it; the twin says exactly what. x: [n_token, k].
-
-    The residual's memory may become the output's.
-    """
+    """`contract.Linear` for weights of 16 or 32 bits. The residual's memory may become the output's."""
     if norm is not None and not norm_fits(x):
         x, norm = normed(x, norm, eps), None
     if len(x) == 1 or tokens_fit(x):
@@ -164,7 +161,7 @@ def qkv(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor, eps: float, cos: Tensor, sin: Tensor,
     n_head: int, n_qk: int, norms: tuple[Tensor, Tensor, float] | None,
 ) -> Tensor:  # fmt: skip
-    """A layer's queries, keys and values, turned; the twin says exactly what. [n_token, head, head_dim]."""
+    """`contract.QKV` for weights of 16 or 32 bits."""
     head_dim = cos.shape[1]
     if norms is None and (len(x) == 1 or tokens_fit(x)):
         within: Tensor | None = norm
@@ -177,8 +174,8 @@ def qkv(
 
 
 def norm_fits(x: Tensor) -> bool:
-    """Whether a norm is part of the product after it. For several tokens g * x is an operand before it is divided by
-    rms(x), and float16 may not hold that.
+    """Whether the norm can be computed in the product's launch. With several tokens g * x is an operand before it is
+    divided by rms(x), and float16 may overflow there.
     """
     return len(x) == 1 or (tokens_fit(x) and x.dtype == torch.bfloat16)
 
@@ -249,7 +246,7 @@ def rotate_kernel(
 def rotate_qk(
     qkv: Tensor, n_head: int, n_qk: int, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor, float] | None
 ) -> None:
-    """RoPE, in place, of the first n_qk heads of qkv; the twin says exactly what."""
+    """`contract.RotateQK`."""
     batch, _, head_dim = qkv.shape
     q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
     overlap = processor(qkv.device).overlap

@@ -9,12 +9,12 @@
   of a row is one group, and of its product the two columns of that group are kept. So the sums of four groups are in
   four lanes when groups' scales multiply them.
 
-Four groups, 512 elements of a row, are a part of it. Every part has a warp, and warps' sums meet once per 16 rows.
+A part of a row is four groups, 512 elements. Each part has a warp, and the warps' sums are added once for 16 rows.
 
-**Lanes.** PTX says which lane has what of an operand: lane 4 * g + t has row g, row g + 8 and column g, and of each the
-bytes that t stands for. Which bytes these are is open, as long as both operands agree: here 16 consecutive ones, which
-is what a load likes. Triton happens to distribute a tensor [8 * parts, 16 words] in this way, and promises nothing: the
-assembly compares the lane it is in with the one that it expects, and traps.
+**Lanes.** PTX defines which lane holds what of an operand: lane 4 * g + t has bytes of row g, row g + 8 and column g.
+Which bytes of them is free, as long as both operands agree; here they are 16 consecutive ones, one wide load. Triton
+distributes a tensor [8 * parts, 16 words] just so, but does not promise it: the assembly compares the lane that it runs
+in with the one that it expects, and traps if they differ.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels.epilogue import Around, finish, rows_of, what_follows
+from engine.kernels.epilogue import Around, finish, load_epilogue, rows_of
 from engine.kernels.gemv_integers import byte, halves, words_of
 from engine.kernels.token_columns import load_token, token_columns
 from selective_kv.kernels.basics import INTERPRET, prefetch
@@ -236,7 +236,7 @@ def int4_kernel(
         first, _ = rows_of(tl.minimum(start + n * UNITS, n_unit - UNITS), n_out, HEAD_DIM, SWIGLU)
         row = first + tl.arange(0, UNITS)
         there = row < n_out
-        follows = what_follows(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
+        epilogue = load_epilogue(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
         own_unit = tl.load(unit + row)
         other_unit = own_unit
         if PAIRED:
@@ -254,7 +254,7 @@ def int4_kernel(
             y = tl.reshape(tl.permute(tl.join(y, other), (1, 0)), (16,))
             other = y
         finish(
-            y * own_unit, other * other_unit, scale, follows, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD
+            y * own_unit, other * other_unit, scale, epilogue, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD
         )  # fmt: skip
 
 

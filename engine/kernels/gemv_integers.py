@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels.epilogue import Around, finish, rows_of, what_follows
+from engine.kernels.epilogue import Around, finish, load_epilogue, rows_of
 from selective_kv.kernels.basics import INTERPRET
 from selective_kv.kernels.decode_config import processor
 from selective_kv.kernels.launch import launch
@@ -257,7 +257,7 @@ def integers_kernel(
         first, apart = rows_of(unit_index, n_out, HEAD_DIM, SWIGLU)
         row = first + tl.arange(0, UNITS)
         there = row < n_out
-        follows = what_follows(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
+        epilogue = load_epilogue(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
         row_unit = tl.load(unit + first + row_offset)
         # The next units' weights; behind the last ones the last again: a mask would cost more than reading the L2.
         ahead = tl.minimum(start + tl.minimum(n + 1, steps - 1) * UNITS, n_unit - UNITS)
@@ -271,7 +271,7 @@ def integers_kernel(
         other = y
         if PAIRED:
             y, other = tl.split(tl.permute(tl.reshape(y, (2, UNITS)), (1, 0)))
-        finish(y, other, scale, follows, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
+        finish(y, other, scale, epilogue, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
         weights, scales = weights_ahead, scales_ahead
 
 

@@ -1,9 +1,13 @@
 """Products with weights in 8 and 4 bits, whatever the number of tokens, and an embedding's rows.
 
-One token: `gemv_int4.py` for groups of 128 in 4 bits, otherwise `gemv_integers.py`. Up to 8: `small_gemm_int4.py` for
-such groups, and up to 64 `small_gemm_integers.py`. More, and what they are not for (float32, rows of no whole 16 bytes,
-several tokens and groups of 32 in 4 bits): a weight is made dense, some rows at a time, in memory that stays in the L2,
-for a library's product. That reads 16 bits where 8 or 4 are stored, which a prompt's thousands of tokens do not notice.
+    tokens     groups of 128 in 4 bits     other weights
+    1          gemv_int4.py                gemv_integers.py
+    2 to 8     small_gemm_int4.py          small_gemm_integers.py
+    to 64      small_gemm_integers.py      small_gemm_integers.py
+
+For more tokens, and for what these do not take (float32, rows that are not whole 16 bytes, several tokens with groups
+of 32 in 4 bits), a weight is made dense a few rows at a time, in memory that stays in the L2, and a library multiplies.
+That reads 16 bits where 8 or 4 are stored, which does not show with a prompt's thousands of tokens.
 """
 
 from __future__ import annotations
@@ -150,7 +154,7 @@ def linear(
     swiglu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """weight @ x with what stands around it; the twin says exactly what. x: [n_token, k]."""
+    """`contract.Linear` for weights of 8 or 4 bits."""
     x = x.contiguous()
     around = Around(bias, norm, eps, swiglu, residual)
     if norm is not None and not norm_fits(x, weight, around):
@@ -168,7 +172,7 @@ def qkv(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, norm: Tensor, eps: float, cos: Tensor, sin: Tensor,
     n_head: int, n_qk: int, norms: HeadNorms | None,
 ) -> Tensor:  # fmt: skip
-    """A layer's queries, keys and values, turned; the twin says exactly what. [n_token, head, head_dim]."""
+    """`contract.QKV` for weights of 8 or 4 bits."""
     around = Around(bias, norm, eps, turn=Turn(cos, sin, n_qk))
     if not norm_fits(x, weight, around):
         x, around = normed(x, norm, eps), around._replace(norm=None)

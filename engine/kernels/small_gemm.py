@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels.epilogue import Around, finish, rows_of, unit_sums, weight_rows, what_follows
+from engine.kernels.epilogue import Around, finish, load_epilogue, rows_of, unit_sums, weight_rows
 from selective_kv.kernels.basics import INTERPRET, prefetch
 from selective_kv.kernels.decode_config import SHARED_SLACK, processor
 from selective_kv.kernels.launch import launch
@@ -58,7 +58,7 @@ def tokens_kernel(
     token = tl.arange(0, N)
     there = (unit < n_out) & (token < n_token)[None, :]
     at = token[None, :].to(tl.int64) * n_out + unit
-    follows = what_follows(
+    epilogue = load_epilogue(
         bias, residual, cos, sin, unit, apart, at, token[None, :], n_turned, there, HEAD_DIM, BIAS, ADD
     )
     k = (tl.arange(0, WARPS) * SLICE)[:, None] + tl.arange(0, SLICE)[None, :]
@@ -87,7 +87,7 @@ def tokens_kernel(
         own = (token[:, None] == token[None, :])[None]
         scale = tl.rsqrt(tl.sum(tl.sum(tl.where(own, squares, 0.0), 1), 0) / K + eps)[None, :]
     y, other = unit_sums(total, UNITS, PAIRED)
-    finish(y, other, scale, follows, out, at, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
+    finish(y, other, scale, epilogue, out, at, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
 
 
 class Plan(NamedTuple):

@@ -2,13 +2,13 @@
 
 `small_gemm_integers.py` brings weights and tokens through shared memory, a block of a row at a time. Here a warp keeps
 its part of the tokens, 256 elements of each, in registers, as the matrix unit's second operand, for all rows that its
-program multiplies one after the other; weights go from memory to registers to the matrix unit (`gemv_int4.py` says in
-which lanes, and traps elsewhere). So an RMSNorm costs a program a product of its operand, and no launch of its own.
+program multiplies one after the other. Weights go from memory to registers to the matrix unit (`gemv_int4.py` says in
+which lanes). So an RMSNorm costs a program one multiplication of its operand, and no launch of its own.
 
-`mma.m16n8k16`: 16 rows, 8 tokens. Words of 8 nibbles give pairs of neighbours of k, in the order that `quantize.py`
-gave them: set under 128's exponent (in float16 1024's) they count ones. So a group's product has 128 times its sum of
-activations too much. The product of a constant with the tokens is that number, once a program: it takes the offset away
-again, and multiplies the group's base.
+`mma.m16n8k16` multiplies 16 rows by 8 tokens. A word of 8 nibbles gives pairs of neighbours along k, in the order of
+`quantize.py`. Put into 128's mantissa (in float16 1024's) a nibble u is 128 + u, so that a group's product has 128
+times its sum of activations too much. A program computes that number once, as the product of a constant with the
+tokens, to subtract it again; the same number multiplies the group's base.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels.epilogue import Around, finish, rows_of, what_follows
+from engine.kernels.epilogue import Around, finish, load_epilogue, rows_of
 from engine.kernels.gemv_int4 import prefetch_rows
 from engine.kernels.gemv_integers import halves, words_of
 from selective_kv.kernels.basics import INTERPRET
@@ -274,7 +274,7 @@ def tokens_int4_kernel(
         first, _ = rows_of(tl.minimum(start + n * UNITS, n_unit - UNITS), n_out, HEAD_DIM, SWIGLU)
         row = first + unit_at
         there, to = given & (row < n_out), out_at + row
-        follows = what_follows(bias, residual, cos, sin, row, apart, to, token, n_turned, there, HEAD_DIM, BIAS, ADD)
+        epilogue = load_epilogue(bias, residual, cos, sin, row, apart, to, token, n_turned, there, HEAD_DIM, BIAS, ADD)
         own_unit = tl.load(unit + row) * scale
         other_unit = own_unit
         if PAIRED:
@@ -299,7 +299,7 @@ def tokens_int4_kernel(
         total += offset1 * (base * (1.0 / OFFSET) - step)
         own, other = over_warps(total, PARTS, PAIRED)
         finish(
-            own * own_unit, other * other_unit, 1.0, follows, out, to, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD
+            own * own_unit, other * other_unit, 1.0, epilogue, out, to, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD
         )  # fmt: skip
 
 

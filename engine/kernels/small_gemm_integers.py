@@ -1,16 +1,19 @@
 """Products of a few tokens with weights of 8 or 4 bits, on the matrix units: `small_gemm.py` over integers.
 
-Matrix units want 16-bit operands. An integer becomes one in its register, without a conversion: its bits are set
-under an exponent at which they count ones. Of 8 bits, in bfloat16, seven of them under 128's (128 to 255) less what
-the sign bit makes there (128 or 256): both exact, and so is their difference. Of 4 bits, u under 128's: 128 + u, and
-the 128 is taken off from the sum; a group's sum of activations, which that needs and a base too, is a product with a
-constant. In float16 it is 1024 + u, and 8 bits lose 1152.
+Matrix units want 16-bit operands. An integer becomes one in its register without a conversion: its bits are put into
+the mantissa of a float whose lowest mantissa bit is worth 1.
 
-Groups: a warp's slice of a block of K is one group, whose product begins at zero, is multiplied by the scale (of 8
+- 8 bits, bfloat16: the lower seven bits in 128's mantissa are 128 to 255; subtracting 128, or 256 if the sign bit is
+  set, gives the integer. Both steps are exact.
+- 4 bits, bfloat16: u in 128's mantissa is 128 + u. The 128 is subtracted from the sum of products, which takes the sum
+  of the group's activations; so does the group's base. That sum is one more product, with a constant.
+- float16: 1024 takes 128's place, and 8 bits subtract 1152.
+
+Groups: a warp's slice of a block of K is one group. Its product begins at zero, is multiplied by the scale (with 8
 bits, the step) and added to the total (as in `gemv_integers.py`; `quantize.py` has the formula). The next block's
-scales are on their way while this one is at work.
+scales are loaded while this one is multiplied.
 
-A norm is a launch of its own here; bias, SwiGLU, RoPE and residual are in the product's.
+A norm is a launch of its own here; bias, SwiGLU, RoPE and residual are in the product's launch.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels.epilogue import Around, finish, rows_of, unit_sums, weight_rows, what_follows
+from engine.kernels.epilogue import Around, finish, load_epilogue, rows_of, unit_sums, weight_rows
 from engine.kernels.gemv_integers import halves, step_of, steps_as_loaded
 from engine.kernels.small_gemm import padded
 from selective_kv.kernels.basics import INTERPRET, prefetch
@@ -185,7 +188,7 @@ def tokens_integers_kernel(
     token = tl.arange(0, N)
     there = (first < n_out) & (token < n_token)[None, :]
     at = token[None, :].to(tl.int64) * n_out + first
-    follows = what_follows(
+    epilogue = load_epilogue(
         bias, residual, cos, sin, first, apart, at, token[None, :], n_turned, there, HEAD_DIM, BIAS, ADD
     )
     own_unit = tl.load(unit + first, first < n_out, 0.0)
@@ -237,7 +240,7 @@ def tokens_integers_kernel(
             else:
                 total = tl.dot(bytes_to_16_bits(weights, FLOAT16, INTERPRET), value, total, input_precision="ieee")
     y, other = unit_sums(total, UNITS, PAIRED)
-    finish(y * own_unit, other * other_unit, 1.0, follows, out, at, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
+    finish(y * own_unit, other * other_unit, 1.0, epilogue, out, at, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
 
 
 class Plan(NamedTuple):

@@ -1,10 +1,12 @@
 """One token as the matrix unit's second operand, for `gemv_int4.py`: int8 columns in the lanes that the unit wants.
 
-A group of 128 activations is two columns, its two int8 terms (`gemv_integers.py` has them), and a column is in 4 lanes:
-what both need of the group goes between 8 lanes in shuffles. After the PDL wait every instruction counts, so one
-of a group's columns makes both terms of what meets low nibbles, the other of what meets high ones, and they exchange.
+A group of 128 activations is two columns, its two int8 terms (`gemv_integers.py` defines them). A column is in 4 lanes,
+so what both columns need of the group (its largest, its sum) goes between 8 lanes by shuffles. After the PDL wait every
+instruction counts: the first column's lanes compute both terms of the activations that meet low nibbles, the second
+one's of those that meet high nibbles, and then they exchange terms.
 
-Where a lane must be whose, the assembly compares the lane it is in with the one that it expects, and traps.
+The shuffles rely on which lane has which element. Triton does not promise that, so the assembly compares the lane that
+it runs in with the one that it expects, and traps if they differ.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from engine.kernels.gemv_integers import SMALLEST, halves, largest, two_terms, w
 
 
 def _between_lanes(lane: int, body: list[str]) -> str:
-    """PTX: trap in a lane that is not operand `lane`; body, with f0 to f3 and `here`, the lane."""
+    """PTX: trap if the lane is not the one in operand `lane`, then body. Registers: f0 to f3, `to`, and the lane,
+    `here`."""
     return "\n".join(
         [
             "{",
@@ -35,7 +38,8 @@ def _between_lanes(lane: int, body: list[str]) -> str:
 
 
 def _over_four(do: str, first: int, distances: tuple[int, ...]) -> list[str]:
-    """Of 4 operands, and of lanes at these distances, into f0."""
+    """PTX: reduce 4 operands from the `first` on, and then the lanes at these distances, by instruction `do` into
+    f0."""
     lines = [f"{do} f0, ${first}, ${first + 1};", f"{do} f1, ${first + 2}, ${first + 3};", f"{do} f0, f0, f1;"]
     for distance in distances:
         lines += [f"shfl.sync.bfly.b32 f1, f0, {distance}, 31, 0xFFFFFFFF;", f"{do} f0, f0, f1;"]
@@ -76,7 +80,7 @@ SUMS = tl.constexpr(
             "selp.f32 f2, f0, f1, elsewhere;",
             f"mul.f32 f2, f2, {_float(8)};",
             "add.f32 f0, f0, f1;",
-            "sub.f32 f3, f0, f0;",  # no number, where an activation is none
+            "sub.f32 f3, f0, f0;",  # NaN, if an activation is NaN or infinite
             f"fma.rn.f32 f1, $16, {_float(1 / (127 * 254 * 16))}, f3;",
             "and.b32 to, here, 3;",
             "shl.b32 to, to, 3;",
@@ -92,7 +96,7 @@ PARTNER = tl.constexpr(_between_lanes(8, [f"shfl.sync.bfly.b32 ${n}, ${4 + n}, 4
 
 @triton.jit
 def largest_of_group(value, lane, PARTS: tl.constexpr, INTERPRET: tl.constexpr):
-    """Of both columns of a group: the largest, m, and 127 / m, float32 [8 * PARTS, 16]."""
+    """The largest of `value` over both columns of a group, m, and 127 / m: float32 [8 * PARTS, 16] each."""
     if INTERPRET:
         found = tl.max(tl.reshape(value, (4 * PARTS, 32)), 1)
         found = tl.reshape(tl.broadcast_to(found[:, None], (4 * PARTS, 32)), (8 * PARTS, 16))
@@ -110,8 +114,8 @@ def largest_of_group(value, lane, PARTS: tl.constexpr, INTERPRET: tl.constexpr):
 def sums_of_groups(value, most, lane, PARTS: tl.constexpr, INTERPRET: tl.constexpr):
     """value: activations that meet low nibbles in a group's first column, and high ones in its second, [8 * PARTS, 16].
 
-    Returns a group's step, 8 times the sum of those that meet high nibbles, and of all: float32 [PARTS, 8, 4], equal
-    for all 8. No numbers, where an activation is none.
+    Returns for each group its step, 8 times the sum of the activations that meet high nibbles, and the sum of all:
+    float32 [PARTS, 8, 4], equal along the 8. NaN, if an activation is NaN or infinite.
     """
     if INTERPRET:
         even, odd = tl.split(tl.reshape(tl.sum(value, 1), (PARTS, 4, 2)))
@@ -131,7 +135,7 @@ def sums_of_groups(value, most, lane, PARTS: tl.constexpr, INTERPRET: tl.constex
 
 @triton.jit
 def first_of_four(value, PARTS: tl.constexpr):
-    """Of each lane's four elements the first: [8 * PARTS, 16] to [PARTS, 8, 4]."""
+    """The first of each lane's four elements: [8 * PARTS, 16] to [PARTS, 8, 4]."""
     pair, _ = tl.split(tl.reshape(value, (PARTS, 8, 4, 2, 2)))
     first, _ = tl.split(pair)
     return first
@@ -139,7 +143,7 @@ def first_of_four(value, PARTS: tl.constexpr):
 
 @triton.jit
 def of_partner(value, lane, PARTS: tl.constexpr, INTERPRET: tl.constexpr):
-    """What the other column of a group has: int32 [8 * PARTS, 16]."""
+    """`value` of the other column of a group: int32 [8 * PARTS, 16]."""
     if INTERPRET:
         first, second = tl.split(tl.permute(tl.reshape(value, (4 * PARTS, 2, 16)), (0, 2, 1)))
         there = tl.reshape(tl.permute(tl.join(second, first), (0, 2, 1)), (8 * PARTS, 16))
@@ -152,8 +156,8 @@ def of_partner(value, lane, PARTS: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def load_token(x, norm, K: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr):
-    """What a column makes its terms of: of its group the first and third quarter, or the second and fourth. And the
-    norm's weights there. int32 [8 * PARTS, 16], two 16-bit floats each.
+    """The activations that each column's lanes load: the first and third quarter of its group, or the second and
+    fourth; and the norm's weights there. Four int32 [8 * PARTS, 16], of two 16-bit floats each.
     """
     i = tl.arange(0, 8 * PARTS)[:, None]
     word = tl.arange(0, 16)[None, :]
@@ -172,9 +176,10 @@ def token_columns(
     loaded, lane, eps, K: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, FLOAT16: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """The token as the matrix unit's columns, a group of a part and a term of it each: words that meet low nibbles, and
-    high ones, int32 [8 * PARTS, 16]; then, float32 [PARTS, 8, 4], a group's step and its sums of activations: 8 times
-    those that meet high nibbles, and all; and 1 / rms. loaded: by `load_token`.
+    """The token as the matrix unit's columns. loaded: from `load_token`.
+
+    Returns the words that meet low nibbles and those that meet high ones, int32 [8 * PARTS, 16]; what `sums_of_groups`
+    returns; and 1 / rms (1 without a norm).
     """
     first, second, first_g, second_g = loaded
     odd_column = tl.arange(0, 8 * PARTS)[:, None] % 2
