@@ -77,7 +77,7 @@ class Engine:
     prefill_chunk: int = PREFILL_CHUNK
     capture: bool = True  # record the step as a CUDA graph where the cache's kernels allow it
     fuse: bool = True  # small operations into the matrix products, where there are kernels for that
-    lag: int = -1  # steps ahead of the tokens seen; -1: the device's best. 0 if the cache is used on after an end token
+    lag: int = -1  # steps ahead of the tokens seen; -1: the device's best; 0: the cache is used after an end token too
     timing: Timing = field(default_factory=Timing)
     ranks: Parallel | None = None  # those that hold the model together, where several do
     hook: Callable[[str], None] | None = None  # called with "prefill", "read", "decode", "step", "end"
@@ -115,7 +115,7 @@ class Engine:
 
     @torch.inference_mode()
     def _capture(self) -> None:
-        """Record the step that comes next: a prompt's first token need not wait for it."""
+        """Record the step as a CUDA graph. This happens at the second token, so that the first need not wait for it."""
         side, current = capture_stream(self.device), torch.cuda.current_stream(self.device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -132,11 +132,12 @@ class Engine:
 
     @property
     def captures(self) -> bool:
-        """Whether its step is a CUDA graph, or will be one once it has been taken."""
+        """Whether the step is a CUDA graph, or will be one after the first."""
         return self.to_capture or self.graph is not None
 
     def _warm_up(self) -> None:
-        """Take the next step, twice, and go back each time: what it writes, the step itself writes there again."""
+        """Take the next step twice, as a capture needs, and undo it each time: lengths, tokens and random numbers are
+        restored, and what it wrote to the cache the real step will write again."""
         lengths, tokens, random = self.cache.lengths.clone(), self.tokens.clone(), self.generator.get_state()
         for _ in range(2):
             self._step()
@@ -166,7 +167,7 @@ class Engine:
         torch.clamp(self.picked, min=0, out=self.tokens[:, 0])  # BAD must not index the embedding
 
     def step(self) -> None:
-        """Feed `tokens`, choose the next ones. Nothing here waits for the device, but for the first one's capture."""
+        """Feed `tokens` and choose the next ones. Only the first step, which is captured, waits for the device."""
         if self.to_capture:
             self._capture()
         if self.graph is not None:
@@ -175,14 +176,14 @@ class Engine:
             self._step()
 
     def _read_chunk(self, tokens: Tensor, cache: Cache, last: Tensor | None = None) -> Tensor:
-        """As `FusedChunk`, by the model itself."""
+        """`FusedChunk.__call__` by the model's own modules."""
         x = self.model.read(tokens, cache)
         return self.model.head(x[:, -1:] if last is None else x[:, last])
 
     @torch.inference_mode()
     def read(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Prefill: append each prompt to its sequence and choose every sequence's next token. A prompt without tokens
-        goes on where its sequence stands, with `logits`. Short prompts are read together, and the same one once.
+        """Prefill: append each prompt to its sequence and choose every sequence's next token. An empty prompt goes on
+        from its sequence's last `logits`. Short prompts are read together, and equal ones once.
         """
         self._notify("prefill")
         assert self.logits is not None or all(prompts), "nothing has been read yet"
@@ -230,18 +231,18 @@ class Engine:
         self.synchronize()
         timing.prefill_seconds = time.perf_counter() - began
         self._notify("read")
-        began = time.perf_counter() - timing.prefill_seconds  # what a hook did there took no time of the run's
+        began = time.perf_counter() - timing.prefill_seconds  # without the time that a hook took
         ended = [False] * len(prompts)
         waiting: deque[_Pending] = deque([_Pending(self.picked)])
         written = array("q")  # eight bytes a token: a text without end must not fill the memory
         timing.n_first, n_queued = len(prompts), 1
-        first = self.to_capture  # the first token goes out before that
+        first = self.to_capture  # yield the first token before the step is captured
         decode_began = time.perf_counter()
         self._notify("decode")
         try:
             while True:
                 while not first and n_queued < max_new_tokens and len(waiting) <= self.lag and not all(ended):
-                    if self.to_capture:  # which is no part of decoding's time
+                    if self.to_capture:  # its time is not decoding's
                         decode_began += self._captured_in()
                     with torch.inference_mode():
                         self.step()
@@ -315,7 +316,7 @@ class Engine:
         return f"the logits are not finite: {where} ({str(self.cache.shape.dtype).split('.')[-1]} is the dtype)"
 
     def _first_of_all(self, name: str | None) -> str | None:
-        """The first rank's that has one: what all decide by must be the same everywhere."""
+        """The first rank's name that is not None, on every rank: all must decide alike."""
         names = [name] if self.ranks is None else self.ranks.from_all(name)
         return next((n for n in names if n is not None), None)
 

@@ -1,8 +1,8 @@
-"""Short prompts read together: the tokens of several side by side in one row, each in a cache of its own.
+"""Short prompts read together: the tokens of several in one row, each with a cache of its own.
 
-A matrix product takes hardly longer for 2,000 tokens than for 100, nor does launching it. So what is left of prompts
-after their whole chunks is packed: products, norms and RoPE see one row of tokens, attention each sequence by itself.
-A chunk of a prompt is what it would be alone, and sees what it would see alone.
+A matrix product takes hardly longer for 2,000 tokens than for 100. So what is left of prompts after their whole chunks
+is packed into one row: products, norms and RoPE see the row, attention sees each sequence by itself. A prompt's chunks,
+and what they see, are the same as if it were read alone.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class PackedCache:
         chunks, first = [], 0
         for part in self.parts:
             tokens = slice(first, first + part.n_token)
-            # A token alone is a decode step's, and a place that the host knows is none.
+            # A single token is read as a decode step, whose chunk has no `start`.
             start = part.start if part.n_token > 1 else None
             chunks.append((tokens, Chunk(positions[:, tokens], self.cache.row + part.row, start)))
             first += part.n_token
@@ -119,8 +119,9 @@ class PackedCache:
 
 
 def read_once(prompts: Sequence[Sequence[int]], starts: Sequence[int], cache: ModelCache) -> list[int]:
-    """For each prompt, the sequence that it is read into: the first of the same tokens, where nothing came before and
-    the cache can be copied (of one that does not say what it `sees` it is not known what else it keeps); else its own.
+    """For each prompt the sequence that it is read into: that of the first prompt with the same tokens, from which it
+    is copied, or its own. It is its own if its sequence holds something already, or if the cache cannot be copied: it
+    has no `storage`, or does not say what it `sees` and may keep more than that.
     """
     first: dict[tuple[int, ...], int] = {}
     copied = all(layer.storage() is not None and layer.sees() is not None for layer in cache.layers)
@@ -131,7 +132,7 @@ def read_once(prompts: Sequence[Sequence[int]], starts: Sequence[int], cache: Mo
 
 
 def copy_sequences(cache: ModelCache, sources: Sequence[int]) -> None:
-    """Let each sequence hold what its source does, which must be no later than itself."""
+    """Copy to each sequence what its source holds. A source must not come after its sequence."""
     rows = [row for row, source in enumerate(sources) if row != source]
     if not rows:
         return

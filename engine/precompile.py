@@ -1,7 +1,7 @@
-"""The Triton kernels of a run, compiled side by side while its weights are being read.
+"""Compile the Triton kernels of a run in parallel, while its weights are being read.
 
-What a run launches is found by running it: a model of one layer on the meta device, where tensors have shapes and
-strides but no memory, reads the prompts and takes a step, and each launch only compiles (`kernels.launch`).
+Which kernels a run launches is found by running it: a model of two layers on the meta device, where tensors have shapes
+and strides but no memory, reads the prompts and takes a step, and each launch only compiles (`kernels.launch`).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ MOST_WORKERS = 16
 
 
 class Run(NamedTuple):
-    """What decides, beside the model and the sampling, which kernels a run launches. parts: of prompts that it reads,
-    as `prompt_parts` has them; none, and it only takes steps.
+    """What decides, beside the model and the sampling, which kernels a run launches. parts: the parts of prompts that
+    it reads (`prompt_parts`); without any it only takes steps.
     """
 
     policy: KVCache

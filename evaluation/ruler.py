@@ -117,10 +117,11 @@ def score_ruler(subject: Subject, save: Callable[[list[dict[str, Any]]], None]) 
 
 
 def summary(trials: Sequence[Trial], found: Sequence[float], full: Sequence[float]) -> dict[str, Any]:
-    """scores: task -> length -> mean. mean: of all trials. kept: of the tasks and lengths where the full cache scores
-    above LEAST_FULL, for its own scores too; by_length: the same of each length alone.
+    """A record's row of one cache, from its scores `found` and the full cache's, `full`, one for each trial.
 
-    Intervals are Wilson's of shares: wider than those of scores that are neither 0 nor 1.
+    scores: mean by task and length; mean: of all trials; kept: the mean of those tasks and lengths on which the full
+    cache scores above LEAST_FULL, and its difference from full; by_length: `kept` of each length alone. Intervals are
+    Wilson's for shares, wider than needed for scores that are neither 0 nor 1.
     """
     cells: dict[tuple[str, str], list[int]] = {}
     for n, trial in enumerate(trials):
@@ -143,8 +144,8 @@ def summary(trials: Sequence[Trial], found: Sequence[float], full: Sequence[floa
 
 
 def beside_full(kept: Sequence[int], found: Sequence[float], full: Sequence[float]) -> dict[str, Any]:
-    """The mean score of some trials, its interval, and its difference from the full cache's on the same trials with
-    that one's standard error; only their number where there are none."""
+    """Of the trials with the indices `kept`: their number, the mean score with its interval, and the difference from
+    the full cache's on the same trials with its standard error. Only the number, if there are none."""
     if not kept:
         return {"kept_trials": 0}
     lost = [found[n] - full[n] for n in kept]

@@ -1,14 +1,15 @@
 """Scores of a text as a cache would have given them while decoding it token by token.
 
-`sequential` does just that. `ParallelCache` is the exact parallel form: the whole text in one pass, where
-every query meets, key by key, the version that it would have met (`selective_kv.cache` has the definition). Of a
-quantised cache all queries between two closing tiles meet the same. It is a cache object like any other; the model does
-not know. It holds a block of one layer's scores at a time.
+`read_sequential` decodes token by token. `read_parallel` computes the same in one pass over the text, by
+`ParallelCache`: each query sees each key as it would have seen it in decoding, in full precision, quantised, or not at
+all (`selective_kv.cache` has the definition). The queries between two closing tiles all see the same. `ParallelCache`
+is a cache object like any other, so the model does not know. Memory: one block of one layer's scores.
 
-Exact: in float64 every logit is the sequential one's to 1e-6, at 8 bits and at 4. In float32 a matrix product of many
-tokens and of one differ in the last bit, now and then an element of a key rounds to the other integer, and layers
-amplify that. It is quantisation's own noise, and less of it: with the bundled model (600 tokens; AVX-512, AVX2 and SSE)
-logits differ by 0.1 to 0.3 of what quantising changes in them (root mean square), mean NLLs by less than 5e-4.
+It is exact: in float64 every logit equals the sequential one to 1e-6, at 8 bits and at 4. In float32 a product of many
+tokens and a product of one differ in the last bit; now and then that rounds an element of a key to the other integer,
+and later layers amplify it. The effect is smaller than quantisation's own: with the bundled model (600 tokens; AVX-512,
+AVX2 and SSE) logits differ by 0.1 to 0.3 of what quantising changes in them (root mean square), mean NLLs by less than
+5e-4.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from selective_kv.key_bias import key_bias
 from selective_kv.sink_window import rotate
 
 QUERIES = 512  # a block's queries: its scores are [n_head, QUERIES, keys] in float32
-POSITIONS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # borders of what a record tells apart
+POSITIONS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)  # borders of a record's `by_position`
 HEAD_TOKENS = 1024  # tokens whose logits are held at once
 
 
@@ -41,9 +42,8 @@ class _Step:
 
 
 class ParallelCache:
-    """Texts of one length, each as one chunk, each token seeing what chunk-1 decoding would leave it.
-
-    biases: as `Transformer.key_biases` has them.
+    """A cache for texts of one length, each read as one chunk: every token sees what decoding token by token would show
+    it. biases: as `Transformer.key_biases` returns them.
     """
 
     def __init__(self, policy: KVCache, biases: Sequence[Tensor | None], device: torch.device) -> None:
@@ -55,7 +55,8 @@ class ParallelCache:
 
     @staticmethod
     def can(policy: KVCache) -> bool:
-        """Whether this form is known for a cache; one of the user's own, derived or not, is scored sequentially."""
+        """Whether a cache says what its queries see. A user's own, or a subclass, does not, and is scored
+        sequentially."""
         return policy.sees() is not None
 
     def begin(self, n_token: int) -> _Step:
@@ -106,8 +107,8 @@ class ParallelLayer:
         return out.view(shape)
 
     def _rounded(self, k: Tensor, v: Tensor, dtype: torch.dtype, frequencies: Tensor) -> list[Tensor]:
-        """Keys and values [batch * n_kv_head, token, head_dim] of whole tiles as they are when they have been stored.
-        dtype: as they came, before they were made wide."""
+        """Keys and values [batch * n_kv_head, token, head_dim] of whole tiles, quantised and dequantised. dtype: that
+        of the keys before they were made wide."""
         assert self.formats is not None
         tiles = [x.unflatten(1, (-1, TILE)) for x in (k, v)]
         every, kept_out = slice(0, tiles[0].shape[1]), None
@@ -168,7 +169,7 @@ class Scored:
 
 @torch.inference_mode()
 def read_parallel(model: Transformer, policy: KVCache, tokens: Tensor) -> Tensor:
-    """What `model.head` turns into logits, [..., token, dim]: every token read as chunk-1 decoding reads it.
+    """The states that `model.head` turns into logits, [..., token, dim], as decoding token by token would give them.
 
     tokens: int64 [token], or [batch, token] of texts of one length.
     """
@@ -178,7 +179,8 @@ def read_parallel(model: Transformer, policy: KVCache, tokens: Tensor) -> Tensor
 
 @torch.inference_mode()
 def read_sequential(model: Transformer, policy: KVCache, tokens: Tensor, reference: bool = False) -> Tensor:
-    """The same, token by token through the real cache, or its slow reference (which keeps float64 as it is)."""
+    """The same, decoded token by token through the real cache, or through its slow reference, which computes float64 in
+    float64."""
     c = model.config
     dtype = model.norm.weight.dtype
     texts = tokens.view(-1, tokens.shape[-1])
@@ -203,10 +205,10 @@ def score(
     reference: Tensor | None = None,
     reference_model: Transformer | None = None,
 ) -> Scored:
-    """Score each token but the first from the state before it, a few at a time: a vocabulary is wide.
+    """Score each token but the first from the state before it, HEAD_TOKENS at a time since logits are wide.
 
-    states, reference: [token, dim], as the readers give them; reference_model: the one of the latter, where it is
-    another. tokens: int64 [token]. Raises UserError where a logit is not finite: a mean of it would be no figure.
+    tokens: int64 [token]; states, reference: [token, dim], from a reader; reference_model: the model that made
+    `reference`, if it is another. Raises UserError if a logit is not finite.
     """
     parts: list[tuple[Tensor, ...]] = []
     for lo in range(0, len(tokens) - 1, HEAD_TOKENS):

@@ -89,7 +89,7 @@ class Subject:
         if need > free:
             raise UserError(f"the weights need {size(need)}, and {size(free)} are free")
         self.model = load_model(checkpoint, self.device, self.dtype, weights=self.weights)
-        # What weights in fewer bits are compared with; the model itself where there are no others to be had.
+        # The model with which weights in fewer bits are compared; the same one, if the checkpoint has no others.
         self.reference = self.model
         if args.reference_path is not None:
             other = open_checkpoint(args.reference_path)
@@ -302,7 +302,7 @@ def adopt(cache: ModelCache, full: ModelCache, n_token: int) -> None:
 
 
 def groups(items: Sequence[T], n: int) -> Iterator[Sequence[T]]:
-    """n at a time, in order; the last group may be smaller."""
+    """items in groups of n, in order; the last group may be smaller."""
     return (items[start : start + n] for start in range(0, len(items), n))
 
 
