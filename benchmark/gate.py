@@ -53,8 +53,8 @@ class Checked:
             self.fast.wrap_kernels(lambda _: attention)
         self.error = 0.0
 
-    def tiles(self) -> tuple[AttentionKernels, Regions] | None:
-        return self.fast.tiles()
+    def tile_storage(self) -> tuple[AttentionKernels, Regions] | None:
+        return self.fast.tile_storage()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Any, rope: Any) -> Tensor:
         want = self.reference.attend(q, k, v, step, rope)

@@ -150,7 +150,7 @@ class KVCache(CacheSettings):
         """
         return False
 
-    def tiles(self) -> tuple[AttentionKernels, Regions] | None:
+    def tile_storage(self) -> tuple[AttentionKernels, Regions] | None:
         """The kernels and the memory by which `closing.Closing` quantises the tiles that a decode step closes, for all
         layers at once, before the first one. None: there are no tiles, or `attend` quantises them.
         """

@@ -32,9 +32,9 @@ class Closing:
         return Closing, ()
 
     def look(self, layers: Sequence[KVCache]) -> list[tuple[AttentionKernels, Regions]]:
-        """Each layer's `tiles`; nothing unless all layers have some. Makes the table, and waits for the device, if the
-        layers' memory has changed."""
-        found = [layer.tiles() for layer in layers]
+        """Each layer's `tile_storage`; nothing unless all layers have some. Makes the table, and waits for the device,
+        if the layers' memory has changed."""
+        found = [layer.tile_storage() for layer in layers]
         there = [tiles for tiles in found if tiles is not None]
         if len(there) < len(found):
             there = []

@@ -82,7 +82,7 @@ class RegionCache(KVCache):
     def capturable(self) -> bool:
         return not self._reference and self.regions.k.is_cuda and self.kernels.captures
 
-    def tiles(self) -> tuple[AttentionKernels, Regions] | None:
+    def tile_storage(self) -> tuple[AttentionKernels, Regions] | None:
         if self._reference or self.regions.k_tiles is None or self.sees() is None:  # what a subclass does is not known
             return None
         return self.kernels, self.regions

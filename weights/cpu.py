@@ -1,17 +1,17 @@
-"""Products of a CPU: PyTorch's own kernel for weights in 4 bits, which reads them as they are, for 8 bits too.
+"""Products on a CPU by PyTorch's own kernel for weights in 4 bits, also for weights in 8 bits.
 
-It is fast for bfloat16 activations only, so an activation is rounded to bfloat16 on its way in and a result on its
-way out, whatever the model's dtype: an error of 2**-9 beside the weights' own, 2**-7 of 8 bits and 2**-4 of 4. Of 8
-bits, products of more than MOST_TOKENS tokens are made otherwise and do not round: a prompt's differ so much from a
-step's. Where PyTorch has no such kernel for the processor a weight is made dense at every product, which is slow.
+The kernel is fast for bfloat16 activations only, so activations and results are rounded to bfloat16, whatever the
+model's dtype: an error of 2**-9, where the weights' own is 2**-7 with 8 bits and 2**-4 with 4. With 8 bits products of
+more than MOST_TOKENS tokens take another way that does not round, so a prompt's products differ from a step's by that
+much. If PyTorch has no such kernel for the processor, a weight is made dense at every product, which is slow.
 
-The kernel's value of an integer u from 0 to 15 is (u - 8) * scale + base, scale and base bfloat16 and of a group. So 8
-bits are two matrices of 4 beside each other, and the activations stand there twice:
+To the kernel an integer u from 0 to 15 means (u - 8) * scale + base; each group has a scale and a base in bfloat16 (its
+"line"). So 8 bits are two matrices of 4 bits side by side, which multiply the same activations twice:
 
     ints + 128 = 16 * high + low        steps * ints = (high - 8) * 16 steps  +  ((low - 8) * steps + 8 steps)
 
-which is exact, for a bfloat16 has the 8 bits of steps. PyTorch's kernel for 8 bits knows no groups and takes a tenth to
-a half longer.
+This is exact, since a bfloat16 has the 8 bits of `steps`. PyTorch's kernel for 8 bits has no groups and takes a tenth
+to a half longer.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def order() -> tuple[Tensor, int]:
 
 
 def filled_up(n: int, k: int, group: int) -> tuple[int, int, int]:
-    """Rows, groups and elements of a group that a weight [n, k] has for the kernel. group: 0: a row is in none."""
+    """Rows, groups and elements of a group that the kernel takes for a weight [n, k], padded up. group 0: the weight
+    has no groups."""
     group = group or next((g for g in GROUPS if k % g == 0), GROUPS[-1])
     return n + -n % ROWS, quantize.n_groups(k, group), group
 

@@ -6,11 +6,16 @@
     cache = SelectiveKVCache(model.config, sink_size=16, window_size=128, k_bits=4, v_bits=4)
     model.generate(**inputs, past_key_values=cache)
 
-transformers lets a cache store keys and values and return them to an attention function, dense. Here nothing is
-dense: `update` hands the new keys on together with the layer they belong to, and the attention function lets that
-layer's `KVCache` take them in and attend, in one call, as this project's own model does. `cache.py` has the caches,
-`sequences.py` where each sequence stands, `attention.py` what is registered and what is refused, `rope.py` positions,
-`decoding.py` and `captured.py` steps recorded as CUDA graphs: all of a step, or attention a layer at a time.
+transformers expects a cache to store keys and values and to return all of them, dense, to an attention function. Here
+nothing is made dense: `update` returns the new keys alone, with the layer that they belong to, and the attention
+function has that layer's `KVCache` store them and attend, in one call, as this project's own model does.
+
+    cache.py        the caches
+    sequences.py    the length of each sequence, and the layers' memory
+    attention.py    what is registered with transformers, and what is refused
+    rope.py         positions
+    decoding.py     whole decode steps recorded as CUDA graphs
+    captured.py     each layer's attention recorded as a CUDA graph
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A whole decode step of a transformers model as CUDA graphs, without compiling the model.
 
-Eager, a step is bound by the processor: 32 layers of Python take 20 ms, their kernels 9. In `captured_decoding(model)`
-a step is recorded once and then replayed: token and position are copied to where the graphs read them, the logits out.
-How long each sequence is stands on the device (`Sequences.counts`), so what was recorded serves every length, as long
+An eager step is bound by the CPU: 32 layers of Python take 20 ms, their kernels 9. In `captured_decoding(model)` a step
+is recorded once and then replayed: token and position are copied to where the graphs read them, and the logits are
+copied out. The sequences' lengths are on the device (`Sequences.counts`), so the recording serves every length, as long
 as the cache's memory stays in its place.
 
 Launching a graph takes a microsecond a kernel, before the first of them starts. So a step is several graphs, the first
@@ -37,10 +37,10 @@ def captured_decoding(model: Any) -> Iterator[None]:
         with captured_decoding(model):
             model.generate(**inputs, past_key_values=SelectiveKVCache(model.config))
 
-    `generate` compiles nothing meanwhile. The first step of a cache runs as ever, the second is recorded, and so again
-    where the cache has moved to more memory; a cache that is kept and `reset()` keeps its recording. The model must
-    stay as it is: its Python does not run in a replayed step. What is no single token with its position, and on a CPU
-    everything, runs as without this.
+    `generate` compiles nothing meanwhile. The first step of a cache runs as usual and the second is recorded; so again
+    when the cache has moved to more memory. A cache that is `reset()` and used again keeps its recording. The model
+    must not change: its Python does not run in a replayed step. Passes that are not one token a sequence with its
+    position run as usual, and so does everything on a CPU.
 
     Raises ValueError, at a step, for a model with forward hooks (they would not be called), or one whose step looks at
     the device from the host, and for a cache whose step does.

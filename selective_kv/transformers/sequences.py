@@ -1,8 +1,8 @@
-"""Where each sequence of a cache stands, and the memory of its layers: what transformers' `Cache` keeps beside them.
+"""The length of each sequence of a cache, and the memory of its layers.
 
 transformers counts columns: the tokens of the longest prompt, padding included. A cache here counts tokens: sequence b
-has `lengths[b]` of them, and padding is none. A prompt in a batch with left padding is read alone, at its own
-positions 0, 1, ..., into its own slot, so each sequence gets what it would get alone.
+has `lengths[b]`, without padding. In a batch with left padding each prompt is read by itself, at its own positions 0,
+1, ..., so that each sequence gets what it would get alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from selective_kv.score_error import layer_errors
 from selective_kv.transformers.captured import CapturedSteps
 from selective_kv.transformers.rope import ChunkRope, rope_frequencies, scaled_bias
 
-ROOM = 512  # tokens more than are needed, where a cache grows by itself: one copy of it in so many steps
+ROOM = 512  # spare tokens when a cache grows by itself: it is copied once in so many steps
 
-# A compiled graph can hold tensors and numbers only. A step's operator finds the cache that it is about by a number,
-# one for each place in memory that a cache has ever had.
+# A compiled graph can hold tensors and numbers only. A step's operator finds its cache by a number, the handle, which
+# is new whenever the cache's memory moves.
 by_handle: WeakValueDictionary[int, Sequences] = WeakValueDictionary()
 _handles = itertools.count(2)  # a compiler takes 0 and 1 for constants
 
@@ -69,9 +69,9 @@ class Sequences:
         self.parts: list[PassPart] = []  # of a chunk; `whole`: there is one, and it is all of the pass
         self.whole = False
         self.handle = -1  # what a compiled graph knows the memory by
-        self.number = torch.empty(0)  # [handle, 0]: to a compiler sizes may vary, where other numbers are constants
+        self.number = torch.empty(0)  # [handle, 0]: a compiler takes numbers for constants, but lets a size vary
         self.captured: CapturedSteps | None = None  # of an eager model; for the memory as it is
-        self.replays = False  # whether this pass, if it is a step, goes by those
+        self.replays = False  # whether this pass, if it is a step, replays `captured`
         self.cut: Callable[[], None] | None = None  # while a whole step is recorded: ends a graph, begins the next
         self._frequencies: Tensor | None = None
         # Each layer's bias of keys and RoPE's frequencies, as its cache was told; None before the first pass. What that
