@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from selective_kv.cache import Chunk, KVCache
-from selective_kv.regions import Regions, Together, together
+from selective_kv.regions import LayerGroup, Regions, layer_groups
 
 if TYPE_CHECKING:
     from selective_kv.kernels import AttentionKernels
@@ -25,7 +25,7 @@ class Closing:
 
     def __init__(self) -> None:
         self.held: list[Regions] = []
-        self.parts: list[Together] = []
+        self.groups: list[LayerGroup] = []
 
     def __reduce__(self) -> tuple[type[Closing], tuple[()]]:
         """A copy belongs to copied layers, whose memory is elsewhere, and starts without a table."""
@@ -40,7 +40,7 @@ class Closing:
             there = []
         held = [regions for _, regions in there]
         if len(held) != len(self.held) or any(a is not b for a, b in zip(held, self.held, strict=True)):
-            self.held, self.parts = held, together(held)
+            self.held, self.groups = held, layer_groups(held)
         return there
 
     def __call__(self, layers: Sequence[KVCache], chunk: Chunk) -> Chunk:
@@ -50,7 +50,7 @@ class Closing:
         if not there:
             return chunk
         batch = len(chunk.positions)
-        for part in self.parts:
-            some = part if batch == len(part.first.k) else part.sequences(chunk.row, batch)
-            there[0][0].close(some, chunk.positions[:, 0])
+        for group in self.groups:
+            own = group if batch == len(group.first.k) else group.sequences(chunk.row, batch)
+            there[0][0].close(own, chunk.positions[:, 0])
         return replace(chunk, closed=True)

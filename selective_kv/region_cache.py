@@ -12,7 +12,7 @@ from selective_kv.cache import Chunk, KVCache, RopeLike, Shape, wide
 from selective_kv.formats import TILE, Format, key_format, require_finite, rotation_matrix
 from selective_kv.kernels import AttentionKernels, attention_kernels, chunk_attention
 from selective_kv.key_bias import key_bias
-from selective_kv.regions import Regions, Together, offsets
+from selective_kv.regions import LayerGroup, Regions, layer_offsets
 from selective_kv.score_error import LEAST_TOKENS, MOST_ROWS, score_error
 
 
@@ -56,7 +56,7 @@ class RegionCache(KVCache):
             if any(form.rotated for form in formats):
                 rotation = rotation_matrix(shape.head_dim, shape.device).to(shape.dtype)
             self.regions = Regions(k, v, sink, window, k_tiles, v_tiles, *formats, rotation)
-            self._here = offsets([self.regions])
+            self._here = layer_offsets([self.regions])
         self.kernels: AttentionKernels = attention_kernels(shape.device)
 
     def expect_bias(self, bias: Tensor, frequencies: Tensor) -> None:
@@ -152,7 +152,7 @@ class RegionCache(KVCache):
         if k.shape[2] == 1:
             pos = chunk.positions[:, 0]
             if regions.k_tiles is not None and not chunk.closed:
-                self.kernels.close(Together([regions], self._here), pos)
+                self.kernels.close(LayerGroup([regions], self._here), pos)
             new = k[:, :, 0], v[:, :, 0]
             attend = self.kernels.decode_attention
             return attend(q[:, :, 0], regions, pos, sink_rope, chunk.next_weight, new)[:, :, None]

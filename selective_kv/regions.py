@@ -131,25 +131,27 @@ class Regions(NamedTuple):
         )  # fmt: skip
 
 
-class Together(NamedTuple):
+class LayerGroup(NamedTuple):
     """The memory of layers that are alike in shapes, formats and window: one launch serves them all."""
 
     layers: list[Regions]
-    offsets: Tensor  # int64 [layer, 10]: elements from the first layer's tensors to each layer's (`_addresses`)
+    # int64 [layer, N_ADDRESS]: elements from the first layer's tensors to each layer's, of: K's and V's slots, K's and
+    # V's integers, K's and V's scales, K's factors, and the key bias' `pairs`, `within` and `turned`
+    offsets: Tensor
 
     @property
     def first(self) -> Regions:
         return self.layers[0]
 
-    def sequences(self, first: int, n: int) -> Together:
+    def sequences(self, first: int, n: int) -> LayerGroup:
         """Views of n sequences, from `first` on."""
-        return Together([layer.sequences(first, n) for layer in self.layers], self.offsets)
+        return LayerGroup([layer.sequences(first, n) for layer in self.layers], self.offsets)
 
 
 N_ADDRESS = 10
 
 
-def together(layers: Sequence[Regions]) -> list[Together]:
+def layer_groups(layers: Sequence[Regions]) -> list[LayerGroup]:
     """Layers with tiles in groups that one launch can serve. Waits for the device, if there is more than one layer.
 
     There are several groups if only some of the layers have a key bias that is kept apart.
@@ -159,11 +161,11 @@ def together(layers: Sequence[Regions]) -> list[Together]:
         alike = layer.sink_size, layer.window_size, layer.k_format, layer.v_format, layer.key_bias is None
         shapes = [(t.shape, t.dtype, t.device) for t in layer.tensors().values()]
         groups.setdefault((alike, *shapes), []).append(layer)
-    return [Together(group, offsets(group)) for group in groups.values()]
+    return [LayerGroup(group, layer_offsets(group)) for group in groups.values()]
 
 
-def offsets(layers: list[Regions]) -> Tensor:
-    """See `Together`. Waits for the device, if there is more than one layer."""
+def layer_offsets(layers: list[Regions]) -> Tensor:
+    """`LayerGroup.offsets`. Waits for the device, if there is more than one layer."""
     device = layers[0].k.device
     if len(layers) == 1 or device.type == "meta":
         return torch.zeros(len(layers), N_ADDRESS, dtype=torch.int64, device=device)
@@ -179,8 +181,8 @@ def offsets(layers: list[Regions]) -> Tensor:
 
 
 def _addresses(layer: Regions) -> list[tuple[int, int]]:
-    """Addresses of slots, integers, scales and factors of K and V and of the key bias, each with the size in bytes of
-    the elements that kernels count there."""
+    """The addresses of a layer's tensors in the order of `LayerGroup.offsets`, each with the size in bytes of the
+    elements that kernels count there."""
     assert layer.k_tiles is not None and layer.v_tiles is not None
     (k, k_scale, factor), (v, v_scale, _) = layer.k_tiles, layer.v_tiles
     bias = [layer.k] * 3 if layer.key_bias is None else [*layer.key_bias]

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from selective_kv.regions import Regions, Together
+from selective_kv.regions import LayerGroup, Regions
 
 SinkRotation = tuple[Tensor, Tensor]  # cos and sin, float32 [batch, head_dim], as `model.Rope` has them
 
@@ -30,9 +30,9 @@ class Append(Protocol):
 
 
 class Close(Protocol):
-    def __call__(self, together: Together, positions: Tensor) -> None:
-        """Before a step's tokens are appended: quantise, in all of these layers, the tiles that they push out of the
-        window.
+    def __call__(self, group: LayerGroup, positions: Tensor) -> None:
+        """Before a step's tokens are appended: quantise, in all layers of the group, the tiles that they push out of
+        the window.
 
         positions: int64 [batch], of the tokens to come. A second call before the same step changes nothing.
         """

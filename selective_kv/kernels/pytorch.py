@@ -24,7 +24,7 @@ from torch import Tensor
 from selective_kv.formats import TILE, rotation
 from selective_kv.kernels.attention_lse import attend, merge
 from selective_kv.kernels.contract import AttentionKernels
-from selective_kv.regions import Regions, Stored, Together
+from selective_kv.regions import LayerGroup, Regions, Stored
 
 BLOCK_BYTES = 1 << 22  # of a block of integers in float32: it must stay in a CPU's cache, and calls be few
 BLOCK_TILES = 32  # tiles made dense at a time, for the many queries of a chunk
@@ -46,12 +46,12 @@ def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
         regions.v[b, :, slot] = v[b]
 
 
-def close(together: Together, positions: Tensor) -> None:
+def close(group: LayerGroup, positions: Tensor) -> None:
     """Before a step: quantise, in all layers, the tiles whose last tokens are pushed out of the window by tokens at
     `positions`, int64 [batch]."""
     for b, pos in enumerate(positions.tolist()):
-        first, end = (together.first.n_left(n) for n in (pos, pos + 1))
-        for layer in together.layers if first < end else ():
+        first, end = (group.first.n_left(n) for n in (pos, pos + 1))
+        for layer in group.layers if first < end else ():
             own = layer.sequences(b, 1)
             _close_tiles(own, first, end, own.k, own.v, pos)
 

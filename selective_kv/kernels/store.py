@@ -20,7 +20,9 @@ from selective_kv.kernels.decode_config import early, processor
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
 from selective_kv.kernels.tile_softmax import TILE
-from selective_kv.regions import Regions, Together
+from selective_kv.regions import N_ADDRESS, LayerGroup, Regions
+
+ADDRESSES = tl.constexpr(N_ADDRESS)  # entries of a layer in `LayerGroup.offsets`
 
 
 @triton.jit(do_not_specialize=["sink_size", "n_slot"])
@@ -116,7 +118,7 @@ def close_kernel(
     V_ROWS: tl.constexpr, SEQUENCES: tl.constexpr, BLOCKS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The programs share the blocks of all tiles that close, of every layer and KV head, keys and values; where none
-    closes they return at once. Pointers: of the first layer; offsets: see `Together`. SEQUENCES: at least batch.
+    closes they return at once. Pointers: of the first layer; offsets: see `LayerGroup`. SEQUENCES: at least batch.
     """
     row = tl.arange(0, SEQUENCES)
     left = tl.load(positions + row, row < batch, 0).to(tl.int32) + 1 - sink_size - window_size
@@ -133,7 +135,7 @@ def close_kernel(
             first_pos = sink_size + tile * TILE
             for item in range(tl.program_id(0), n_item, tl.num_programs(0)):
                 block, one = item // 2 % BLOCKS, item // (2 * BLOCKS)
-                head, layer = (one % n_kv_head).to(tl.int64), offsets + one // n_kv_head * 10
+                head, layer = (one % n_kv_head).to(tl.int64), offsets + one // n_kv_head * ADDRESSES
                 slot_at = sequence * slot_stride_b + head * slot_stride_h
                 tile_at = (sequence * n_kv_head + head) * n_tile + tile
                 if item % 2 == 0:
@@ -163,21 +165,21 @@ def moved(at, offset):
     return at + tl.multiple_of(tl.load(offset), 16)
 
 
-def close(together: Together, positions: Tensor) -> None:
+def close(group: LayerGroup, positions: Tensor) -> None:
     """Before the tokens at `positions`, int64 [batch], are appended: quantise, in every layer, the tiles whose last
     tokens they push out of the window. One launch, without PDL.
     """
-    regions = together.first
+    regions = group.first
     if regions.k_tiles is None:
         return
     assert positions.is_contiguous()
     batch, n_kv_head = regions.k.shape[:2]
     stored, each = tile_operands(regions), blocks(regions)
-    n_layer = len(together.offsets)
+    n_layer = len(group.offsets)
     rotation = regions.k if regions.rotation is None else regions.rotation
     n_program = min(n_layer * n_kv_head * 2 * each * batch, 2 * processor(regions.k.device).multiprocessors)
     launch(close_kernel, (n_program,))(
-        regions.k, regions.v, *stored, *bias_operands(regions)[0], together.offsets, rotation, positions,
+        regions.k, regions.v, *stored, *bias_operands(regions)[0], group.offsets, rotation, positions,
         *regions.k.stride()[:2], n_layer, batch, n_kv_head, stored[0].shape[2], regions.sink_size,
         regions.window_size, regions.k.shape[2], **flags_of(regions), SEQUENCES=triton.next_power_of_2(batch),
         BLOCKS=each,

@@ -17,7 +17,7 @@ from model import Rope
 from selective_kv import SelectiveCache, Shape
 from selective_kv.formats import TILE
 from selective_kv.kernels import pytorch as eager
-from selective_kv.regions import Together, offsets
+from selective_kv.regions import LayerGroup, layer_offsets
 
 FREQUENCIES = 100.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
 
@@ -36,9 +36,9 @@ def test_a_step_closes_the_tiles_of_all_layers_at_once(alone: list[int]) -> None
     shape = Shape(2, 2, 8, 400, torch.float32, torch.device("cpu"))
     called: list[tuple[int, int]] = []
 
-    def close(together: Together, positions: Tensor) -> None:
-        called.append((len(together.layers), len(positions)))
-        eager.close(together, positions)
+    def close(group: LayerGroup, positions: Tensor) -> None:
+        called.append((len(group.layers), len(positions)))
+        eager.close(group, positions)
 
     cache = ModelCache(SelectiveCache(sink, window), 3, shape)
     cache.layers = [OwnWay(sink, window) if i in alone else layer for i, layer in enumerate(cache.layers)]
@@ -80,14 +80,14 @@ def test_a_step_closes_the_tiles_of_all_layers_at_once(alone: list[int]) -> None
 )
 def test_a_copy_of_a_cache_closes_the_tiles_in_its_own_memory(copied: Callable[[ModelCache], ModelCache]) -> None:
     """The table of where layers' memory is, which a launch goes by, is none of the original's."""
-    seen: list[Together] = []
+    seen: list[LayerGroup] = []
 
-    def close(together: Together, positions: Tensor) -> None:
-        seen.append(together)
+    def close(group: LayerGroup, positions: Tensor) -> None:
+        seen.append(group)
 
     original = ModelCache(SelectiveCache(3, 20), 3, Shape(1, 2, 8, 400, torch.float32, torch.device("cpu")))
     original.begin(1)
-    original.closing.parts[0].offsets.add_(16)  # distances are others there, whatever the allocator does
+    original.closing.groups[0].offsets.add_(16)  # distances are others there, whatever the allocator does
     cache = copied(original)
     for layer in cache.layers:
         assert isinstance(layer, SelectiveCache)
@@ -96,4 +96,4 @@ def test_a_copy_of_a_cache_closes_the_tiles_in_its_own_memory(copied: Callable[[
     assert [regions.k.data_ptr() for regions in seen[0].layers] == [
         layer.regions.k.data_ptr() for layer in cache.layers if isinstance(layer, SelectiveCache)
     ]
-    assert seen[0].offsets.equal(offsets(seen[0].layers))
+    assert seen[0].offsets.equal(layer_offsets(seen[0].layers))

@@ -36,13 +36,13 @@ from selective_kv.kernels import pytorch
 from selective_kv.kernels import triton_backend as kernels
 from selective_kv.kernels.hadamard import butterfly
 from selective_kv.key_bias import key_bias
-from selective_kv.regions import Regions, together
+from selective_kv.regions import Regions, layer_groups
 
 
 def step(twin: ModuleType, regions: Regions, k: Tensor, v: Tensor, at: Tensor) -> None:
     """A token of each sequence."""
     if regions.k_tiles is not None:
-        (own,) = together([regions])
+        (own,) = layer_groups([regions])
         twin.close(own, at)
     twin.append(regions, k, v, at)
 
@@ -233,12 +233,12 @@ def test_all_layers_close_in_one_launch_what_each_would(form: Formats, device: s
     for _ in range(3):
         k, v = tokens(4, 2, full + TILE + 1, 32, BF16)
         layers.append(held(k, v, [full, full, full + TILE, full + 1], sink, window, n_tile, device, form))
-    (all_,) = together(layers)
+    (all_,) = layer_groups(layers)
     before = [copied(layer) for layer in layers]
     kernels.close(all_.sequences(1, 3), torch.tensor([full - 1, full + TILE, full + 1], device=device))
     for layer, old in zip(layers, before, strict=True):
         want = copied(old)
-        (one,) = together([want.sequences(2, 1)])
+        (one,) = layer_groups([want.sequences(2, 1)])
         pytorch.close(one, torch.tensor([full + TILE], device=device))
         for b in (0, 1, 3):
             untouched(layer, old, b, 0)
@@ -251,7 +251,7 @@ def test_layers_that_differ_are_not_seen_as_one() -> None:
     k, v = tokens(1, 1, 300, 32, FP32)
     a, b, c = (held(k, v, [200], 2, 9, 2, "cpu", form) for form in (INT8, formats(4, 4), INT8))
     biased = a._replace(key_bias=key_bias(100 * torch.ones(1, 32), torch.logspace(0, -4, 16), 2, 2))
-    parts = together([a, b, biased, c])
+    parts = layer_groups([a, b, biased, c])
     assert [len(part.layers) for part in parts] == [2, 1, 1]
     assert parts[0].layers[1] is c and parts[0].offsets[1].any() and not parts[0].offsets[0].any()
 
