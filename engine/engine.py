@@ -222,8 +222,9 @@ class Engine:
         prompts: one list of ids per sequence of the cache; they follow what the cache holds, and are empty only where
         that has just been loaded.
         Stops when every sequence has ended, or after max_new_tokens. Raises UserError when the model's
-        numbers are no longer finite, naming where that began.
+        numbers are no longer finite, naming where that began; ValueError where so many tokens have no room.
         """
+        self.require_room(prompts, max_new_tokens)
         timing = self.timing = Timing()
         self.synchronize()
         began = time.perf_counter()
@@ -264,6 +265,15 @@ class Engine:
                 ended = [e or t in self.end_ids for t, e in zip(row, ended, strict=True)]
         finally:
             self._notify("end")
+
+    def require_room(self, prompts: Sequence[Sequence[int]], n_new: int) -> None:
+        """Raises ValueError where the cache has no room for all that is to be read and, but for the last token, written.
+
+        Every sequence goes on until the last has ended. A step does not look: past its room a sequence would write into
+        the memory of the next. Waits for the device.
+        """
+        lengths = self.cache.lengths.tolist()
+        self.cache.check_room(max(n + len(ids) for n, ids in zip(lengths, prompts, strict=True)) + n_new - 1)
 
     def _captured_in(self) -> float:
         """Capture the step; seconds that it took."""

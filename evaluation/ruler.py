@@ -93,13 +93,15 @@ def score_ruler(subject: Subject, save: Callable[[list[dict[str, Any]]], None]) 
     trials = make_trials(subject, template)
     digest = sha256_of("\0".join(sorted(t.sample.context + t.sample.question for t in trials)))
     scores: list[list[float]] = [[] for _ in subject.policies]
+    # Of a group of several tasks the shorter answers go on as long as the others.
+    capacity = max(len(t.ids) for t in trials) + max(t.n_new for t in trials)
     bar = progress(None, len(trials) * len(subject.policies), "RULER")
     rows: list[dict[str, Any]] = []
     for g, group in enumerate(groups(trials, args.batch)):
         bodies, questions = [t.ids[: t.n_body] for t in group], [t.ids[t.n_body :] for t in group]
         n_new = max(t.n_new for t in group)
         enough = functools.partial(answered, subject, group)
-        answers = subject.written_after(f"ruler-{g}", bodies, questions, max(args.lengths), n_new, enough)
+        answers = subject.written_after(f"ruler-{g}", bodies, questions, capacity, n_new, enough)
         for found, written in zip(scores, answers, strict=True):
             decoded = map(subject.tokenizer.decode, written)
             found += [trial.sample.score(text) for trial, text in zip(group, decoded, strict=True)]

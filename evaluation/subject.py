@@ -278,6 +278,7 @@ class Subject:
 def fed(engine: Engine, questions: Sequence[Ids], n_new: int) -> Iterator[list[int]]:
     """`engine.generate` for questions of one length, token by token: a short chunk of each sequence alone takes longer.
     Yields the tokens written, [step][sequence]."""
+    engine.require_room(questions, n_new)
     for column in torch.tensor(questions, device=engine.device).T:
         engine.tokens[:, 0] = column
         engine.step()

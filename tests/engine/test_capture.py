@@ -100,6 +100,16 @@ def test_the_first_token_does_not_wait_for_a_capture(seen: list[Any]) -> None:
     assert [row for row in engine.generate([[1, 2, 3]], 4)] == [seen[0], *seen[2:]] and seen.count("capture") == 1
 
 
+def test_more_than_there_is_room_for_is_refused_before_anything_is_read() -> None:
+    """A step does not look: it would write into the next sequence's memory."""
+    engine = engine_of(FullCache())
+    room = engine.cache.shape.capacity
+    with pytest.raises(ValueError, match=f"{room + 1} tokens do not fit a cache made for {room}"):
+        next(engine.generate([[1, 2, 3]], room - 1))
+    assert engine.cache.lengths.tolist() == [0]
+    assert len(list(engine.generate([[1, 2, 3]], room - 2))) == room - 2
+
+
 def test_a_text_of_one_token_needs_no_capture(seen: list[Any]) -> None:
     assert len(list(engine_of(FullCache()).generate([[1, 2, 3]], 1))) == 1 and seen == []
 

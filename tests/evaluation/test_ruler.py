@@ -169,6 +169,15 @@ def test_the_question_finds_only_the_cache(tmp_path: Path, monkeypatch: pytest.M
     assert found["settings"] == {"lengths": [2500], "tasks": list(TASKS), "trials": 1, "chat": False, "batch": 1}
 
 
+def test_answers_of_several_lengths_are_written_together(tmp_path: Path) -> None:
+    """The shorter ones go on with the longest: past their room a tile was written into the next sequence's memory."""
+    folder = write_checkpoint(tmp_path / "model", context=4096)
+    out = tmp_path / "r.json"
+    argv = ["ruler", "--checkpoint_path", folder, "--lengths", 2440, "--trials", 1, "--batch", 2, "--json", out]
+    evaluate.main([*map(str, argv), "--tasks", "vt", "niah_single", "--caches", "quantize_kv:window_size=8"])
+    assert [row["trials"] for row in json.loads(out.read_text())["rows"]] == [2, 2]
+
+
 def test_mistakes(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, message in (
         (["--lengths", "300"], "past the model's context"),
