@@ -128,7 +128,7 @@ def test_stories260k_writes_the_golden_ids(policy: KVCache) -> None:
     golden = json.loads((STORIES / "golden.json").read_text())["greedy_ids"]
     checkpoint = open_checkpoint(STORIES, None)
     model = load_model(checkpoint, CUDA, torch.float32)
-    shape = Shape(2, 4, 8, len(golden) + 8, torch.float32, CUDA)
+    shape = Shape(2, 4, 8, len(golden) + 30, torch.float32, CUDA)
     engine = Engine(model, ModelCache(policy, checkpoint.config.n_layer, shape), Sampling(temperature=0))
     rows = list(engine.generate([golden[:1], golden[:30]], len(golden) - 1))
     assert [golden[0], *(row[0] for row in rows)] == golden
