@@ -267,7 +267,7 @@ class Engine:
             self._notify("end")
 
     def require_room(self, prompts: Sequence[Sequence[int]], n_new: int) -> None:
-        """Raises ValueError where the cache has no room for all that is to be read and, but for the last token, written.
+        """Raises ValueError where the cache has no room for what is to be read and, but for the last token, written.
 
         Every sequence goes on until the last has ended. A step does not look: past its room a sequence would write into
         the memory of the next. Waits for the device.
