@@ -8,6 +8,10 @@ import triton.language as tl
 INTERPRET = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: programs run one by one on the CPU
 
 
+LOG2_E = tl.constexpr(1.4426950408889634)  # softmax by exp2, which is one instruction: scores times this
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
 @triton.jit
 def prefetch(at):
     """L2 prefetch of the 128-byte line at each address (a pointer, or int64): asynchronous, no register waits for it.

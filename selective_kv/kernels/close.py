@@ -1,13 +1,14 @@
 """Tiles of keys and values quantised, in Triton (formats.py has the definition).
 
-A program, of 8 warps as a rule, has a block of a tile's vectors, whole: up to 128 channels of keys, each over the
-tile's 128 tokens, or up to 128 tokens of values, each over all dims. It is rotated by one product with the Hadamard
-matrix whose rows are the vectors: so the elements of a vector are in the registers of four threads, and its extremes
-take two exchanges between them. Integers that share a byte are in the registers of one thread, or of neighbours,
-because the vectors stand in an order that makes it so (`place`).
+A program, of 8 warps as a rule, has a block of whole vectors of a tile: up to 128 channels of keys, each over the
+tile's 128 tokens, or up to 128 tokens of values, each over all dims. One product with the Hadamard matrix rotates the
+block, and the product's rows are the vectors: so a vector's elements are in the registers of four threads, and finding
+its extremes takes two exchanges between them. The vectors are ordered (`place`) so that integers that share a byte are
+in the registers of one thread or of neighbours.
 
-What bounds it is instructions, about a dozen an element. So there is no division where the reference's bits cannot be
-had anyway, after a rotation or a norm: elements are multiplied by a vector's inverse, and rounded by adding `ROUND`.
+The limit is instructions, about a dozen an element. So there is no division after a rotation or a norm, where the
+reference's bits cannot be reproduced anyway: elements are multiplied by the inverse of a vector's scale, and rounded by
+adding `ROUND`.
 """
 
 from __future__ import annotations
@@ -192,6 +193,14 @@ def rotated(
 
 
 @triton.jit
+def plane_bytes(six, group, PLANE: tl.constexpr, AXIS: tl.constexpr):
+    """The bytes of plane PLANE of 3 bits, from the six bits of each pair of dims, int32. group: which of the four
+    tokens that share bytes, along AXIS: PLANE's own has the lower six bits, the last one shares the upper two of all
+    planes."""
+    return tl.sum(tl.where(group == PLANE, six, tl.where(group == 3, ((six >> (2 * PLANE)) & 3) << 6, 0)), AXIS)
+
+
+@triton.jit
 def close_keys(
     slots, chunk, chunk_stride, rotation, codes, scales, factors, first_pos, block, start, sink_size, ring_size,
     pairs, within, turned,
@@ -228,12 +237,9 @@ def close_keys(
         six = tl.sum(tl.reshape(u, (ROWS // 16, 2, 8, 4, 32)) << (3 * bit), 1)  # [rows of 16, pair, group, token]
         pair = block * (ROWS // 2) + tl.arange(0, ROWS // 2)
         at = codes + tl.arange(0, 32)[None, :] * (HEAD_DIM // 2) + pair[:, None]
-        for j in tl.static_range(3):  # the last group's six bits are shared out among the planes
-            byte = tl.sum(tl.where(group == j, six, tl.where(group == 3, ((six >> (2 * j)) & 3) << 6, 0)), 2)
-            store_bytes(
-                at + j * (16 * HEAD_DIM), tl.reshape(byte, (ROWS // 2, 32)), (pair < HEAD_DIM // 2)[:, None],
-                HEAD_DIM % ROWS > 0,
-            )  # fmt: skip
+        for j in tl.static_range(3):
+            byte = tl.reshape(plane_bytes(six, group, j, 2), (ROWS // 2, 32))
+            store_bytes(at + j * (16 * HEAD_DIM), byte, (pair < HEAD_DIM // 2)[:, None], HEAD_DIM % ROWS > 0)
     else:
         PARTS: tl.constexpr = 8 // BITS
         N: tl.constexpr = TILE // PARTS
@@ -284,11 +290,8 @@ def close_values(
         pair = tl.arange(0, DIM // 2)[None, :]
         at = codes + row * (HEAD_DIM // 2) + pair
         for j in tl.static_range(3):
-            byte = tl.sum(tl.where(group == j, six, tl.where(group == 3, ((six >> (2 * j)) & 3) << 6, 0)), 1)
-            store_bytes(
-                at + j * (16 * HEAD_DIM), tl.reshape(byte, (GROUPS * EACH, DIM // 2)), pair < HEAD_DIM // 2,
-                HEAD_DIM < DIM,
-            )  # fmt: skip
+            byte = tl.reshape(plane_bytes(six, group, j, 1), (GROUPS * EACH, DIM // 2))
+            store_bytes(at + j * (16 * HEAD_DIM), byte, pair < HEAD_DIM // 2, HEAD_DIM < DIM)
     else:
         shift = (BITS * tl.arange(0, PARTS))[None, :, None, None]
         byte = tl.sum(tl.reshape(u, (GROUPS, PARTS, EACH, DIM)) << shift, 1)

@@ -1,7 +1,7 @@
-"""What a cache holds made dense in Triton, for the many queries of a chunk: tiles and slots to one
-block of keys and values.
+"""What a cache holds made dense in Triton, for the many queries of a chunk: tiles and slots become one block of keys
+and values.
 
-Rotated formats stay rotated: slots are rotated like them, and so are the queries (`rotated_heads`).
+Tiles of rotated formats stay rotated; slots are rotated like them, and so are the queries (`rotated_heads`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from selective_kv.kernels.merge import room
 from selective_kv.kernels.online_softmax import at_slot
 from selective_kv.kernels.operands import rotations, stored_bits, tile_operands
 from selective_kv.kernels.tile_softmax import TILE
-from selective_kv.kernels.unpack import scale_and_base
+from selective_kv.kernels.unpack import last_six_bits, scale_and_base
 from selective_kv.regions import Regions
 
 TILE_BLOCK = 32  # tokens of a tile that a program dequantises
@@ -41,8 +41,7 @@ def load_planes_3(codes, token, d, mask, HEAD_DIM: tl.constexpr):
     b = tl.load(at + 16 * HEAD_DIM, mask, 0).to(tl.int32)
     c = tl.load(at + 32 * HEAD_DIM, mask, 0).to(tl.int32)
     group = (token // 32)[:, None]
-    last = ((a >> 6) & 3) | ((b >> 4) & 12) | ((c >> 2) & 48)
-    six = tl.where(group == 0, a, tl.where(group == 1, b, tl.where(group == 2, c, last)))
+    six = tl.where(group == 0, a, tl.where(group == 1, b, tl.where(group == 2, c, last_six_bits(a, b, c))))
     return (six >> (3 * (d % 2))[None, :]) & 7
 
 
@@ -111,7 +110,8 @@ def copy_one(
     slots, out, rotation, one, n_kv_head, slot, at, seen, slot_stride_b, slot_stride_h, n_token,
     HEAD_DIM: tl.constexpr, ROTATION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """The tokens in the slots `slot` [N] of K or V to the places `at` of a dense block; rotated, with ROTATION > 1."""
+    """Copy the tokens in the slots `slot` [N] of K or V to the places `at` of a dense block, rotated if ROTATION >
+    1."""
     d = tl.arange(0, triton.next_power_of_2(max(HEAD_DIM, 16)))
     there = d < HEAD_DIM
     slots += one // n_kv_head * slot_stride_b + one % n_kv_head * slot_stride_h
@@ -152,8 +152,8 @@ def copy_slots_kernel(
 
 
 def dense_history(regions: Regions, start: int, first: int, end: int) -> tuple[Tensor, Tensor]:
-    """Of the `start` tokens that are held, in the order tiles, sinks, ring, those from `first` to `end` - 1: K and V
-    [batch, n_kv_head, token, head_dim] in the slots' dtype, rotated if a format is. No tile is cut."""
+    """K and V, [batch, n_kv_head, token, head_dim] in the slots' dtype and rotated if the format is, of the tokens
+    `first` to `end` - 1 in the order tiles, sinks, ring. start: tokens that are held. No tile may be cut."""
     batch, n_kv_head, _, head_dim = regions.k.shape
     k, v = (regions.k.new_empty(batch, n_kv_head, end - first, head_dim) for _ in "kv")
     n_left = regions.n_left(start + 1)

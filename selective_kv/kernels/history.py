@@ -22,7 +22,7 @@ from torch import Tensor
 
 from selective_kv.formats import TILE
 from selective_kv.kernels.attention_lse import LARGEST_BLOCK, attend, key_blocks
-from selective_kv.kernels.basics import INTERPRET
+from selective_kv.kernels.basics import INTERPRET, LN_2, LOG2_E
 from selective_kv.kernels.dense import dense_history, rotated_heads
 from selective_kv.kernels.history_8bit import attend_8bit, quantize_queries, takes_8bit
 from selective_kv.kernels.launch import launch
@@ -75,13 +75,13 @@ def history_kernel(
     q += batch * q_stride_b + head.to(tl.int64) * q_stride_h
     x = tl.load(q + token[:, None].to(tl.int64) * q_stride_t + d[None, :], there, 0.0).to(tl.float32)
     dtype: tl.constexpr = tl.float32 if INTERPRET else k.dtype.element_ty
-    log2_scale = softmax_scale * 1.4426950408889634
+    log2_scale = softmax_scale * LOG2_E
     at = (batch * tl.num_programs(1) + head) * n_token + token
     row = batch * stride_b + head.to(tl.int64) * stride_h + token[:, None].to(tl.int64) * stride_t + d[None, :]
     seen_before = tl.load(own_lse + at, token < n_token, 0.0)
     some = seen_before > float("-inf")
     state = (
-        tl.where(some, seen_before * 1.4426950408889634, NEGATIVE),
+        tl.where(some, seen_before * LOG2_E, NEGATIVE),
         tl.where(some, 1.0, 0.0),
         tl.load(own + row, there & some[:, None], 0.0).to(tl.float32),
     )
@@ -105,7 +105,7 @@ def history_kernel(
     top, total, sums = state
     y = sums / tl.where(total == 0, 1.0, total)[:, None]  # a query that saw nothing gets zeros
     tl.store(out + row, y.to(out.dtype.element_ty), there)
-    tl.store(out_lse + at, (top + tl.log2(total)) * 0.6931471805599453, token < n_token)
+    tl.store(out_lse + at, (top + tl.log2(total)) * LN_2, token < n_token)
 
 
 def over_dense(q: Tensor, k: Tensor, v: Tensor) -> list[Part]:

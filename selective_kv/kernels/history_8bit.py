@@ -20,7 +20,7 @@ from torch import Tensor
 
 from selective_kv.formats import TILE as TILE_TOKENS
 from selective_kv.formats import rotation_size
-from selective_kv.kernels.basics import INTERPRET
+from selective_kv.kernels.basics import INTERPRET, LN_2, LOG2_E
 from selective_kv.kernels.dense import dequantized
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.merge import Part, room
@@ -84,7 +84,7 @@ def quantize_queries_kernel(
     step = int8_step(y)
     at = (batch * tl.num_programs(1) + head) * n_token + token
     tl.store(out + at[:, None] * HEAD_DIM + d[None, :], rounded(y / step[:, None]), mask)
-    tl.store(scales + at, step * softmax_scale * 1.4426950408889634, token < n_token)
+    tl.store(scales + at, step * softmax_scale * LOG2_E, token < n_token)
 
 
 def quantize_queries(q: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ def attend_kernel(
     y = tl.dot(y.to(dtype), hadamard, input_precision="ieee") * ROTATION**-0.5
     at = out + batch * stride_b + head.to(tl.int64) * stride_h + token[:, None].to(tl.int64) * stride_t + d[None, :]
     tl.store(at, y.to(out.dtype.element_ty), there[:, None])
-    tl.store(lse + row, (top - LOG2_LARGEST + tl.log2(total)) * 0.6931471805599453, there)
+    tl.store(lse + row, (top - LOG2_LARGEST + tl.log2(total)) * LN_2, there)
 
 
 def attend_8bit(queries: tuple[Tensor, Tensor], regions: Regions, first: int, end: int) -> Part:

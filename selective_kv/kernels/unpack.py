@@ -1,10 +1,11 @@
-"""Integers of packed planes to what matrix units take, several elements an instruction (formats.py has the planes).
+"""Unpack the integers of planes (formats.py) into operands of matrix units, several elements an instruction.
 
-Keys become int8, values float16. A masked field of a 16-bit lane IS a float16: its bits stand in the lowest ones,
-which makes it a subnormal number, u * 2**-24 times the field's place value. Matrix units take those exactly, and the
-powers of two are undone in the weights and once at the end: an `and` for two elements, and no conversion.
+Keys become int8, values float16. A field of bits masked out of a 16-bit lane is a float16 as it stands: its bits are
+among the mantissa's lowest, which makes it a subnormal number, u * 2**-24 times the field's place value. Matrix units
+multiply subnormal numbers exactly, and the powers of two are undone in the weights and once at the end. So unpacking
+two elements takes one `and`, and no conversion.
 
-Every function has a second form for Triton's interpreter, which knows no assembly.
+Every function has a second form for Triton's interpreter, which cannot run assembly.
 """
 
 from __future__ import annotations
@@ -68,12 +69,19 @@ def key_bytes_2(x, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def last_six_bits(a, b, c):
+    """int32 bytes of the three planes of 3 bits: the six bits of the last token, which stand in their upper two
+    bits."""
+    return ((a >> 6) & 3) | ((b >> 4) & 12) | ((c >> 2) & 48)
+
+
+@triton.jit
 def key_bytes_3(a, b, c, INTERPRET: tl.constexpr):
     """int8 elements of the three planes of 3 bits, each integers of two dims of four tokens, to eight int8 tensors: of
     token 0 the even dim and the odd one (this one 8 times as large), and so on."""
     if INTERPRET:
         a, b, c = a.to(tl.int32), b.to(tl.int32), c.to(tl.int32)
-        d = ((a >> 6) & 3) | ((b >> 4) & 12) | ((c >> 2) & 48)
+        d = last_six_bits(a, b, c)
         e, f, g, h = (a & 7).to(tl.int8), (a & 56).to(tl.int8), (b & 7).to(tl.int8), (b & 56).to(tl.int8)
         i, j, k, l = (c & 7).to(tl.int8), (c & 56).to(tl.int8), (d & 7).to(tl.int8), (d & 56).to(tl.int8)  # noqa: E741
     else:
