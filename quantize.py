@@ -152,13 +152,14 @@ def quantize4(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _better(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-    """Of each group what has the smaller error, which is the last of both."""
+    """For each group the candidate with the smaller error, which is the last tensor of both."""
     better = b[-1] < a[-1]
     return [torch.where(better, new, old) for new, old in zip(b, a, strict=True)]
 
 
 def _spans(w: Tensor, low: Tensor, high: Tensor) -> list[int]:
-    """Those of SPANS that groups of a few rows have, all of whose elements lie on a line's integers from 0 to it.
+    """The numbers of SPANS such that in some group of a few rows all elements lie on a line at the integers from 0 to
+    it.
 
     Weights that were in 4 bits before, symmetric ones above all, seldom have all 16 integers in a group. Ranges of 15
     steps miss theirs, and cost as much again as the first quantising: 8% of a weight's size.

@@ -102,7 +102,7 @@ def time_group(entries: list[Entry], args: argparse.Namespace, ceiling: float) -
 def fill_card(
     models: list[Model], config: Config, policies: list[KVCache], args: argparse.Namespace, shape: Shape, ceiling: float
 ) -> list[dict[str, Any]]:
-    """As many sequences as the plan says fit, per cache and context, really allocated, filled and stepped."""
+    """A row for each cache and context, of as many sequences as the plan says fit: allocated, filled and stepped."""
     release(shape.device)
     ((weights, model),) = models
     # What the plan counts weights in: they are there already.

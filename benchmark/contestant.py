@@ -34,7 +34,7 @@ FILL_TOKENS = 1024  # that a cache without regions takes in at a time, as a prom
 
 
 def fill(engine: Engine, context: int) -> None:
-    """As if every sequence had read `context` tokens: random values in all that is held. Raises UserError."""
+    """Fill the cache with random values, as if every sequence had read `context` tokens. Raises UserError."""
     shape = engine.cache.shape
     for layer in engine.cache.layers:
         if layer.fill_randomly():

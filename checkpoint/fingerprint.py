@@ -55,7 +55,7 @@ def _matches(file: Path, patterns: Iterable[str]) -> bool:
 
 
 def fingerprint(path: Path) -> str:
-    """Of all that a checkpoint is read from, and of its files' names. Raises OSError."""
+    """A sha256 of all files that a checkpoint is read from, and of their names. Raises OSError."""
     whole = hashlib.sha256()
     for file in files_of(path):
         whole.update(f"{file.name}\0{sha256_of_file(file)}\n".encode("utf-8", "surrogateescape"))

@@ -75,7 +75,7 @@ def _shown(value: Any) -> str:
 
 
 def is_gguf(file: Path) -> bool:
-    """By its first bytes, whatever its name. Raises UserError."""
+    """Whether a file is a GGUF, by its first bytes. Raises UserError."""
     return first_bytes(file, 4) == MAGIC
 
 

@@ -75,7 +75,7 @@ def _same_in_layers(f: Fields, name: str, default: int | None = None) -> int:
 
 
 def _context(f: Fields) -> dict[str, int]:
-    """As for config.json: where attention has a window, up to there every cache is right."""
+    """The context, which ends at the window of attention, if there is one: up to there every cache is right."""
     context = f.whole("context_length")
     window = f.whole("attention.sliding_window", 0, least=0)
     return (

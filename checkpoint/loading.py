@@ -133,7 +133,8 @@ def _randomize(model: Transformer, generator: torch.Generator, share: Share | No
 
 
 def _kept(share: Share | None, name: str, noise: Tensor, start: int) -> Iterator[tuple[int, Tensor]]:
-    """Of rows of a whole parameter, from `start` on, what a share has of them, and the row of its own for each part."""
+    """The parts of `noise`, rows of a whole parameter from `start` on, that a share has, each with its row in the
+    share."""
     if share is None:
         yield start, noise
         return

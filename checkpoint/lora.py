@@ -43,7 +43,8 @@ PLAIN_STARTS = (True, False, None, "default", "gaussian", "orthogonal", "eva")  
 
 @dataclass(frozen=True)
 class Adapter:
-    """Of each adapted matrix, by its name in the base: A [r, column], B [row, r]. All are scaled alike."""
+    """The adapter's matrices A [r, column] and B [row, r] by the name of the matrix that they adapt; one scale for
+    all."""
 
     pairs: dict[str, tuple[Stored, Stored]]
     scaling: float

@@ -61,7 +61,7 @@ class Described:
 
 
 def describe(fields: dict[str, Any], path: Path) -> Described | None:
-    """Of such a folder's config.json; None of any other. Raises UserError."""
+    """What the config.json of such a folder says; None for any other folder's. Raises UserError."""
     if fields.get("model_type") != MODEL_TYPE:
         return None
     if fields.get("version") != VERSION:

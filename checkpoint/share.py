@@ -78,7 +78,8 @@ class Share:
         return (self.rank * n, (self.rank + 1) * n) if n else None
 
     def spans(self, parameter: str, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Of rows [start, stop) of a whole parameter those that the share has, [first, last): its row, first, last."""
+        """The parts of rows [start, stop) of a whole parameter that the share has: its own row, first, one past the
+        last."""
         at = 0
         for own_start, own_stop in self.rows(parameter) or ((0, stop),):
             first, last = max(start, own_start), min(stop, own_stop)

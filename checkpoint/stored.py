@@ -52,7 +52,7 @@ class Stored:
         return math.prod(self.shape)
 
     def part(self, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> Stored:
-        """Some of its rows and columns, as a tensor in a checkpoint: nothing else is read when they are."""
+        """Some of its rows and columns as a tensor in a checkpoint, of which nothing else is read."""
         (first, last), whole = rows, self.read_rows
         shape = (last - first, *self.shape[1:]) if columns is None else (last - first, columns[1] - columns[0])
 

@@ -105,7 +105,7 @@ def tokenizer_settings(folder: Path) -> TokenizerSettings:
 
 
 def _added_tokens(folder: Path, stated: dict[str, Any]) -> Iterator[AddedToken]:
-    """Those with a number first, in its order; then those that are only named."""
+    """Tokens with a number come first, in its order; then those that have only a name."""
     where = folder / "tokenizer_config.json"
     named = [token_name(stated.get(name)) for name in _NAMED]
     for name in ("additional_special_tokens", "extra_special_tokens"):

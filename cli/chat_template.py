@@ -79,7 +79,7 @@ class ChatTemplate:
 
 
 def template_variables(text: str | None) -> dict[str, Any]:
-    """Those of --template_vars. Raises UserError."""
+    """The variables of --template_vars. Raises UserError."""
     if text is None:
         return {}
     variables = parse_json(text.encode("utf-8", "surrogateescape"), "--template_vars")

@@ -41,7 +41,7 @@ class Plan:
         return self.weights + sum(self.cache.values()) + self.activations
 
     def lines(self, n_rank: int = 1) -> list[str]:
-        """For people. n_rank: how many ranks there are, of which this is one's."""
+        """The plan as lines for people. n_rank: how many ranks there are; this is one rank's plan."""
         regions = ", ".join(f"{name} {size(n)}" for name, n in self.cache.items())
         cache = sum(self.cache.values())
         kept = ""

@@ -42,7 +42,7 @@ def memory_budget(args: argparse.Namespace, device: torch.device, ranks: Paralle
 
 
 def make_profiler(name: str | None, device: torch.device, link: Link | None) -> Profiler | None:
-    """Of several ranks, each one's traces have a folder in the run's."""
+    """The profiler of --profile; each of several ranks has a folder for its traces in the run's folder."""
     if name is None or link is None:
         return None if name is None else Profiler(name, device)
     require_name(name)

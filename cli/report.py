@@ -65,7 +65,7 @@ def make_report(engine: Engine, name: str, timing: Timing, weight_setting: str =
 
 
 def rank_lines(parts: list[dict[str, Any]]) -> list[str]:
-    """Of several ranks, for people: each one's bytes and their sum. A rank that could not be asked has no numbers."""
+    """Lines for people with each rank's bytes and their sum. A rank that could not be asked has no numbers."""
 
     def column(key: str) -> str:
         found = [part.get(key) for part in parts]

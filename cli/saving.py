@@ -124,7 +124,7 @@ class Saving:
                 say(f"{self.saved.path}: {which} parts from the saved text of {len(saved)} tokens, and is read {how}")
 
     def rest(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Of each prompt, what is still to be read."""
+        """The part of each prompt that is still to be read."""
         self.prompts = prompts
         return [list(prompt[n:]) for prompt, n in zip(prompts, self.kept, strict=True)]
 

@@ -274,7 +274,7 @@ def _not_finite(value: Any, name: str) -> str | None:
 
 
 def write_json(target: str, report: dict[str, Any]) -> None:
-    """To standard output's last line ("-") or to a file. Raises UserError."""
+    """Write JSON to a file, or as standard output's last line ("-"). Raises UserError."""
     text = to_json(report)
     if target == "-":
         print(text)

@@ -42,7 +42,7 @@ Digests = dict[str, list[bytes]]  # of each tensor, its rows' SHA-256, in order
 
 @dataclass(frozen=True)
 class Rows:
-    """Of a tensor in the file those rows that this process has: from `first` on, of n_row."""
+    """The rows of a tensor in the file that this process has: from `first` on, of n_row in all."""
 
     tensor: Tensor
     first: int
@@ -281,7 +281,7 @@ def _header(
 
 
 def _places(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
-    """Of a file that the library has accepted: each tensor's dtype, shape, and the byte where it begins."""
+    """Each tensor's dtype, shape and first byte, by name, in a file that the library has accepted."""
     known = {name: dtype for dtype, name in DTYPES.items()}
     with open(path, "rb") as file:
         n = int.from_bytes(file.read(8), "little")

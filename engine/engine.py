@@ -47,7 +47,7 @@ class Timing:
     n_first: int = 0  # of those written, the ones that prefill chose: one a sequence
 
     def __add__(self, other: Timing) -> Timing:
-        """Of two runs together; the time to first token is the first one's."""
+        """The timing of two runs together; the time to first token is the first one's."""
         both = Timing(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Timing)})
         both.first_token_seconds = self.first_token_seconds or other.first_token_seconds
         return both

@@ -77,7 +77,7 @@ def require_saveable(policy: KVCache) -> None:
 
 
 def fingerprint_of(engine: Engine, share: Share | None) -> str:
-    """Of the whole model's weights, however many ranks hold them."""
+    """The fingerprint of the whole model's weights, however many ranks hold them."""
     return model_fingerprint(engine.model, share, None if engine.ranks is None else engine.ranks.from_all)
 
 

@@ -106,7 +106,7 @@ class Subject:
 
     @property
     def weights_name(self) -> str:
-        """Their bits; the file's name, where another file's are compared with."""
+        """The weights' bits; their file's name, if they are compared with another file's."""
         path = None if self.args.reference_path is None else self.path
         return str(self.weights or 16) if path is None else path.name
 

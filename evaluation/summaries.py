@@ -112,7 +112,8 @@ def score_summaries(subject: Subject, save: Callable[[list[dict[str, Any]]], Non
 
 
 def documents_of(subject: Subject, context: int) -> tuple[str, str, list[Document]]:
-    """Their file's name and text's sha256, and they; without a file, what the model itself writes."""
+    """The documents with their file's name and their text's sha256; without a file, texts that the model itself
+    writes."""
     args = subject.args
     if args.text:
         return args.text[0].name, sha256_of(read_plain(args.text[0])), read_documents(args.text[0], args.documents)

@@ -94,7 +94,7 @@ class Task:
 
 
 def what_tasks_are_made_from(args: argparse.Namespace) -> dict[str, Any]:
-    """As the programs will record it. Raises UserError where what they are to read is not there."""
+    """What the programs will record as `made_from`. Raises UserError if a file that they are to read is not there."""
     own = Parser("sweep.py", add_help=False, allow_abbrev=False)
     own.add_argument("--text", nargs="+", type=Path, default=[])
     for name in ("checkpoint_path", "prompt_file", "load_cache", "reference_path"):

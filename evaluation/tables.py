@@ -74,7 +74,7 @@ def print_passkeys(rows: list[Row]) -> None:
 
 
 def print_ruler(rows: list[Row]) -> None:
-    """Of each cache its scores by task and length, then all of them by length."""
+    """A table of each cache's scores by task and length, then one of all caches by length."""
     first = rows[0]
     print(f"RULER: {first['trials']} samples a cache, {first['trials_per_cell']} a cell; the share of answers given, "
           "95% intervals; kept: cells where the full cache scores above 20%")  # fmt: skip

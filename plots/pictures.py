@@ -32,7 +32,7 @@ MOST_LINES = 8  # of one panel: more are not told apart
 
 
 def save(figure: Figure, out: Path, name: str) -> None:
-    """As PNG and SVG, each there whole or not at all, with its names explained. Raises UserError."""
+    """Write a picture as PNG and SVG, each whole or not at all, with its names explained. Raises UserError."""
     explain(figure)
     for ending in ("png", "svg"):
         path = out / f"{name}.{ending}"

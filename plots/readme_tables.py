@@ -89,7 +89,7 @@ def flags(setting: str) -> str:
 
 
 def bits(setting: str) -> str:
-    """Of an element of the middle, with all scales, at head_dim 128 and 64."""
+    """Bits of an element of the middle, with all scales, at head_dim 128 and 64."""
     seen = parse_policy(setting).sees()
     if setting == "full":
         return "16"
@@ -142,7 +142,7 @@ def held(setting: str, n_token: int) -> int:
 
 
 def tokens_per_s(batch: int, context: int) -> dict[str, str]:
-    """Of every setting."""
+    """The speed of each setting's step at a batch and context, by setting, from STEPS."""
     rows = [r for record in read([RESULTS / STEPS]) for r in record.rows]
     return {r["cache"]: f"{r['tokens_per_s']:.0f}" for r in rows if (r["batch"], r["context"]) == (batch, context)}
 

@@ -48,13 +48,13 @@ def shapes(families: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def style_of_family(name: str, families: Iterable[str], size: float = 6) -> dict[str, Any]:
-    """For points alone."""
+    """What matplotlib's `plot` takes for points without lines."""
     shape, fill = shapes(families)[name]
     return {"marker": shape, "color": "#333333", "markersize": size, "markerfacecolor": fill}
 
 
 def styles(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """For lines with points: setting -> what matplotlib's `plot` takes. settings: all of the picture."""
+    """What matplotlib's `plot` takes for lines with points, by setting. settings: all of the picture."""
     marks = shapes({family(setting) for setting in settings})
     found: dict[str, dict[str, Any]] = {}
     members: dict[str, int] = {}

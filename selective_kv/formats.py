@@ -40,7 +40,7 @@ TILE = 128  # tokens
 
 
 INSET = {(4, True): 0.15, (3, True): 0.3, (2, True): 0.3, (3, False): 0.15, (2, False): 0.3}
-"""By bits and whether a scale belongs to a channel, in steps; 0 elsewhere. Found on a real model (LOG.md)."""
+"""Steps by (bits, whether scales belong to channels); 0 for the others. Found on a real model (LOG.md)."""
 
 
 class Tiles(NamedTuple):

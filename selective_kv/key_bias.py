@@ -56,7 +56,7 @@ class KeyBias(NamedTuple):
         return (k - self.dense(tiles, k.shape[-1])).to(k.dtype)
 
     def scores(self, q: Tensor, n_tile: int) -> Tensor:
-        """Its part of the products of q with the keys of the first n_tile tiles.
+        """The bias' part of the products of q with the keys of the first n_tile tiles.
 
         q: float32 [n_kv_head, group, head_dim], not rotated by Hadamard. Returns [n_kv_head, group, n_tile, TILE].
         """

@@ -76,7 +76,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Te
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, window: int) -> _Parts:
-    """The same for any number of tokens, slow and obvious: all scores of a block, and a mask."""
+    """`window_attention` of any number of tokens, slow and obvious: all scores of a block, and a mask."""
     parts = object.__new__(_Parts)
     parts.q, group = q, q.shape[1] // k.shape[1]
     keys, values = (wide(torch.cat(t, 2)).repeat_interleave(group, 1) for t in ((past_k, k), (past_v, v)))

@@ -78,7 +78,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
 
 
 def read_file(path: Path, role: str, files: list[str]) -> bytes:
-    """Its bytes; and `files` gains a line that tells which file this was, without its folder. Raises UserError."""
+    """A file's bytes. `files` gains a line that says which file this was, without its folder. Raises UserError."""
     data = read_stream(path, LARGEST_INPUT)
     files.append(f"`{path.name}` ({role}): {len(data):,} bytes, sha256 `{hashlib.sha256(data).hexdigest()}`")
     return data

@@ -107,8 +107,8 @@ class Packed8(nn.Module):
         return y[:, : self.n] * self.scale
 
     def many(self, x: Tensor) -> Tensor:
-        """The same by dense matrices, in x's dtype, not rounded otherwise. float16 ends at 65,504, which sums of
-        integers exceed: there the scales multiply first."""
+        """`few` for many tokens, by dense matrices in x's dtype, without rounding to bfloat16. float16 ends at 65,504,
+        which sums of integers exceed: there the scales multiply first."""
         x = F.pad(x, (0, self.ints.shape[1] - self.k))
         place, scaled = order()[0], x.dtype == torch.float16
         parts = []
@@ -202,7 +202,7 @@ class Int4Linear(nn.Module):
 
 
 def for_cpu(linear: QuantizedLinear) -> nn.Module:
-    """The same product by PyTorch's kernels. A weight is written anew, and the old one can go."""
+    """A module that computes the same product by PyTorch's kernels. It has a copy of the weight in another order."""
     return Int8Linear(linear) if linear.weight.bits == 8 else Int4Linear(linear)
 
 

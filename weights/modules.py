@@ -168,7 +168,7 @@ class QuantizedEmbedding(nn.Module):
         return self.weight.of(tokens.flatten()).dense(self.dtype).view(*tokens.shape, -1)
 
     def fill(self, rows: Tensor, start: int) -> None:
-        """As `QuantizedLinear.fill`."""
+        """See `QuantizedLinear.fill`."""
         step = max(1, quantize.at_once(self.ints.device) // rows.shape[1])
         for chunk in rows.split(step):
             _fill8(self, chunk.to(self.ints.device), slice(start, start + len(chunk)))

@@ -59,13 +59,13 @@ class WeightSetting:
         return f"int{self.bits}" + (":" + ",".join(changed) if changed else "")
 
     def in_full(self) -> str:
-        """With the size of groups, which a file must say: a default may change."""
+        """The setting with its size of groups, which a file must name, since the default may change."""
         group = self.group_of(self.bits)
         rest = str(dataclasses.replace(self, group_size=None)).partition(":")[2]
         return f"int{self.bits}:group_size={group}" + (f",{rest}" if rest else "")
 
     def bits_of(self, module: str, config: Config) -> int:
-        """Of the matrix of a module of `model.Transformer`, by its name there."""
+        """Bits of the matrix of a module of `model.Transformer`, by the module's name."""
         if module == "tok_embeddings" or (module == "output" and config.tied_embeddings):
             return self.embedding_bits
         if module == "output":

@@ -65,7 +65,7 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def best(logits: Tensor, start: int) -> Tensor:
-    """Of each row the largest key, int64 [sequence], as `contract.Best` says. logits: [sequence, n], of tokens from
+    """The largest key of each row, int64 [sequence]: `contract.Best`. logits: [sequence, n], of tokens from
     `start` on.
     """
     return _pick(parts(logits, start), key=True)
@@ -90,7 +90,7 @@ def parts(logits: Tensor, first: int) -> Tensor:
 
 
 def _pick(keys: Tensor, key: bool) -> Tensor:
-    """Of each row of keys, int64 [sequence, part], the largest, or the index in it. int64 [sequence]."""
+    """The largest key of each row of keys, int64 [sequence, part], or (not `key`) the index in it: int64 [sequence]."""
     n_sequence, n_part = keys.shape
     out = torch.empty(n_sequence, dtype=torch.int64, device=keys.device)
     overlap = processor(keys.device).overlap

@@ -87,7 +87,7 @@ def two_terms(a, b, c, d, inverse, INTERPRET: tl.constexpr):
 
 @triton.jit
 def byte(word, n):
-    """Its n-th byte, an int8, as int32."""
+    """The n-th byte of a word, an int8, as int32."""
     return (word << (24 - 8 * n)) >> 24
 
 

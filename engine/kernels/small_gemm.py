@@ -115,7 +115,8 @@ def padded(n_token: int) -> int:
 
 
 def plan_tokens(n_row: int, n_token: int, n_processor: int, shared: int) -> Plan:
-    """For a weight of n_row rows: what measured best on an H200 for Llama 8B and 8 and 16 tokens (LOG.md, 2026-11-25).
+    """The plan for a weight of n_row rows that measured best on an H200, for Llama 8B and 8 and 16 tokens (LOG.md,
+    2026-11-25).
 
     About one program an SM with 120 KB in flight; or, for a larger weight, small programs with 38 KB or more each:
     several are resident on an SM, so that some load while others are in their prologue or epilogue.

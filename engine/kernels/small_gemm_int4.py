@@ -202,7 +202,7 @@ def group_of_tokens(
 
 @triton.jit
 def load_weights(at, scales_at, to_high, scales_to_high, inside, scale_inside, MASKED: tl.constexpr):
-    """Of rows g and of rows g + 8: both groups' words, and their scales and bases."""
+    """The words of both groups of rows g and of rows g + 8, and the groups' scales and bases."""
     l0, h0 = words_of(at, inside, MASKED), words_of(at + to_high, inside, MASKED)
     l1, h1 = words_of(at + 16, inside, MASKED), words_of(at + (to_high + 16), inside, MASKED)
     p0, q0 = tl.load(scales_at, scale_inside, 0), tl.load(scales_at + scales_to_high, scale_inside, 0)

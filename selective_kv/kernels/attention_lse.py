@@ -127,7 +127,7 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """The same where there is no kernel (MPS), a block of queries at a time."""
+    """`attend` by PyTorch's operators, a block of queries at a time, where there is no kernel (MPS)."""
     k, v = _expanded(q, k), _expanded(q, v)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     n_query = max(1, SCORES // (q.shape[1] * k.shape[2]))

@@ -62,7 +62,7 @@ def int8_step(x):
 
 @triton.jit
 def rounded(x):
-    """To the nearest int8; |x| is at most 127."""
+    """x, of at most 127 in magnitude, rounded to the nearest int8."""
     return tl.floor(x + 0.5).to(tl.int8)
 
 

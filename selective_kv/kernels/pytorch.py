@@ -124,7 +124,8 @@ def decode_attention(
 
 
 def _decode_sequences(q: Tensor, regions: Regions, n_token: int, sink_rope: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Of sequences of n_token tokens each. q: [sequence, n_head, head_dim]. Returns like q."""
+    """`decode_attention` of sequences that have n_token tokens each. q: [sequence, n_head, head_dim]. Returns like
+    q."""
     n_kv_head, head_dim = regions.k.shape[1], q.shape[2]
     group = q.shape[1] // n_kv_head
     if regions.n_left(n_token) == 0:
@@ -192,8 +193,8 @@ def _tiles_at_once(part: Stored, n_tile: int) -> int:
 
 
 def _blocks(part: Stored, n_tile: int) -> Iterator[tuple[slice, Tensor]]:
-    """Some of the first n_tile tiles at a time, their integers (of 8 bits less 128) as float32 [head, tile, TILE,
-    head_dim]: valid until the next are asked for. head: of all sequences."""
+    """The first n_tile tiles, some at a time: their indices, and their integers (8 bits less 128) as float32 [head,
+    tile, TILE, head_dim]: valid until the next are asked for. head: of all sequences."""
     codes, form = part.tiles.codes.flatten(0, 1), part.format
     n_head, _, n_byte = codes.shape
     head_dim = n_byte * 8 // (form.bits * TILE)
@@ -226,7 +227,7 @@ _scratch = _Scratch()
 
 
 def _scales(part: Stored, n_tile: int) -> tuple[Tensor, Tensor]:
-    """Of the first n_tile tiles: scales and what stands for 0 in the integers as `_blocks` gives them, float32 [head,
+    """Scales of the first n_tile tiles, and the value that 0 stands for in the integers of `_blocks`: float32 [head,
     tile, n_vector]."""
     scale, base = part.tiles.scales.flatten(0, 1)[:, :n_tile].float().unbind(3)
     return scale, torch.add(base, scale, alpha=128) if part.format.bits == 8 else base

@@ -145,7 +145,7 @@ def value_pairs_8(x, INTERPRET: tl.constexpr):
 
 @triton.jit
 def field(x, MASK: tl.constexpr):
-    """In the interpreter: the float16 whose bits are those of x in MASK."""
+    """The float16 whose bits are those of x in MASK; for the interpreter."""
     return ((x & MASK).to(tl.float32) * SUBNORMAL).to(tl.float16)
 
 
@@ -212,7 +212,7 @@ def value_pairs_2(x, INTERPRET: tl.constexpr):
 
 @triton.jit
 def quad_3(x):
-    """In the interpreter: of int32 elements, two bytes of two dims each, the four dims as `value_quads_3` has them."""
+    """The four dims of int32 elements, two bytes of two dims each, as `value_quads_3` has them; for the interpreter."""
     y = x >> 8
     return field(x, 7), field(x, 56), field(y, 7), field(y, 56)
 

@@ -26,7 +26,7 @@ _compiling_nothing = 0  # how many blocks are open
 
 @contextmanager
 def compiling_nothing() -> Iterator[None]:
-    """Within it no cache says that it is compileable."""
+    """A context in which no cache says that it is compileable."""
     global _compiling_nothing
     _compiling_nothing += 1
     try:

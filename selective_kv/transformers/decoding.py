@@ -32,7 +32,7 @@ OWN_HOOKS = "transformers.utils.output_capturing"  # stay after a call with outp
 
 @contextmanager
 def captured_decoding(model: Any) -> Iterator[None]:
-    """Within it, decode steps of `model` with a cache of selective_kv are recorded on a GPU, and replayed.
+    """A context in which decode steps of `model` with a cache of selective_kv are recorded on a GPU and replayed.
 
         with captured_decoding(model):
             model.generate(**inputs, past_key_values=SelectiveKVCache(model.config))

@@ -86,7 +86,7 @@ class Sequences:
         return self.__dict__ | {"captured": None, "handle": -1}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy: its memory is its own, which no graph was captured for and none is compiled to find."""
+        """A copy has memory of its own, for which no graph was captured, and which no compiled graph can find."""
         self.__dict__.update(state)
         if self.shape is not None:
             self._settle()
@@ -104,7 +104,7 @@ class Sequences:
     # Memory
 
     def allocate(self, k: Tensor) -> None:
-        """For keys like k [batch, n_kv_head, token, head_dim]."""
+        """Allocate all layers for keys like k [batch, n_kv_head, token, head_dim]."""
         batch, n_kv_head, n_token, head_dim = k.shape
         capacity, self.closing = self._capacity(n_token), Closing()  # which would hold on to the old memory
         self.shape = Shape(batch, n_kv_head, head_dim, capacity, k.dtype, k.device)
@@ -149,7 +149,7 @@ class Sequences:
         return n_column + ROOM
 
     def make_room(self, n: int) -> None:
-        """For n more columns. Raises ValueError if there is none and none can be made."""
+        """Make room for n more columns. Raises ValueError if there is none and none can be made."""
         assert self.shape is not None
         n_column = self.n_column + n
         if n_column <= self.shape.capacity or self.endless:
@@ -243,7 +243,8 @@ class Sequences:
 
     @contextmanager
     def recorded(self, cut: Callable[[], None]) -> Iterator[None]:
-        """Within it a step is recorded, with room for it, and cut into several graphs."""
+        """A context in which a step is recorded. cut: ends a graph and begins the next one. There must be room for
+        it."""
         self.cut = cut
         try:
             yield
@@ -371,7 +372,7 @@ class Sequences:
 
 
 def _tokens(mask: Tensor, lengths: list[int], n_column: int, n: int) -> list[list[int]]:
-    """For each sequence, which columns of a pass of n hold tokens. lengths, n_column: what was before it."""
+    """The columns of a pass of n that hold tokens, for each sequence. lengths, n_column: those before the pass."""
     if mask.shape != (len(lengths), n_column + n):
         raise ValueError(
             f"attention_mask is {list(mask.shape)}, and with what the cache holds it must be "
