@@ -239,6 +239,8 @@ class Rope:
 
 
 class Attention(nn.Module):
+    """Projections, norms and RoPE of q and k; attention itself is the cache's."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config

@@ -44,6 +44,8 @@ TOLERANCE = 1e-2  # norm of the error over norm of the reference, for bf16 outpu
 
 @dataclass(frozen=True)
 class Heads:
+    """A model's attention shape."""
+
     n_head: int
     n_kv_head: int
     head_dim: int
@@ -117,6 +119,7 @@ def n_bytes(regions: Regions, n_token: int) -> int:
 
 
 def our_version(name: str, caches: list[Regions], q: Tensor, positions: Tensor) -> Version:
+    """Our Triton decode attention over copies of a cache."""
     from selective_kv.kernels import (
         triton_backend as triton_kernels,  # not above: benchmark.py runs where there is no Triton
     )
@@ -145,6 +148,8 @@ def sdpa_version(name: str, backend: SDPBackend, packed: bool, caches: list[Regi
 def versions(
     batch: int, n_token: int, heads: Heads, slots: int, with_sdpa: bool = True, formats: Iterable[str] = FORMATS
 ) -> list[Version]:
+    """All that is timed at one shape: our formats and, over the bf16 one's slots, SDPA's kernels. Each has so many
+    copies of its cache that none is found in the L2. slots: tokens in full precision."""
     q = torch.randn(batch, heads.n_head, heads.head_dim, device="cuda", dtype=torch.bfloat16)
     positions = torch.full((batch,), n_token - 1, device="cuda")
     found = []

@@ -235,6 +235,7 @@ def run_caches(checkpoint: Checkpoint, device: torch.device, args: argparse.Name
 
 
 def run(args: argparse.Namespace, argv: list[str], link: Link | None) -> None:
+    """Load the model, check it by the gate, time the caches, print tables and write the records. Raises UserError."""
     device = rank_device(args.device, link)
     if link is not None and (args.kernels or args.largest_batch or args.peer):
         raise UserError("--kernels, --largest_batch and --peer are measured on one device")

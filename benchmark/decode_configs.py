@@ -58,6 +58,7 @@ def configured(changes: dict[str, int]) -> AttentionKernels:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Time steps with every plan in turn, for each cache and context, and print the medians. Raises UserError."""
     device = parse_device(args.device)
     plans = [parse_plan(text) for text in args.plans]
     if device.type != "cuda":

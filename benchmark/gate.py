@@ -145,6 +145,7 @@ def shallow(model: Transformer, n_layer: int) -> Transformer:
 def checked_cache(
     model: Transformer, policy: KVCache, shape: Shape, attention: AttentionKernels | None
 ) -> tuple[ModelCache, list[Checked]]:
+    """A model's cache whose layers are `Checked`, and those layers."""
     cache = ModelCache(policy, 0, shape)
     layers = [Checked(policy, shape, attention) for _ in range(model.config.n_layer)]
     cache.layers = layers  # type: ignore[assignment]

@@ -98,6 +98,7 @@ def is_run(mode: str) -> bool:
 
 
 def contenders(config: Any, length: int, only: list[str] | None) -> list[Contender]:
+    """The caches to time, transformers' and ours, for `length` tokens. only: names; None: all of them."""
     from transformers import DynamicCache, QuantizedCache, StaticCache
 
     from selective_kv.transformers import NAME, FullKVCache, SelectiveKVCache
@@ -211,6 +212,7 @@ def measure(model: Any, contender: Contender, ids: Tensor, n_new: int) -> Row:
 
 
 def run(argv: list[str] | None = None) -> dict[str, Any]:
+    """Time `generate` with every cache in turn. Returns the record; prints rows as they are measured."""
     import transformers
 
     p = Parser("bench_transformers.py", description=__doc__.splitlines()[0])

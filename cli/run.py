@@ -179,6 +179,7 @@ def build(job: Job, hooks: Sequence[Hook] = (), saving: Saving | None = None) ->
 
 
 def run(job: Job, link: Link | None) -> None:
+    """Plan, load, generate and report. Raises UserError."""
     output, budget = job.output, job.budget
     share = job.checkpoint.share
     config = job.checkpoint.config if share is None else replace(share, rank=0).config  # the first has the most

@@ -186,6 +186,7 @@ def unfinished(path: Path) -> Path:
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> None:
+    """Load the model, score the settings, print a table and write the record. Raises UserError."""
     args.lengths, args.depths = sorted(set(args.lengths)), sorted(set(args.depths))
     if args.json:
         require_writable(args.json, "--json")

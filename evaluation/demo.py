@@ -40,6 +40,8 @@ ANSWER_TOKENS = 8
 
 
 class Demo:
+    """The demo's model, caches and trials."""
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         device = parse_device(args.device)

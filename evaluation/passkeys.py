@@ -52,6 +52,7 @@ def filler_of(subject: Subject, longest: int) -> tuple[str, str, list[int]]:
 
 
 def make_trials(subject: Subject, filler: Sequence[int]) -> list[Trial]:
+    """`trials` passkeys for every length and depth, in a fixed order from --seed. Raises UserError."""
     args = subject.args
     rng = random.Random(args.seed)
     bos = [] if subject.tokenizer.bos_id is None else [subject.tokenizer.bos_id]

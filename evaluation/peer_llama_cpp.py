@@ -193,6 +193,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> None:
+    """Score the text with every cache, time decoding, print rows and write the record. Raises UserError."""
     for cache in args.caches:
         types_of(cache)
     if args.json:

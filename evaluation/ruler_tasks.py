@@ -82,6 +82,7 @@ def _asked(kind: str, key: str, value: str, sentences: list[str]) -> Sample:
 
 
 def niah_single(rng: random.Random, units: int, length: int) -> Sample:
+    """One needle at a random place among `units` repetitions of NOISE."""
     key, value = _word(rng), _number(rng)
     sentences = [NOISE] * units
     sentences.insert(rng.randrange(units), _needle("numbers", key, value))
@@ -129,6 +130,8 @@ def _vt_question(value: str) -> tuple[str, str]:
 
 
 def variable_tracking(rng: random.Random, units: int, length: int) -> Sample:
+    """A chain of assignments that ends in one value, with `units` sentences of noise; the answer is all of its
+    names."""
     shown, shown_value, shown_names = _chain(rng, 3, 5)  # an example comes first, of shorter names
     text, value, names = _chain(rng, 5, units)
     question, prefix = _vt_question(value)
@@ -165,6 +168,7 @@ def _list(rng: random.Random, n: int, common: int, other: int) -> tuple[str, lis
 
 
 def common_words(rng: random.Random, units: int, length: int) -> Sample:
+    """A numbered list in which ten words occur more often than the other `units`; the answer is the ten."""
     short = length < 4096
     shown, shown_answer = _list(rng, *((20, 3, 1) if short else (40, 10, 3)))
     text, answer = _list(rng, 10 + units, *((6, 1) if short else (30, 3)))

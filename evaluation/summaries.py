@@ -23,6 +23,8 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Document:
+    """A text to summarise, and what its summary is compared with."""
+
     text: str
     question: str  # what follows the text in the prompt
     references: list[str]  # none where the model wrote the text itself

@@ -139,6 +139,7 @@ def full_results(args: argparse.Namespace) -> Path:
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:
+    """One task for each setting: its program, flags and result file."""
     made, source = [], {} if args.count else what_tasks_are_made_from(args)
     plugin = ["--plugin", str(args.plugin)] if args.plugin else []
     for setting in settings(args):

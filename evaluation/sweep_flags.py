@@ -29,6 +29,8 @@ from selective_kv.settings import known_settings
 
 
 class SweepParser(Parser):
+    """A parser that says of unknown flags where flags for the tasks' program stand."""
+
     def error(self, message: str) -> NoReturn:
         if message.startswith("unknown argument"):
             message += "; flags for evaluate.py, or for generate.py where the kind is speed, stand behind --"

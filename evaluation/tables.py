@@ -102,6 +102,7 @@ def rise(row: Row) -> str:
 
 
 def print_summaries(rows: list[Row]) -> None:
+    """A table of ROUGE-L by cache."""
     first = rows[0]
     print(f"{named(first)}: {first['documents']} documents, {first['cut']} cut to fit, {first['tokens']} tokens; "
           "ROUGE-L F by the package rouge_score, 95% intervals")  # fmt: skip

@@ -87,6 +87,8 @@ class Visible:
 
 
 class RopeLike(Protocol):
+    """What caches need of a model's rotary embedding: `model.Rope` has it."""
+
     @property
     def frequencies(self) -> Tensor: ...
 

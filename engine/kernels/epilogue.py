@@ -63,6 +63,7 @@ class Around(NamedTuple):
         }  # fmt: skip
 
     def check(self, x: Tensor, weight: Tensor) -> None:
+        """Asserts that these operands go together, and lie as kernels read them."""
         assert x.stride(1) == 1 and x.stride(0) == x.shape[1] and weight.is_contiguous()
         assert self.residual is None or self.residual.is_contiguous()
         assert self.bias is None or not self.swiglu

@@ -86,6 +86,7 @@ def takes_cudnn(q: Tensor, k: Tensor, causal: bool) -> bool:
 
 @functools.cache
 def has_cudnn(device: torch.device) -> bool:
+    """Whether cuDNN can return log-sum-exps on a device. If only its version is too old, a warning says so."""
     if torch.cuda.get_device_capability(device) < (9, 0):
         return False
     version = torch.backends.cudnn.version() or 0
