@@ -98,7 +98,7 @@ class Format:
         """Scales, bases and factors included."""
         return self.bits + 32 / (TILE if self.per_channel else head_dim) + (16 / head_dim if self.balanced else 0)
 
-    def room(self, shape: tuple[int, ...], head_dim: int, device: torch.device) -> Tiles:
+    def zeros(self, shape: tuple[int, ...], head_dim: int, device: torch.device) -> Tiles:
         """Zeroed storage for [*shape] tiles, as `quantize` returns them."""
         return Tiles(
             torch.zeros(*shape, self.n_byte(head_dim), dtype=torch.uint8, device=device),

@@ -50,7 +50,7 @@ class RegionCache(KVCache):
         self.regions = Regions(k, v, sink, window)
         if formats and n_tile:
             k_tiles, v_tiles = (
-                form.room((shape.batch, shape.n_kv_head, n_tile), shape.head_dim, shape.device) for form in formats
+                form.zeros((shape.batch, shape.n_kv_head, n_tile), shape.head_dim, shape.device) for form in formats
             )
             rotation = None
             if any(form.rotated for form in formats):

@@ -82,7 +82,7 @@ def held(
     batch, n_kv_head, _, head_dim = k.shape
     ring = window + (TILE if n_tile else 0)
     slots = [torch.full((batch, n_kv_head, sink + ring, head_dim), float("nan"), dtype=k.dtype) for _ in "kv"]
-    tiles = [form.room((batch, n_kv_head, n_tile), head_dim, k.device) for form in formats]
+    tiles = [form.zeros((batch, n_kv_head, n_tile), head_dim, k.device) for form in formats]
     for part in (t for pair in tiles for t in pair if t is not None):
         part.random_(0, 256) if part.dtype == torch.uint8 else part.fill_(float("nan"))
     for b, n in enumerate(lengths):

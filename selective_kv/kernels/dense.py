@@ -14,7 +14,7 @@ from selective_kv.formats import TILE as TILE_TOKENS
 from selective_kv.formats import rotation_size
 from selective_kv.kernels.basics import INTERPRET
 from selective_kv.kernels.launch import launch
-from selective_kv.kernels.merge import room
+from selective_kv.kernels.merge import empty_output
 from selective_kv.kernels.online_softmax import at_slot
 from selective_kv.kernels.operands import rotations, stored_bits, tile_operands
 from selective_kv.kernels.tile_softmax import TILE
@@ -204,7 +204,7 @@ def rotated_heads(x: Tensor, rotation: Tensor) -> Tensor:
     """`formats.rotate(x)` in x's dtype, [batch, n_head, token, head_dim], by matrix units: products with 1 and -1 are
     exact and their sums float32, so that it is rounded once. rotation: [head_dim, head_dim] of 1, -1 and 0."""
     batch, n_head, n_token, head_dim = x.shape
-    out = room(x, x.dtype)
+    out = empty_output(x, x.dtype)
     block = 32 if x.element_size() > 2 else 128
     launch(rotate_heads_kernel, (triton.cdiv(n_token, block), n_head, batch))(
         x, out, rotation, n_token, *x.stride()[:3], *out.stride()[:3], HEAD_DIM=head_dim,

@@ -26,7 +26,7 @@ from selective_kv.kernels.basics import INTERPRET, LN_2, LOG2_E
 from selective_kv.kernels.dense import dense_history, rotated_heads
 from selective_kv.kernels.history_8bit import attend_8bit, quantize_queries, takes_8bit
 from selective_kv.kernels.launch import launch
-from selective_kv.kernels.merge import Part, merge, room
+from selective_kv.kernels.merge import PartialResult, empty_output, merge
 from selective_kv.kernels.online_softmax import NEGATIVE, UNSEEN, apply_rope, at_slot
 from selective_kv.regions import Regions
 
@@ -108,19 +108,21 @@ def history_kernel(
     tl.store(out_lse + at, (top + tl.log2(total)) * LN_2, token < n_token)
 
 
-def over_dense(q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
+def over_dense(q: Tensor, k: Tensor, v: Tensor) -> list[PartialResult]:
     """`attend` over any number of keys, not causally, in blocks that its kernels are quick with: each one's result."""
     return [attend(q, k[:, :, block], v[:, :, block]) for block in key_blocks(q, k)]
 
 
-def slot_attention(q: Tensor, regions: Regions, start: int, own: Part, sink_rope: tuple[Tensor, Tensor] | None) -> Part:
-    """`history_attention` without tiles, and its log-sum-exp."""
+def slot_attention(
+    q: Tensor, regions: Regions, start: int, own: PartialResult, sink_rope: tuple[Tensor, Tensor] | None
+) -> PartialResult:
+    """`history_attention` over the slots alone, and its log-sum-exp."""
     batch, n_head, n_token, head_dim = q.shape
     n_left = regions.n_left(start + 1)
-    out, y, lse = room(q, q.dtype), own[0], own[1].contiguous()
+    out, y, lse = empty_output(q, q.dtype), own[0], own[1].contiguous()
     out_lse = torch.empty(batch, n_head, n_token, dtype=torch.float32, device=q.device)
     if y.stride() != out.stride():
-        y = room(q, y.dtype).copy_(y)
+        y = empty_output(q, y.dtype).copy_(y)
     turn = sink_rope is not None and n_left > 0
     cos, sin = sink_rope if sink_rope is not None and turn else (lse, lse)  # the latter is never looked at
     assert cos.is_contiguous() and sin.is_contiguous()
@@ -134,7 +136,7 @@ def slot_attention(q: Tensor, regions: Regions, start: int, own: Part, sink_rope
 
 
 def history_attention(
-    q: Tensor, regions: Regions, start: int, own: Part, sink_rope: tuple[Tensor, Tensor] | None = None
+    q: Tensor, regions: Regions, start: int, own: PartialResult, sink_rope: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """Attention of a chunk that begins at position `start` over itself, which is `own`, and what the cache held before.
 
@@ -150,15 +152,15 @@ def history_attention(
     if regions.k_tiles is None or n_left == 0:
         return slot_attention(q, regions, start, own, sink_rope)[0]
     if takes_8bit(q, regions) and regions.rotation is not None:
-        parts = [slot_attention(q, regions, start, own, sink_rope)]
+        partials = [slot_attention(q, regions, start, own, sink_rope)]
         queries, most = quantize_queries(q, regions.rotation), LARGEST_BLOCK // TILE
         for first in range(0, n_left // TILE, most):
-            parts.append(attend_8bit(queries, regions, first, min(first + most, n_left // TILE)))
-        return merge(parts, q.dtype)[0]
+            partials.append(attend_8bit(queries, regions, first, min(first + most, n_left // TILE)))
+        return merge(partials, q.dtype)[0]
     keys, values = regions.stored()
     rotated = q if regions.rotation is None or not keys.format.rotated else rotated_heads(q, regions.rotation)
-    parts = [own]
+    partials = [own]
     for first in range(0, start, LARGEST_BLOCK):
         k, v = dense_history(regions, start, first, min(first + LARGEST_BLOCK, start))
-        parts += over_dense(rotated, k, v)
-    return merge(parts, q.dtype, regions.rotation if values.format.rotated else None)[0]
+        partials += over_dense(rotated, k, v)
+    return merge(partials, q.dtype, regions.rotation if values.format.rotated else None)[0]

@@ -23,7 +23,7 @@ from selective_kv.formats import rotation_size
 from selective_kv.kernels.basics import INTERPRET, LN_2, LOG2_E
 from selective_kv.kernels.dense import dequantized
 from selective_kv.kernels.launch import launch
-from selective_kv.kernels.merge import Part, room
+from selective_kv.kernels.merge import PartialResult, empty_output
 from selective_kv.kernels.online_softmax import NEGATIVE
 from selective_kv.kernels.operands import stored_bits, tile_operands
 from selective_kv.kernels.tile_softmax import TILE
@@ -188,14 +188,14 @@ def attend_kernel(
     tl.store(lse + row, (top - LOG2_LARGEST + tl.log2(total)) * LN_2, there)
 
 
-def attend_8bit(queries: tuple[Tensor, Tensor], regions: Regions, first: int, end: int) -> Part:
+def attend_8bit(queries: tuple[Tensor, Tensor], regions: Regions, first: int, end: int) -> PartialResult:
     """Attention of `quantize_queries`' queries over the tiles first to end - 1: the output in the slots' dtype, rotated
     back, and its log-sum-exp."""
     q, q_scale = queries
     k, k_step, v, v_step = requantize(regions, first, end)
     assert regions.rotation is not None
     batch, n_head, n_token, head_dim = q.shape
-    out = room(q, regions.k.dtype)
+    out = empty_output(q, regions.k.dtype)
     lse = torch.empty(batch, n_head, n_token, dtype=torch.float32, device=q.device)
     launch(attend_kernel, (triton.cdiv(n_token, QUERIES), n_head, batch))(
         q, q_scale, k, k_step, v, v_step, regions.rotation, out, lse, n_head // k.shape[1], n_token, k.shape[2],

@@ -188,7 +188,7 @@ def test_bits_per_element_count_everything() -> None:
     assert [value_format(b).bits_per_element(128) for b in BITS] == [8.25, 4.25, 3.25, 2.25]
     for form in FORMATS:
         stored = form.quantize(torch.randn(3, 5, TILE, 128))
-        room = form.room((3, 5), 128, CPU)
+        room = form.zeros((3, 5), 128, CPU)
         for mine, made in zip(room, stored, strict=True):
             assert mine is made is None or (mine.shape, mine.dtype) == (made.shape, made.dtype)  # type: ignore[union-attr]
         assert stored.nbytes * 8 / (15 * TILE * 128) == form.bits_per_element(128)
