@@ -28,6 +28,7 @@ from selective_kv.regions import LayerGroup, Regions, Stored
 
 BLOCK_BYTES = 1 << 22  # of a block of integers in float32: it must stay in a CPU's cache, and calls be few
 BLOCK_TILES = 32  # tiles made dense at a time, for the many queries of a chunk
+CLOSED_AT_ONCE = 8  # tiles of all heads quantised together: of a whole chunk, a dozen copies would be made
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -82,8 +83,11 @@ def store_chunk(regions: Regions, k: Tensor, v: Tensor, start: int) -> None:
 def _close_tiles(regions: Regions, first: int, end: int, k: Tensor, v: Tensor, start: int) -> None:
     """Quantise the tokens at positions sink_size + first to sink_size + end - 1, whole tiles. Those from `start` on are
     in k, v [batch, n_kv_head, token, head_dim], older ones in their slots."""
-    if first >= end:
-        return
+    for lo in range(first, end, CLOSED_AT_ONCE * TILE):
+        _close_some_tiles(regions, lo, min(lo + CLOSED_AT_ONCE * TILE, end), k, v, start)
+
+
+def _close_some_tiles(regions: Regions, first: int, end: int, k: Tensor, v: Tensor, start: int) -> None:
     positions = range(regions.sink_size + first, regions.sink_size + end)
     slots = [regions.slot(pos) for pos in positions if pos < start]
     fresh = slice(max(positions.start, start) - start, max(positions.stop, start) - start)
