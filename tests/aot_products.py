@@ -46,7 +46,7 @@ def compile_integers_kernel(
     chunks = max(32, triton.next_power_of_2(words // 4))
     p = plan_integers(4096, chunks, swiglu, 132)
     units = max(1, p.units // 2) if swiglu else p.units
-    types = {name: "*i32" for name in ("x", "ints", "pairs", "norm")} | {"unit": "*fp32", "eps": "fp32"}
+    types = {name: "*i32" for name in ("x", "ints", "pairs", "norm")} | {"row_scale": "*fp32", "eps": "fp32"}
     types |= {name: "*bf16" for name in ("bias", "residual", "out")} | {"cos": "*fp32", "sin": "*fp32"}
     constants = {"K": k, "BITS": bits, "GROUP": group, "UNITS": units, "CHUNKS": chunks, "HEAD_DIM": 0, "NORM": norm,
                  "SWIGLU": swiglu, "BIAS": False, "ADD": False, "FLOAT16": False, "OVERLAP": True,
@@ -60,7 +60,7 @@ def compile_int4_kernel(n_unit: int, k: int, swiglu: bool = False, head_dim: int
     """What counts in `int4_kernel` by its plan, and which lanes have what of the assembly's operands: `lanes`."""
     paired = swiglu or head_dim > 0
     p = plan_int4(n_unit, k, paired, 132)
-    types = {name: "*i32" for name in ("x", "ints", "pairs", "norm")} | {"unit": "*fp32", "eps": "fp32"}
+    types = {name: "*i32" for name in ("x", "ints", "pairs", "norm")} | {"row_scale": "*fp32", "eps": "fp32"}
     types |= {name: "*bf16" for name in ("bias", "residual", "out")} | {"cos": "*fp32", "sin": "*fp32"}
     constants = {"K": k, "PARTS": parts_of(k), "SPLIT": p.split, "HEAD_DIM": head_dim,
                  "NORM": paired, "SWIGLU": swiglu, "BIAS": False, "ADD": not paired, "FLOAT16": False,
@@ -74,7 +74,7 @@ def compile_tokens_int4_kernel(
     k: int, swiglu: bool = False, head_dim: int = 0, norm: bool = True, dtype: str = "bf16"
 ) -> dict[str, Any] | None:
     """What counts in `tokens_int4_kernel`, and which lanes have what of the assembly's operands: `lanes`."""
-    types = {name: "*i32" for name in ("x", "ints", "norm")} | {"pairs": "*i64", "unit": "*fp32", "eps": "fp32"}
+    types = {name: "*i32" for name in ("x", "ints", "norm")} | {"pairs": "*i64", "row_scale": "*fp32", "eps": "fp32"}
     types |= {name: f"*{dtype}" for name in ("bias", "residual", "out")} | {"cos": "*fp32", "sin": "*fp32"}
     constants = {"K": k, "PARTS": parts_of_tokens(k), "HEAD_DIM": head_dim, "NORM": norm, "SWIGLU": swiglu,
                  "BIAS": False, "ADD": not swiglu and not head_dim, "FLOAT16": dtype == "fp16", "OVERLAP": True,
@@ -94,7 +94,7 @@ def lanes_of_assembly(compiled: Any) -> list[str]:
 def compile_tokens_integers_kernel(k: int, bits: int, group: int, n_token: int = 8) -> dict[str, int] | None:
     """What counts in `tokens_integers_kernel`."""
     slice_ = (group // 4 if bits == 4 else group) or 128
-    types = {name: "*bf16" for name in ("x", "bias", "norm", "residual", "out")} | {"unit": "*fp32", "eps": "fp32"}
+    types = {name: "*bf16" for name in ("x", "bias", "norm", "residual", "out")} | {"row_scale": "*fp32", "eps": "fp32"}
     types |= {"ints": "*i16" if bits == 4 else "*i8", "pairs": "*i32"}
     types |= {"cos": "*fp32", "sin": "*fp32"}
     constants = {"K": k, "BITS": bits, "GROUP": group, "N": padded(n_token), "ROWS": 32, "WARPS": 4, "SLICE": slice_,
@@ -151,5 +151,5 @@ def compile_products() -> None:
                 "NORM": True, "SWIGLU": True, "BIAS": False, "ADD": True, "OVERLAP": overlap, "INTERPRET": False,
             })  # fmt: skip
     for bits, group, ints, pairs in ((8, 0, "*i8", "*fp32"), (8, 64, "*i8", "*u8"), (4, 128, "*i16", "*fp16")):
-        dense = {"ints": ints, "unit": "*fp32", "pairs": pairs, "out": "*bf16"}
+        dense = {"ints": ints, "row_scale": "*fp32", "pairs": pairs, "out": "*bf16"}
         compile_kernel(dense_kernel, dense, {"K": 4000, "BITS": bits, "GROUP": group, "ROWS": 4, "COLUMNS": 1024})

@@ -190,16 +190,16 @@ def load_scales(at, to_high, inside, SPLIT: tl.constexpr):
     return scales, scales_high
 
 
-@triton.jit(do_not_specialize=["n_out", "n_unit", "n_turned", "steps"])
+@triton.jit(do_not_specialize=["n_out", "n_unit", "n_turned", "repeats"])
 def int4_kernel(
-    x, ints, unit, pairs, bias, norm, residual, cos, sin, out, n_out, n_unit, n_turned, steps, eps,
+    x, ints, row_scale, pairs, bias, norm, residual, cos, sin, out, n_out, n_unit, n_turned, repeats, eps,
     K: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
     HEAD_DIM: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     FLOAT16: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Program: `steps` times as many units as 16 / SPLIT rows have, for one token.
+    """Program: `repeats` times as many units as 16 / SPLIT rows have, for one token.
 
-    x, norm: [K / 2] int32, two 16-bit floats each; ints: int32 [n_row, WORDS]; unit: float32 [n_row]; pairs: int32
+    x, norm: [K / 2] int32, two 16-bit floats each; ints: int32 [n_row, WORDS]; row_scale: float32 [n_row]; pairs: int32
     [n_row, n_group], scale and base in float16.
     """
     if OVERLAP:
@@ -212,7 +212,7 @@ def int4_kernel(
     i, word = tl.arange(0, 8 * PARTS)[:, None], tl.arange(0, 16)[None, :]
     g, p = i % 8, i // 8
     lane = 4 * g + word // 4
-    start = tl.program_id(0) * (UNITS * steps)
+    start = tl.program_id(0) * (UNITS * repeats)
     first, apart = rows_of(tl.minimum(start, n_unit - UNITS), n_out, HEAD_DIM, SWIGLU)
     rows_apart = apart if PAIRED else apart + (8 if SPLIT == 1 else 0)
     to_high = rows_apart * WORDS + (0 if SPLIT == 1 else 32)
@@ -228,21 +228,21 @@ def int4_kernel(
         gdc_wait()
     loaded = load_token(x, norm, K, PARTS, NORM)
     if OVERLAP:  # not before: the token would stand behind them
-        second = tl.minimum(start + tl.minimum(1, steps - 1) * UNITS, n_unit - UNITS)
+        second = tl.minimum(start + tl.minimum(1, repeats - 1) * UNITS, n_unit - UNITS)
         second = rows_of(second, n_out, HEAD_DIM, SWIGLU)[0]
         prefetch_rows(ints, second, rows_apart, 16 // SPLIT, WORDS)
     even, odd, step, eight, sums, scale = token_columns(loaded, lane, eps, K, PARTS, NORM, FLOAT16, INTERPRET)
-    for n in range(steps):
+    for n in range(repeats):
         first, _ = rows_of(tl.minimum(start + n * UNITS, n_unit - UNITS), n_out, HEAD_DIM, SWIGLU)
         row = first + tl.arange(0, UNITS)
         there = row < n_out
         epilogue = load_epilogue(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
-        own_unit = tl.load(unit + row)
-        other_unit = own_unit
+        own_scale = tl.load(row_scale + row)
+        other_scale = own_scale
         if PAIRED:
-            other_unit = tl.load(unit + row + apart)
+            other_scale = tl.load(row_scale + row + apart)
         # Behind the last rows come the last again: a mask would cost more than reading the L2.
-        ahead = tl.minimum(start + tl.minimum(n + 1, steps - 1) * UNITS, n_unit - UNITS)
+        ahead = tl.minimum(start + tl.minimum(n + 1, repeats - 1) * UNITS, n_unit - UNITS)
         first_ahead = rows_of(ahead, n_out, HEAD_DIM, SWIGLU)[0].to(tl.int64)
         y, other, weights = row_sums(
             weights, ints + first_ahead * WORDS + offset, to_high, inside, scales, scales_high, even, odd, lane, step,
@@ -254,7 +254,7 @@ def int4_kernel(
             y = tl.reshape(tl.permute(tl.join(y, other), (1, 0)), (16,))
             other = y
         finish(
-            y * own_unit, other * other_unit, scale, epilogue, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD
+            y * own_scale, other * other_scale, scale, epilogue, out, row, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD
         )  # fmt: skip
 
 
@@ -262,7 +262,7 @@ class Plan(NamedTuple):
     """What a program of `int4_kernel` takes on."""
 
     split: int  # parts of a row that are rows of the matrix unit: 1, or 2 where a unit of the output has one row
-    steps: int
+    repeats: int  # of 16 rows, one after the other
     warps: int
 
 
@@ -305,9 +305,9 @@ def run_int4(x: Tensor, weight: QuantizedWeight, around: Around, p: Plan) -> Ten
     n_out, n_unit = around.n_out(weight.ints), around.n_unit(weight.ints)
     out = torch.empty(1, n_out, dtype=x.dtype, device=x.device)
     bias, norm, residual, cos, sin = around.pointers(x)
-    launch(int4_kernel, (triton.cdiv(n_unit, units(around.paired, p.split) * p.steps),))(
+    launch(int4_kernel, (triton.cdiv(n_unit, units(around.paired, p.split) * p.repeats),))(
         x.view(torch.int32), weight.ints.view(torch.int32), weight.scale, weight.pairs.view(torch.int32), bias,
-        norm.view(torch.int32), residual, cos, sin, out, n_out, n_unit, around.n_turned, p.steps, around.eps,
+        norm.view(torch.int32), residual, cos, sin, out, n_out, n_unit, around.n_turned, p.repeats, around.eps,
         K=x.shape[1], PARTS=parts_of(x.shape[1]), SPLIT=p.split, **around.constants,
         FLOAT16=x.dtype == torch.float16, OVERLAP=overlap, INTERPRET=INTERPRET, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip

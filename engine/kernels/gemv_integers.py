@@ -11,9 +11,9 @@ Then `dp4a` multiplies four bytes by four and adds them up: 2 instructions for f
 eight of 4 bits, the masks and the shift included. The sums are exact in int32; a group's scale multiplies its sum,
 and its base the sum of the activations (`quantize.py` has the formula).
 
-Making x into terms takes about 10 instructions an activation, so a program does it once, for `steps` times UNITS units
-of the output one after the other; the next units' weights are in flight while these are multiplied. Prologue (norm) and
-epilogue (RoPE, SwiGLU, residual) are in the launch as they are in `gemv.py`.
+Making x into terms takes about 10 instructions an activation, so a program does it once, for `repeats` times UNITS
+units of the output one after the other; the next units' weights are in flight while these are multiplied. Prologue
+(norm) and epilogue (RoPE, SwiGLU, residual) are in the launch as they are in `gemv.py`.
 """
 
 from __future__ import annotations
@@ -163,18 +163,18 @@ def largest(a, b, c, d):
     return tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
 
 
-@triton.jit(do_not_specialize=["n_out", "n_unit", "n_turned", "steps"])
+@triton.jit(do_not_specialize=["n_out", "n_unit", "n_turned", "repeats"])
 def integers_kernel(
-    x, ints, unit, pairs, bias, norm, residual, cos, sin, out, n_out, n_unit, n_turned, steps, eps,
+    x, ints, row_scale, pairs, bias, norm, residual, cos, sin, out, n_out, n_unit, n_turned, repeats, eps,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr,
     HEAD_DIM: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     FLOAT16: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Program: `steps` times UNITS units of the output, for one token.
+    """Program: `repeats` times UNITS units of the output, for one token.
 
-    x, norm: [K / 2] int32, two 16-bit floats each; ints: int32 [n_row, WORDS]; unit: float32 [n_row]; pairs: of 4 bits
-    int32 [n_row, n_group], scale and base in float16; of 8 bits in groups their steps, int32 [n_row, n_group / 4], four
-    bytes each, or uint8 [n_row, n_group] where 4 does not divide n_group. A chunk is 16 bytes of a row.
+    x, norm: int32 [K / 2], two 16-bit floats each; ints: int32 [n_row, WORDS]; row_scale: float32 [n_row]. pairs: with 4
+    bits int32 [n_row, n_group], scale and base in float16; with 8 bits in groups their steps, four bytes in an int32
+    [n_row, n_group / 4], or uint8 [n_row, n_group] if 4 does not divide n_group. A chunk is 16 bytes of a row.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -192,7 +192,7 @@ def integers_kernel(
     group = tl.minimum(chunk * (128 // BITS) // GROUP, N_GROUP - 1) if GROUP > 0 else chunk
     scale_word = group // 4 if FOURS else group
     r = tl.arange(0, ROWS)  # the first rows of all units, then the second ones
-    start = tl.program_id(0) * (UNITS * steps)
+    start = tl.program_id(0) * (UNITS * repeats)
     first, apart = rows_of(tl.minimum(start, n_unit - UNITS), n_out, HEAD_DIM, SWIGLU)
     # Units one after the other are rows one after the other: a row's offset from the first is a constant.
     row_offset = r % UNITS + r // UNITS * apart
@@ -252,22 +252,25 @@ def integers_kernel(
     if NORM:
         scale = tl.rsqrt(tl.sum(tl.reshape(squares, (CHUNKS * 4,)), 0) / K + eps)
 
-    for n in range(steps):
-        unit_index = tl.minimum(start + n * UNITS, n_unit - UNITS)
-        first, apart = rows_of(unit_index, n_out, HEAD_DIM, SWIGLU)
+    for n in range(repeats):
+        index = tl.minimum(start + n * UNITS, n_unit - UNITS)
+        first, apart = rows_of(index, n_out, HEAD_DIM, SWIGLU)
         row = first + tl.arange(0, UNITS)
         there = row < n_out
         epilogue = load_epilogue(bias, residual, cos, sin, row, apart, row, 0, n_turned, there, HEAD_DIM, BIAS, ADD)
-        row_unit = tl.load(unit + first + row_offset)
+        row_scales = tl.load(row_scale + first + row_offset)
         # The next units' weights; behind the last ones the last again: a mask would cost more than reading the L2.
-        ahead = tl.minimum(start + tl.minimum(n + 1, steps - 1) * UNITS, n_unit - UNITS)
+        ahead = tl.minimum(start + tl.minimum(n + 1, repeats - 1) * UNITS, n_unit - UNITS)
         first_ahead = rows_of(ahead, n_out, HEAD_DIM, SWIGLU)[0].to(tl.int64)
         weights_ahead = words_of(ints + first_ahead * WORDS + column + offset, inside, not WHOLE)
         scales_ahead = scales
         if GROUP > 0:
             scales_ahead = tl.load(pairs + first_ahead * SCALE_WORDS + scale_offset)
 
-        y = sum_of(weights, scales, group, hi, lo, hi_odd, lo_odd, step, sums, BITS, GROUP, FOURS, INTERPRET) * row_unit
+        y = (
+            sum_of(weights, scales, group, hi, lo, hi_odd, lo_odd, step, sums, BITS, GROUP, FOURS, INTERPRET)
+            * row_scales
+        )
         other = y
         if PAIRED:
             y, other = tl.split(tl.permute(tl.reshape(y, (2, UNITS)), (1, 0)))
@@ -312,7 +315,7 @@ class Plan(NamedTuple):
     """What a program of `integers_kernel` takes on."""
 
     units: int  # of the output at a time
-    steps: int  # times that
+    repeats: int  # how many times that, one after the other
     warps: int
 
 
@@ -323,7 +326,7 @@ def chunks_of(weight: QuantizedWeight) -> int:
 
 def plan(n_unit: int, chunks: int, paired: bool, n_processor: int) -> Plan:
     """What measured best on an H100 for Llama 8B's shapes (LOG.md, 2026-11-26): a chunk or two a thread, and, up to a
-    limit, as many steps as still give every SM 16 warps.
+    limit, as many repeats as still give every SM 16 warps.
     """
     if chunks >= 1024:
         p = Plan(2, 8, 16)
@@ -332,7 +335,7 @@ def plan(n_unit: int, chunks: int, paired: bool, n_processor: int) -> Plan:
     else:
         p = Plan(4, 4, max(1, min(chunks // 32, 8)))
     n_program = n_processor * 16 // p.warps
-    return p._replace(steps=min(p.steps, triton.cdiv(n_unit, p.units * n_program)))
+    return p._replace(repeats=min(p.repeats, triton.cdiv(n_unit, p.units * n_program)))
 
 
 def integers_fit(x: Tensor, weight: QuantizedWeight) -> bool:
@@ -359,9 +362,9 @@ def run_integers(x: Tensor, weight: QuantizedWeight, around: Around, p: Plan) ->
     if weight.steps is not None:
         pairs = steps_as_loaded(weight)
     bias, norm, residual, cos, sin = around.pointers(x)
-    launch(integers_kernel, (triton.cdiv(around.n_unit(weight.ints), p.units * p.steps),))(
+    launch(integers_kernel, (triton.cdiv(around.n_unit(weight.ints), p.units * p.repeats),))(
         x.view(torch.int32), words, weight.scale, pairs, bias, norm.view(torch.int32), residual, cos, sin, out,
-        n_out, around.n_unit(weight.ints), around.n_turned, p.steps, around.eps,
+        n_out, around.n_unit(weight.ints), around.n_turned, p.repeats, around.eps,
         K=x.shape[1], BITS=weight.bits, GROUP=weight.group, UNITS=p.units, CHUNKS=chunks_of(weight), **around.constants,
         FLOAT16=x.dtype == torch.float16, OVERLAP=overlap, INTERPRET=INTERPRET, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip

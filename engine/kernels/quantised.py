@@ -24,7 +24,7 @@ from engine.kernels.gemv import gated, normed, rotate_qk
 from engine.kernels.gemv_int4 import int4_fits, run_int4
 from engine.kernels.gemv_int4 import plan as plan_int4
 from engine.kernels.gemv_integers import chunks_of, integers_fit, plan, run_integers
-from engine.kernels.small_gemm_int4 import run_tokens_int4, steps_of, tokens_int4_fit
+from engine.kernels.small_gemm_int4 import repeats_of, run_tokens_int4, tokens_int4_fit
 from engine.kernels.small_gemm_integers import integers_fit_tokens, plan_tokens, run_tokens_integers
 from selective_kv.kernels.decode_config import processor
 from selective_kv.kernels.launch import launch
@@ -33,16 +33,16 @@ from weights.modules import QuantizedWeight, blocks
 
 @triton.jit
 def dense_kernel(
-    ints, unit, pairs, out, n_row,
+    ints, row_scale, pairs, out, n_row,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, columns of `ints`): make them dense. ints, unit and pairs (of 8 bits in groups: their steps) as
-    for the products; out: [n_row, K]."""
+    """Program (rows, columns of `ints`): make them dense. ints, row_scale and pairs (with 8 bits in groups: their steps)
+    as for the products; out: [n_row, K]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = row < n_row
     at = row.to(tl.int64)[:, None]
-    scale = tl.load(unit + row, there, 0.0)[:, None]
+    scale = tl.load(row_scale + row, there, 0.0)[:, None]
     if BITS == 8:
         inside = there[:, None] & (column < K)[None, :]
         value = tl.load(ints + at * K + column[None, :], inside, 0).to(tl.float32)
@@ -103,7 +103,7 @@ def in_one_launch(x: Tensor, weight: QuantizedWeight, around: Around) -> Tensor 
             return run_int4(x, weight, around, plan_int4(n_unit, weight.k, around.paired, here.multiprocessors))
         return run_integers(x, weight, around, plan(n_unit, chunks_of(weight), around.paired, here.multiprocessors))
     if tokens_int4_fit(x, weight, around):
-        return run_tokens_int4(x, weight, around, steps_of(n_unit, weight.k, around.paired, here.multiprocessors))
+        return run_tokens_int4(x, weight, around, repeats_of(n_unit, weight.k, around.paired, here.multiprocessors))
     if integers_fit_tokens(x, weight) and around.norm is None:
         return run_tokens_integers(x, weight, around, plan_tokens(weight, len(x), here.multiprocessors, here.shared))
     return None

@@ -209,16 +209,16 @@ def load_weights(at, scales_at, to_high, scales_to_high, inside, scale_inside, M
     return l0, h0, l1, h1, p0, q0
 
 
-@triton.jit(do_not_specialize=["n_out", "n_unit", "n_turned", "n_token", "steps"])
+@triton.jit(do_not_specialize=["n_out", "n_unit", "n_turned", "n_token", "repeats"])
 def tokens_int4_kernel(
-    x, ints, unit, pairs, bias, norm, residual, cos, sin, out, n_out, n_unit, n_turned, n_token, steps, eps,
+    x, ints, row_scale, pairs, bias, norm, residual, cos, sin, out, n_out, n_unit, n_turned, n_token, repeats, eps,
     K: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr,
     BIAS: tl.constexpr, ADD: tl.constexpr, FLOAT16: tl.constexpr, OVERLAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Program: `steps` times the units of 16 rows, for all tokens, of which there are at most 8.
+    """Program: `repeats` times the units of 16 rows, for all tokens, of which there are at most 8.
 
-    x: int32 [n_token, K / 2], norm: [K / 2], two 16-bit floats each; ints: int32 [n_row, WORDS]; unit: float32 [n_row];
-    pairs: int64 [n_row, n_group / 2], scale and base in float16 of two groups; out: [n_token, n_out].
+    x: int32 [n_token, K / 2], norm: int32 [K / 2], two 16-bit floats each; ints: int32 [n_row, WORDS]; row_scale:
+    float32 [n_row]; pairs: int64 [n_row, n_group / 2], scale and base in float16 of two groups; out: [n_token, n_out].
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -231,7 +231,7 @@ def tokens_int4_kernel(
     i, word = tl.arange(0, 8 * PARTS)[:, None], tl.arange(0, 16)[None, :]
     g, p = i % 8, i // 8
     lane = 4 * g + word // 4
-    start = tl.program_id(0) * (UNITS * steps)
+    start = tl.program_id(0) * (UNITS * repeats)
     first, apart = rows_of(tl.minimum(start, n_unit - UNITS), n_out, HEAD_DIM, SWIGLU)
     rows_apart = apart if PAIRED else apart + 8
     to_high, scales_to_high = rows_apart * WORDS, rows_apart * (N_GROUP // 2)
@@ -242,7 +242,7 @@ def tokens_int4_kernel(
         ints + first.to(tl.int64) * WORDS + offset, pairs + first.to(tl.int64) * (N_GROUP // 2) + scale_offset,
         to_high, scales_to_high, inside, scale_inside, MASKED,
     )  # fmt: skip
-    second = tl.minimum(start + tl.minimum(1, steps - 1) * UNITS, n_unit - UNITS)
+    second = tl.minimum(start + tl.minimum(1, repeats - 1) * UNITS, n_unit - UNITS)
     second = rows_of(second, n_out, HEAD_DIM, SWIGLU)[0].to(tl.int64)
     ahead = load_weights(
         ints + second * WORDS + offset, pairs + second * (N_GROUP // 2) + scale_offset, to_high, scales_to_high, inside,
@@ -255,7 +255,7 @@ def tokens_int4_kernel(
     y0, y1, y2, y3, more = group_of_tokens(x, norm, at + 64, inside, g, n_token, K, UNEVEN, NORM, FLOAT16, INTERPRET)
     OFFSET: tl.constexpr = 1024.0 if FLOAT16 else 128.0
     if OVERLAP:  # not before: the tokens would stand behind them
-        later = tl.minimum(start + tl.minimum(2, steps - 1) * UNITS, n_unit - UNITS)
+        later = tl.minimum(start + tl.minimum(2, repeats - 1) * UNITS, n_unit - UNITS)
         prefetch_rows(ints, rows_of(later, n_out, HEAD_DIM, SWIGLU)[0], rows_apart, 16, WORDS)
     offset0 = offset_product(x0, x1, x2, x3, lane, PARTS, FLOAT16, INTERPRET)
     offset1 = offset_product(y0, y1, y2, y3, lane, PARTS, FLOAT16, INTERPRET)
@@ -266,23 +266,23 @@ def tokens_int4_kernel(
     ROWS: tl.constexpr = 1 if PAIRED else 2  # of a program's, that are neither first nor second ones of a unit
     scale = tl.reshape(tl.broadcast_to(scale[None, :, None], (8, 8, ROWS)), (64 * ROWS,))
     e = tl.arange(0, 64 * ROWS)
-    token, unit_at = e // ROWS % 8, e // (8 * ROWS) + e % ROWS * 8
+    token, output_row = e // ROWS % 8, e // (8 * ROWS) + e % ROWS * 8
     given = token < n_token
     out_at = token.to(tl.int64) * n_out
 
-    for n in range(steps):
+    for n in range(repeats):
         first, _ = rows_of(tl.minimum(start + n * UNITS, n_unit - UNITS), n_out, HEAD_DIM, SWIGLU)
-        row = first + unit_at
+        row = first + output_row
         there, to = given & (row < n_out), out_at + row
         epilogue = load_epilogue(bias, residual, cos, sin, row, apart, to, token, n_turned, there, HEAD_DIM, BIAS, ADD)
-        own_unit = tl.load(unit + row) * scale
-        other_unit = own_unit
+        own_scale = tl.load(row_scale + row) * scale
+        other_scale = own_scale
         if PAIRED:
-            other_unit = tl.load(unit + row + apart) * scale
+            other_scale = tl.load(row_scale + row + apart) * scale
         l0, h0, l1, h1, low_scales, high_scales = weights
         c = group_product(l0, h0, x0, x1, x2, x3, lane, PARTS, FLOAT16, INTERPRET)
         d = group_product(l1, h1, y0, y1, y2, y3, lane, PARTS, FLOAT16, INTERPRET)
-        third = tl.minimum(start + tl.minimum(n + 2, steps - 1) * UNITS, n_unit - UNITS)
+        third = tl.minimum(start + tl.minimum(n + 2, repeats - 1) * UNITS, n_unit - UNITS)
         third = rows_of(third, n_out, HEAD_DIM, SWIGLU)[0].to(tl.int64)
         # Behind the last rows come the last again: a mask would cost more than reading the L2.
         weights = ahead
@@ -299,7 +299,7 @@ def tokens_int4_kernel(
         total += offset1 * (base * (1.0 / OFFSET) - step)
         own, other = over_warps(total, PARTS, PAIRED)
         finish(
-            own * own_unit, other * other_unit, 1.0, epilogue, out, to, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD
+            own * own_scale, other * other_scale, 1.0, epilogue, out, to, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD
         )  # fmt: skip
 
 
@@ -330,7 +330,7 @@ def parts_of(k: int) -> int:
     return triton.next_power_of_2(triton.cdiv(k, PART))
 
 
-def steps_of(n_unit: int, k: int, paired: bool, n_processor: int) -> int:
+def repeats_of(n_unit: int, k: int, paired: bool, n_processor: int) -> int:
     """How many times 16 rows a program has: 16 warps an SM, all at once."""
     return triton.cdiv(n_unit, (8 if paired else 16) * n_processor * (MOST_PARTS // parts_of(k)))
 
@@ -350,8 +350,8 @@ def tokens_int4_fit(x: Tensor, weight: QuantizedWeight, around: Around) -> bool:
     return 1 < len(x) <= MOST_TOKENS and x.element_size() == 2 and fits and n >= 16 and here
 
 
-def run_tokens_int4(x: Tensor, weight: QuantizedWeight, around: Around, steps: int) -> Tensor:
-    """The product of 2 to 8 tokens, `steps` times 16 rows a program. x: [n_token, k]; returns [n_token, n_out]."""
+def run_tokens_int4(x: Tensor, weight: QuantizedWeight, around: Around, repeats: int) -> Tensor:
+    """The product of 2 to 8 tokens, `repeats` times 16 rows a program. x: [n_token, k]; returns [n_token, n_out]."""
     around.check(x, weight.ints)
     assert weight.pairs is not None
     overlap = processor(x.device).overlap
@@ -359,9 +359,9 @@ def run_tokens_int4(x: Tensor, weight: QuantizedWeight, around: Around, steps: i
     n_out, n_unit = around.n_out(weight.ints), around.n_unit(weight.ints)
     out = torch.empty(n_token, n_out, dtype=x.dtype, device=x.device)
     bias, norm, residual, cos, sin = around.pointers(x)
-    launch(tokens_int4_kernel, (triton.cdiv(n_unit, (8 if around.paired else 16) * steps),))(
+    launch(tokens_int4_kernel, (triton.cdiv(n_unit, (8 if around.paired else 16) * repeats),))(
         x.view(torch.int32), weight.ints.view(torch.int32), weight.scale, weight.pairs.flatten().view(torch.int64),
-        bias, norm.view(torch.int32), residual, cos, sin, out, n_out, n_unit, around.n_turned, n_token, steps,
+        bias, norm.view(torch.int32), residual, cos, sin, out, n_out, n_unit, around.n_turned, n_token, repeats,
         around.eps, K=k, PARTS=parts_of(k), **around.constants, FLOAT16=x.dtype == torch.float16, OVERLAP=overlap,
         INTERPRET=INTERPRET, launch_pdl=overlap, num_warps=parts_of(k),
     )  # fmt: skip

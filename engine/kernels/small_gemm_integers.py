@@ -147,7 +147,7 @@ def operand(at, mask, MASKED: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_out", "n_token", "n_turned", "end"])
 def tokens_integers_kernel(
-    x, ints, unit, pairs, bias, norm, residual, cos, sin, out, n_out, n_turned, n_token, end, eps,
+    x, ints, row_scale, pairs, bias, norm, residual, cos, sin, out, n_out, n_turned, n_token, end, eps,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
     SLICE: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr,
     SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, FLOAT16: tl.constexpr, OVERLAP: tl.constexpr,
@@ -191,10 +191,10 @@ def tokens_integers_kernel(
     epilogue = load_epilogue(
         bias, residual, cos, sin, first, apart, at, token[None, :], n_turned, there, HEAD_DIM, BIAS, ADD
     )
-    own_unit = tl.load(unit + first, first < n_out, 0.0)
-    other_unit = own_unit
+    own_scale = tl.load(row_scale + first, first < n_out, 0.0)
+    other_scale = own_scale
     if PAIRED:
-        other_unit = tl.load(unit + first + apart, first < n_out, 0.0)
+        other_scale = tl.load(row_scale + first + apart, first < n_out, 0.0)
     k = (warp * SLICE)[:, None] + tl.arange(0, SLICE)[None, :]
     ints_at = ints + start_of_row[None, :, None] + k[:, None, :]
     given = (token < n_token)[None, None, :]
@@ -240,7 +240,7 @@ def tokens_integers_kernel(
             else:
                 total = tl.dot(bytes_to_16_bits(weights, FLOAT16, INTERPRET), value, total, input_precision="ieee")
     y, other = unit_sums(total, UNITS, PAIRED)
-    finish(y * own_unit, other * other_unit, 1.0, epilogue, out, at, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
+    finish(y * own_scale, other * other_scale, 1.0, epilogue, out, at, apart, there, HEAD_DIM, SWIGLU, BIAS, ADD)
 
 
 class Plan(NamedTuple):

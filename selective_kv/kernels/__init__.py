@@ -3,18 +3,22 @@
 `attention_kernels` chooses by device. Either implementation can stand in for the other, and tests compare them.
 
 Words, each with one meaning here:
-    slot         the place of one token's key and value in full precision; sinks come first, then a ring tile
-    128 consecutive tokens that left the window together and are stored as integers plane, row   a tile's packed
-    integers: one plane, or three of 3 bits; a row of it has head_dim bytes, or half as many part         the tokens of
-    a tile whose integers stand in the same bits of the bytes (2 parts at 4 bits) scale, base  value = base + scale *
-    integer: one pair for a channel of keys over a tile, or for a token's value factor       what a balanced key was
-    divided by before it was quantised (formats.py) rotate       multiply by a Hadamard matrix turn         rotate by
-    position, as RoPE does block        the tokens that a program adds to its softmax at once slice        a warp's
-    share of a block split        one of the programs that share the tokens of a sequence and KV head combine      merge
-    the partial results of splits column       one KV head of one sequence with at most `heads` of its query heads: what
-    a split computes for batch_heads  sequences times KV heads overlap      start a launch before the one ahead of it
-    has ended (programmatic dependent launch, PDL) then         the weight that is read right after attention, and is
-    prefetched into L2 meanwhile
+    slot         the place of one token's key and value in full precision; sinks come first, then a ring
+    tile         128 consecutive tokens that left the window together and are stored as integers
+    plane, row   a tile's packed integers: one plane, or three of 3 bits; a row has head_dim bytes, or half as many
+    part         the tokens of a tile whose integers stand in the same bits of the bytes (2 parts at 4 bits)
+    scale, base  value = base + scale * integer: one pair for a channel of keys over a tile, or for a token's value
+    factor       what a balanced key was divided by before it was quantised (formats.py)
+    rotate       multiply by a Hadamard matrix
+    turn         rotate by position, as RoPE does
+    block        the tokens that a program adds to its softmax at once
+    slice        a warp's share of a block
+    split        one of the programs that share the tokens of a sequence and KV head
+    combine      merge the partial results of splits
+    column       one KV head of one sequence with at most `heads` of its query heads: what a split computes for
+    batch_heads  sequences times KV heads
+    overlap      start a launch before the one ahead of it has ended (programmatic dependent launch, PDL)
+    then         the weight that is read right after attention, and is prefetched into L2 meanwhile
 """
 
 from __future__ import annotations
