@@ -172,8 +172,8 @@ def integers_kernel(
 ):  # fmt: skip
     """Program: `repeats` times UNITS units of the output, for one token.
 
-    x, norm: int32 [K / 2], two 16-bit floats each; ints: int32 [n_row, WORDS]; row_scale: float32 [n_row]. pairs: with 4
-    bits int32 [n_row, n_group], scale and base in float16; with 8 bits in groups their steps, four bytes in an int32
+    x, norm: int32 [K / 2], two 16-bit floats each; ints: int32 [n_row, WORDS]; row_scale: float32 [n_row]. pairs: with
+    4 bits int32 [n_row, n_group], scale and base in float16; with 8 bits in groups their steps, four bytes in an int32
     [n_row, n_group / 4], or uint8 [n_row, n_group] if 4 does not divide n_group. A chunk is 16 bytes of a row.
     """
     if OVERLAP:

@@ -36,7 +36,7 @@ def dense_kernel(
     ints, row_scale, pairs, out, n_row,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, columns of `ints`): make them dense. ints, row_scale and pairs (with 8 bits in groups: their steps)
+    """Program (rows, columns of `ints`): make them dense. ints, row_scale, pairs (with 8 bits in groups: their steps)
     as for the products; out: [n_row, K]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
