@@ -1,4 +1,4 @@
-"""What a benchmark's caches and weights need of the device, and so what of them can be timed in turn."""
+"""The memory that a benchmark's caches and weights need, and so which of them can be timed in turn."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Model(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A contestant that is not made yet, and what it takes."""
+    """A contestant that is not made yet, and the memory that it will take."""
 
     model: Model
     name: str  # of its cache
@@ -54,8 +54,8 @@ def largest_batch(
 def plans(
     config: Config, policies: list[KVCache], args: argparse.Namespace, shape: Shape, weights: WeightSetting | None
 ) -> dict[tuple[int, int], list[Plan]]:
-    """What each cache takes at every batch and context beside these weights; with a peer, its caches too, as full ones
-    that are copied when they grow."""
+    """Each cache's memory plan at every batch and context, with these weights. With a peer also its caches', planned as
+    full caches that are copied when they grow."""
     found = {}
     for batch, context in args.shapes:
         at = replace(shape, batch=batch, capacity=context + max(args.steps, args.each_step) + 2)
@@ -68,7 +68,8 @@ def plans(
 
 
 def require_room(planned: list[dict[tuple[int, int], list[Plan]]], policies: list[KVCache], available: int) -> None:
-    """Raises UserError if a cache does not fit the device even alone, beside all weights. planned: of each setting."""
+    """Raises UserError if a cache does not fit the device even alone, beside all weights. planned: `plans` for each
+    setting of weights."""
     for batch, context in planned[0]:
         each = [at[batch, context] for at in planned]
         weights = sum(found[0].weights for found in each)

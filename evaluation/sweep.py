@@ -1,4 +1,4 @@
-"""A sweep's tasks: what each will have been made from, which are done, and running the rest."""
+"""A sweep's tasks: which of them are done, and running the rest."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One setting, where its result goes, the command that makes it, and what it will have been made from."""
+    """One setting, the file of its result, the command that makes it, and what that record's `made_from` will be."""
 
     setting: str
     result: Path
@@ -40,10 +40,10 @@ class Task:
     made_from: dict[str, Any]
 
     def record(self) -> dict[str, Any] | None:
-        """The result, where it is there, whole, and this task's; None where it has to be made, also again.
+        """The task's result; None if there is none, or only what a killed run left of one.
 
-        What a dead run left is made again. Raises UserError where the result is somebody else's: of another command,
-        of other weights or texts, or from before records said what they were made from.
+        Raises UserError if the file holds something else: the result of another command, of other weights or texts, or
+        of a version of this program that did not record them.
         """
         try:
             found = read_json(self.result, missing_ok=True)
@@ -66,7 +66,7 @@ class Task:
         return found
 
     def _difference(self, made_from: Any) -> str:
-        """What differs of what a result was made from, in words."""
+        """The first difference between this task's `made_from` and a record's, in words."""
         if not isinstance(made_from, dict):
             return "something else"
         words = {"checkpoint": "other weights", "files": "another text, prompt file or plugin"}
@@ -80,7 +80,7 @@ class Task:
         return [*shown([str(program.relative_to(ROOT))]), *shown(without_flag(self.command[2:]))]
 
     def run(self) -> str | None:
-        """Run it, unless it is done. Returns the last thing that it said where it failed."""
+        """Run the command, unless the task is done. Returns its last line, if it failed."""
         if self.record() is not None:
             return None
         process = subprocess.run(
@@ -115,7 +115,7 @@ def what_tasks_are_made_from(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings(args: argparse.Namespace) -> list[str]:
-    """The full cache, then every combination; each spelt in one way, and once."""
+    """The full cache, then every combination, each once and in its usual spelling."""
     found = ["full"]
     for cache, sink, window in itertools.product(args.caches, args.sinks, args.windows):
         policy = parse_policy(cache)
@@ -127,14 +127,14 @@ def settings(args: argparse.Namespace) -> list[str]:
 
 
 def flag(knob: str, value: str) -> list[str]:
-    """generate.py's way to say it."""
+    """generate.py's flag for a knob."""
     if value in ("true", "false"):
         return [f"--{knob}" if value == "true" else f"--no-{knob}"]
     return [f"--{knob}", value]
 
 
 def full_results(args: argparse.Namespace) -> Path:
-    """Where the tasks share what the full cache gives, until all are done."""
+    """The folder in which the tasks share the full cache's results until all are done."""
     return args.outputs / args.name / f"full-of-{args.kind}"
 
 
@@ -157,7 +157,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def is_done(task: Task) -> bool:
-    """Whether its result is there; somebody else's result is none."""
+    """Whether the task's own result is there."""
     try:
         return task.record() is not None
     except UserError:
@@ -165,7 +165,8 @@ def is_done(task: Task) -> bool:
 
 
 def run_all(todo: Sequence[Task], name: str) -> list[str]:
-    """Run what is not done; the settings that failed. What the full cache's task finds wrong is wrong in all."""
+    """Run the tasks that are not done. Returns the settings that failed. Raises UserError if the full cache's task
+    finds a mistake, which the others would find too."""
     failed = []
     for task in progress(todo, len(todo), name):
         error = task.run()
@@ -179,7 +180,7 @@ def run_all(todo: Sequence[Task], name: str) -> list[str]:
 
 
 def print_results(tasks: Sequence[Task], kind: str) -> None:
-    """What has been found so far, the full cache first, in one table a text."""
+    """Print the results so far, in one table for each text, the full cache first."""
     records = [found for task in tasks if (found := task.record()) is not None]
     if not records:
         return
