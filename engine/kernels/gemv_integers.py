@@ -28,12 +28,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels.epilogue import Around, finish, load_epilogue, rows_of
-from selective_kv.kernels.basics import INTERPRET
+from selective_kv.kernels.basics import INTERPRET, ROUND
 from selective_kv.kernels.decode_config import processor
 from selective_kv.kernels.launch import launch
 from weights.modules import QuantizedWeight
 
-ROUND = tl.constexpr(12582912.0)  # adding it rounds a float32 to an integer, whose low byte is then the sum's
 SMALLEST = tl.constexpr(1e-30)  # largest activations below it are taken for zeros: 127 / m must be finite
 
 

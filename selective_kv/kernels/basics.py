@@ -1,15 +1,19 @@
-"""Small functions that several kernels use."""
+"""Constants and small functions that several kernels use."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from selective_kv.formats import TILE as TOKENS_OF_A_TILE
+
 INTERPRET = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: programs run one by one on the CPU
-
-
 LOG2_E = tl.constexpr(1.4426950408889634)  # softmax by exp2, which is one instruction: scores times this
 LN_2 = tl.constexpr(0.6931471805599453)
+NEGATIVE = tl.constexpr(-1.0e30)  # below any score, and finite: minus itself it is 0, not NaN
+UNSEEN = tl.constexpr(-2.0e30)  # the score of what must not be seen: its weight is 0 even beside NEGATIVE
+ROUND = tl.constexpr(12582912.0)  # added to a float32, it rounds that to the nearest integer: the low bits of the sum
+TILE = tl.constexpr(TOKENS_OF_A_TILE)  # tokens
 
 
 @triton.jit

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from selective_kv.formats import INSET
+from selective_kv.kernels.basics import ROUND, TILE
 from selective_kv.kernels.bias import less_bias
-from selective_kv.kernels.tile_softmax import ROUND, TILE
 
 # `Format.inset` by bits, of keys and of values
 KEY_INSETS = tl.constexpr(tuple(INSET.get((bits, True), 0.0) for bits in range(9)))

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from selective_kv.formats import TILE as TILE_TOKENS
 from selective_kv.formats import rotation_size
-from selective_kv.kernels.basics import INTERPRET
+from selective_kv.kernels.basics import INTERPRET, TILE
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.merge import empty_output
 from selective_kv.kernels.online_softmax import at_slot
 from selective_kv.kernels.operands import rotations, stored_bits, tile_operands
-from selective_kv.kernels.tile_softmax import TILE
 from selective_kv.kernels.unpack import last_six_bits, scale_and_base
 from selective_kv.regions import Regions
 

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from selective_kv.formats import TILE
 from selective_kv.kernels.attention_lse import LARGEST_BLOCK, attend, key_blocks
-from selective_kv.kernels.basics import INTERPRET, LN_2, LOG2_E
+from selective_kv.kernels.basics import INTERPRET, LN_2, LOG2_E, NEGATIVE, UNSEEN
 from selective_kv.kernels.dense import dense_history, rotated_heads
 from selective_kv.kernels.history_8bit import attend_8bit, quantize_queries, takes_8bit
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.merge import PartialResult, empty_output, merge
-from selective_kv.kernels.online_softmax import NEGATIVE, UNSEEN, apply_rope, at_slot
+from selective_kv.kernels.online_softmax import apply_rope, at_slot
 from selective_kv.regions import Regions
 
 QUERIES = 64  # of a program

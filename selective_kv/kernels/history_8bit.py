@@ -20,13 +20,11 @@ from torch import Tensor
 
 from selective_kv.formats import TILE as TILE_TOKENS
 from selective_kv.formats import rotation_size
-from selective_kv.kernels.basics import INTERPRET, LN_2, LOG2_E
+from selective_kv.kernels.basics import INTERPRET, LN_2, LOG2_E, NEGATIVE, TILE
 from selective_kv.kernels.dense import dequantized
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.merge import PartialResult, empty_output
-from selective_kv.kernels.online_softmax import NEGATIVE
 from selective_kv.kernels.operands import stored_bits, tile_operands
-from selective_kv.kernels.tile_softmax import TILE
 from selective_kv.regions import Regions
 
 MOST_BITS = 4

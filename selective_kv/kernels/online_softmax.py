@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NEGATIVE = tl.constexpr(-1.0e30)  # below any score, and finite: minus itself it is 0, not NaN
-UNSEEN = tl.constexpr(-2.0e30)  # the score of what must not be seen: its weight is 0 even beside NEGATIVE
+from selective_kv.kernels.basics import NEGATIVE as NEGATIVE
+from selective_kv.kernels.basics import UNSEEN
 
 
 @triton.jit

@@ -2,21 +2,21 @@
 
 Orientation, and a softmax of each warp's own: as in `online_softmax.py`.
 
-A block holds PARTS tokens of every packed row: token j of row r is r + j * TILE / PARTS, where PARTS is the larger
-number of tokens whose integers share bytes, of keys and of values. So keys and values are unpacked into PARTS operands
-of ROWS tokens each, which never need to be joined: their scores, their weights and their products with values stay
-PARTS tensors. Where bytes hold several dims too (3 bits), an operand has every second dim of keys, every fourth of
-values.
+A block holds PARTS tokens of every packed row: part j of row r is token r + j * TILE / PARTS. PARTS is the number of
+tokens whose integers share bytes, the larger one of keys and of values. So keys and values are unpacked into PARTS
+operands of ROWS tokens each. They are never joined: scores, weights and products with values stay PARTS tensors. With 3
+bits, whose bytes hold several dims too, an operand has every second dim of keys, or every fourth dim of values.
 
-Keys. The channels' scales multiply the query, once a block (`tile_query`), and their bases become one number a head:
-the loop over tokens has neither. The scaled query is two int8 terms, step * (254 * hi + lo): 16 bits. hi and lo are
-neighbouring columns of one operand, and q·k comes from int8 matrix units, exactly. A token's factor multiplies its
+Keys. The channels' scales multiply the query, once a block (`tile_query`), and their bases become one number a head, so
+that the loop over tokens has neither. The scaled query is two int8 terms, step * (254 * hi + lo): 16 bits. hi and lo
+are neighbouring columns of one operand, and int8 matrix units compute q·k exactly. A token's factor multiplies its
 score.
 
-Values. Probability times a value's scale is a float16. It is kept in range by `unit`, the largest scale so far: sums
-are of p * u * HALF_RANGE / unit. The bases' share, the sum of p * base, is the same in all dims, and kept apart.
-Matrix units truncate what they add up. Below 8 bits, sums have terms of one sign and the bases are taken off again, so
-the loss would show; a block's sum starts from zero, and a multiply-add, which rounds, adds it to the others.
+Values. A probability times its value's scale is a float16. Dividing by `unit`, the largest scale so far, keeps it in
+range: sums are of p * u * HALF_RANGE / unit. The bases' part, the sum of p * base, is the same in all dims, and is kept
+apart. Matrix units truncate sums. Below 8 bits the sums have terms of one sign, from which the bases are subtracted
+again, so the loss would show: there a block's sum starts from zero, and a multiply-add, which rounds, adds it to the
+others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from selective_kv.kernels.basics import reciprocal
+from selective_kv.kernels.basics import NEGATIVE, ROUND, TILE, reciprocal
 from selective_kv.kernels.bias import bias_scores, bias_terms, load_within
 from selective_kv.kernels.unpack import (
     key_bytes_2,
@@ -37,11 +37,7 @@ from selective_kv.kernels.unpack import (
     value_quads_3,
 )
 
-TILE = tl.constexpr(128)
-NEGATIVE = tl.constexpr(-1.0e30)  # below any score, and finite: minus itself it is 0, not NaN
-UNSEEN = tl.constexpr(-2.0e30)  # below NEGATIVE
 HALF_RANGE = tl.constexpr(32768.0)  # the largest weight in float16
-ROUND = tl.constexpr(12582912.0)  # adding and subtracting it rounds a float32 to nearest even
 
 
 @triton.jit
