@@ -81,6 +81,9 @@ def attention(
     refuse(module, query, key.keys, value, attention_mask, dropout, kwargs)
     if getattr(module, "layer_idx", layer.index) != layer.index:
         raise ValueError(f"layer {module.layer_idx} uses layer {layer.index}'s keys: shared keys are not supported")
+    n_layer, n_held = getattr(getattr(module, "config", None), "num_hidden_layers", None), len(layer.sequences.layers)
+    if n_layer not in (None, n_held):
+        raise ValueError(f"the model has {n_layer} layers, and the cache was made for another one, of {n_held}")
     head_dim = query.shape[3]
     if scaling is not None and not math.isclose(scaling, head_dim**-0.5):
         query = query * (scaling * head_dim**0.5)  # the kernels scale by head_dim ** -0.5

@@ -56,6 +56,17 @@ def test_our_attention_with_another_cache() -> None:
     says("needs a cache of selective_kv.transformers", lambda: model(PROMPTS, use_cache=False))
 
 
+@pytest.mark.parametrize("n", (1, 5))
+def test_a_cache_of_another_model(n: int) -> None:
+    """Of one with more layers the first pass went through; of one with fewer it ended in an IndexError."""
+    model = tiny("llama3")
+    cache = FullKVCache(LlamaConfig(**_SMALL | dict(num_hidden_layers=n)))
+    says(
+        f"the model has 3 layers, and the cache was made for another one, of {n}",
+        lambda: write(model, PROMPTS, cache),
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     (
