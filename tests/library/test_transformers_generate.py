@@ -228,12 +228,12 @@ def test_where_tiles_close_is_known_before_the_first_step() -> None:
     cache = cache_of(SELECTIVE, model)
     logits(model, LONG, cache)
     for more in (1000, 2000):
-        parts = cache.sequences.closing.parts
-        assert parts
+        groups = cache.sequences.closing.groups
+        assert groups
         logits(model, LONG[:, :1], cache)
-        assert cache.sequences.closing.parts is parts
+        assert cache.sequences.closing.groups is groups
         cache.sequences.make_room(more)
-        assert cache.sequences.closing.parts is not parts
+        assert cache.sequences.closing.groups is not groups
 
 
 def test_a_copy_of_a_cache_goes_its_own_way() -> None:
