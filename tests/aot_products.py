@@ -119,7 +119,7 @@ def of_integers(compiled: Any) -> dict[str, int]:
 
 def compile_products() -> None:
     """Raises what the compiler does, for all kernels of a step's products and choices."""
-    pointers = ("x", "weight", "bias", "norm", "residual", "out", "qkv", "q_norm", "k_norm")
+    pointers = ("x", "gate_up", "weight", "bias", "norm", "residual", "out", "qkv", "q_norm", "k_norm")
     types = dict.fromkeys(pointers, "*bf16") | {"cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
     for overlap in (False, True):  # before Hopper, and since
         picking = types | {"logits": "*bf16", "keys": "*i64", "out": "*i64"}

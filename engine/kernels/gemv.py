@@ -91,15 +91,16 @@ def norm_kernel(x, weight, out, eps, K: tl.constexpr, OVERLAP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n"])
-def swiglu_kernel(x, out, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    """Program (block, token): silu(x[:n]) * x[n:]. x: [n_token, 2 * n]; out: [n_token, n]."""
+def swiglu_kernel(gate_up, out, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """Program (block of elements, token): silu(gate) * up. gate_up: [n_token, 2 * n], the gate first; out: [n_token,
+    n]."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(1).to(tl.int64)
-    gate = tl.load(x + token * 2 * n + i, i < n, 0.0).to(tl.float32)
-    up = tl.load(x + token * 2 * n + n + i, i < n, 0.0).to(tl.float32)
+    gate = tl.load(gate_up + token * 2 * n + i, i < n, 0.0).to(tl.float32)
+    up = tl.load(gate_up + token * 2 * n + n + i, i < n, 0.0).to(tl.float32)
     tl.store(out + token * n + i, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), i < n)
 
 
@@ -146,13 +147,13 @@ def linear(
     return y if residual is None else residual + y
 
 
-def gated(wide: Tensor) -> Tensor:
-    """SwiGLU in a launch of its own. wide: [n_token, 2 * n], the gate's part first; returns [n_token, n]."""
-    overlap = processor(wide.device).overlap
-    n_token, n = len(wide), wide.shape[1] // 2
-    y = torch.empty(n_token, n, dtype=wide.dtype, device=wide.device)
+def gated(gate_up: Tensor) -> Tensor:
+    """SwiGLU in a launch of its own. gate_up: [n_token, 2 * n], the gate first; returns [n_token, n]."""
+    overlap = processor(gate_up.device).overlap
+    n_token, n = len(gate_up), gate_up.shape[1] // 2
+    y = torch.empty(n_token, n, dtype=gate_up.dtype, device=gate_up.device)
     launch(swiglu_kernel, (triton.cdiv(n, 1024), n_token))(
-        wide, y, n, BLOCK=1024, OVERLAP=overlap, launch_pdl=overlap, num_warps=4
+        gate_up, y, n, BLOCK=1024, OVERLAP=overlap, launch_pdl=overlap, num_warps=4
     )
     return y
 

@@ -1,8 +1,8 @@
-"""What a prompt's chunk does between its matrix products, in Triton: each a single pass over memory.
+"""What a prompt's chunk does between its matrix products, in Triton: each operation is a single pass over memory.
 
-Of 8,192 tokens of Llama 3.1 8B, PyTorch's operators take 72 ms for it, beside 145 ms of products: a chunk's activations
-are hundreds of megabytes, and SwiGLU as two operators reads and writes them twice, RoPE as three of them four times.
-Rounding is as there: a result is rounded to the activations' dtype once, at its end.
+For 8,192 tokens of Llama 3.1 8B PyTorch's operators take 72 ms, beside 145 ms of products: a chunk's activations are
+hundreds of megabytes, and SwiGLU as two operators reads and writes them twice, RoPE as three operators four times.
+Results are rounded to the activations' dtype once, at the end, as PyTorch's are.
 """
 
 from __future__ import annotations
@@ -12,36 +12,25 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.contract import HeadNorms
+from engine.kernels.gemv import swiglu_kernel
 from selective_kv.kernels.launch import launch
 
 SWIGLU_BLOCK = 2048
+MOST = 65535  # programs along a grid's second dimension
 HEADS = 8  # that a program rotates at once
 
 
-@triton.jit(do_not_specialize=["n"])
-def swiglu_kernel(gate_up, out, n, BLOCK: tl.constexpr):
-    """Program (block of elements, token): silu(gate) * up. gate_up: [n_token, 2 * n]; out: [n_token, n]."""
-    token = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up + token * 2 * n + i, i < n, 0.0).to(tl.float32)
-    up = tl.load(gate_up + token * 2 * n + n + i, i < n, 0.0).to(tl.float32)
-    tl.store(out + token * n + i, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), i < n)
-
-
 def swiglu(gate_up: Tensor) -> Tensor:
-    """gate_up: [n_token, 2 * n], contiguous, the gate before the up projection. Returns [n_token, n]."""
+    """silu(gate) * up. gate_up: [n_token, 2 * n], contiguous, the gate first. Returns [n_token, n]."""
     assert gate_up.is_contiguous()
     n_token, n = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(n_token, n)
     for first in range(0, n_token, MOST):
         part = slice(first, first + MOST)
         launch(swiglu_kernel, (triton.cdiv(n, SWIGLU_BLOCK), len(out[part])))(
-            gate_up[part], out[part], n, BLOCK=SWIGLU_BLOCK, num_warps=4
+            gate_up[part], out[part], n, BLOCK=SWIGLU_BLOCK, OVERLAP=False, num_warps=4
         )
     return out
-
-
-MOST = 65535  # programs along a grid's second dimension
 
 
 @triton.jit
