@@ -13,6 +13,7 @@ from torch import Tensor
 from selective_kv.formats import TILE as TILE_TOKENS
 from selective_kv.formats import rotation_size
 from selective_kv.kernels.basics import INTERPRET, TILE
+from selective_kv.kernels.hadamard import rotated_rows
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.merge import empty_output
 from selective_kv.kernels.online_softmax import at_slot
@@ -109,8 +110,8 @@ def copy_one(
     slots, out, rotation, one, n_kv_head, slot, at, seen, slot_stride_b, slot_stride_h, n_token,
     HEAD_DIM: tl.constexpr, ROTATION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Copy the tokens in the slots `slot` [N] of K or V to the places `at` of a dense block, rotated if ROTATION >
-    1."""
+    """Copy the tokens in the slots `slot` [N] of K or V to the places `at` of a dense block; rotated, if ROTATION
+    is above 1."""
     d = tl.arange(0, triton.next_power_of_2(max(HEAD_DIM, 16)))
     there = d < HEAD_DIM
     slots += one // n_kv_head * slot_stride_b + one % n_kv_head * slot_stride_h
@@ -118,8 +119,7 @@ def copy_one(
     x = tl.load(slots + slot[:, None] * HEAD_DIM + d[None, :], mask, 0.0)
     if ROTATION > 1:
         dtype: tl.constexpr = tl.float32 if INTERPRET else slots.dtype.element_ty
-        hadamard = tl.load(rotation + d[:, None] * HEAD_DIM + d[None, :], there[:, None] & there[None, :], 0.0)
-        x = tl.dot(x.to(dtype), hadamard.to(dtype), input_precision="ieee") * ROTATION**-0.5
+        x = rotated_rows(x, rotation, HEAD_DIM, ROTATION, dtype)
     tl.store(out + (one * n_token + at)[:, None] * HEAD_DIM + d[None, :], x.to(out.dtype.element_ty), mask)
 
 
@@ -192,9 +192,8 @@ def rotate_heads_kernel(
     there = d < HEAD_DIM
     mask, row = (token < n_token)[:, None] & there[None, :], token[:, None].to(tl.int64)
     dtype: tl.constexpr = tl.float32 if INTERPRET else x.dtype.element_ty
-    y = tl.load(x + batch * x_stride_b + head * x_stride_h + row * x_stride_t + d[None, :], mask, 0.0).to(dtype)
-    hadamard = tl.load(rotation + d[:, None] * HEAD_DIM + d[None, :], there[:, None] & there[None, :], 0.0)
-    y = tl.dot(y, hadamard.to(dtype), input_precision="ieee") * ROTATION**-0.5
+    y = tl.load(x + batch * x_stride_b + head * x_stride_h + row * x_stride_t + d[None, :], mask, 0.0)
+    y = rotated_rows(y, rotation, HEAD_DIM, ROTATION, dtype)
     at = out + batch * stride_b + head * stride_h + row * stride_t + d[None, :]
     tl.store(at, y.to(out.dtype.element_ty), mask)
 

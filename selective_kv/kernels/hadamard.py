@@ -1,9 +1,10 @@
-"""The Hadamard matrix of `formats.py` times a vector, in registers: a fast Walsh-Hadamard transform.
+"""The Hadamard rotation of `formats.py` in Triton, in two ways.
 
-log2(n) rounds, in each of which an element meets the one whose index differs in one bit: x[i] + x[j] takes the
-place of x[i], x[i] - x[j] that of x[j]. Between threads of a warp a meeting is one shuffle, within a thread nothing
-at all, and the matrix is not read. It is the way for a vector or a few, with no time to lose; blocks of tokens go
-through the matrix units.
+`rotated_rows` multiplies blocks of tokens by the matrix, on matrix units.
+
+`butterfly` is for one vector or a few, where time counts: a fast Walsh-Hadamard transform in registers. It has log2(n)
+rounds. In each an element meets the one whose index differs in one bit: x[i] + x[j] takes the place of x[i], and x[i] -
+x[j] that of x[j]. Between threads of a warp that takes one shuffle, within a thread none, and no matrix is read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,17 @@ import triton.language as tl
 from selective_kv.kernels.basics import INTERPRET
 
 IN_INTERPRETER = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def rotated_rows(x, rotation, HEAD_DIM: tl.constexpr, ROTATION: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows of x [N, D] rotated, float32. rotation: pointer to [HEAD_DIM, HEAD_DIM] of 1, -1 and 0
+    (`formats.rotation_matrix`); ROTATION: `formats.rotation_size`; DTYPE: that of the product's operands."""
+    d = tl.arange(0, x.shape[1])
+    there = d < HEAD_DIM
+    at = rotation + d[:, None] * HEAD_DIM + d[None, :]
+    matrix = tl.load(at) if x.shape[1] == HEAD_DIM else tl.load(at, there[:, None] & there[None, :], 0.0)
+    return tl.dot(x.to(DTYPE), matrix.to(DTYPE), input_precision="ieee") * ROTATION**-0.5
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from selective_kv.formats import TILE as TILE_TOKENS
 from selective_kv.formats import rotation_size
 from selective_kv.kernels.basics import INTERPRET, LN_2, LOG2_E, NEGATIVE, TILE
 from selective_kv.kernels.dense import dequantized
+from selective_kv.kernels.hadamard import rotated_rows
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.merge import PartialResult, empty_output
 from selective_kv.kernels.operands import stored_bits, tile_operands
@@ -77,8 +78,7 @@ def quantize_queries_kernel(
     mask = (token < n_token)[:, None] & (d >= 0)[None, :]
     dtype: tl.constexpr = tl.float32 if INTERPRET else q.dtype.element_ty
     x = tl.load(q + batch * stride_b + head * stride_h + token[:, None].to(tl.int64) * stride_t + d[None, :], mask, 0.0)
-    hadamard = tl.load(rotation + d[:, None] * HEAD_DIM + d[None, :]).to(dtype)
-    y = tl.dot(x.to(dtype), hadamard, input_precision="ieee") * ROTATION**-0.5
+    y = rotated_rows(x, rotation, HEAD_DIM, ROTATION, dtype)
     step = int8_step(y)
     at = (batch * tl.num_programs(1) + head) * n_token + token
     tl.store(out + at[:, None] * HEAD_DIM + d[None, :], rounded(y / step[:, None]), mask)
@@ -179,8 +179,7 @@ def attend_kernel(
         top = new_top
     y = sums * (1.0 / total)[:, None]
     dtype: tl.constexpr = tl.float32 if INTERPRET else rotation.dtype.element_ty
-    hadamard = tl.load(rotation + d[:, None] * HEAD_DIM + d[None, :]).to(dtype)
-    y = tl.dot(y.to(dtype), hadamard, input_precision="ieee") * ROTATION**-0.5
+    y = rotated_rows(y, rotation, HEAD_DIM, ROTATION, dtype)
     at = out + batch * stride_b + head.to(tl.int64) * stride_h + token[:, None].to(tl.int64) * stride_t + d[None, :]
     tl.store(at, y.to(out.dtype.element_ty), there[:, None])
     tl.store(lse + row, (top - LOG2_LARGEST + tl.log2(total)) * LN_2, there)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selective_kv.formats import rotation_size
 from selective_kv.kernels.basics import INTERPRET
+from selective_kv.kernels.hadamard import rotated_rows
 from selective_kv.kernels.launch import launch
 
 TOKENS = 32  # of a program
@@ -60,10 +61,7 @@ def merge_kernel(
     whole = tl.where(total == 0, 1.0, total)[:, None]
     if ROTATION > 1:
         dtype: tl.constexpr = tl.float32 if INTERPRET else rotation.dtype.element_ty
-        inside = (d < HEAD_DIM)[:, None] & (d < HEAD_DIM)[None, :]
-        hadamard = tl.load(rotation + d[:, None] * HEAD_DIM + d[None, :], inside, 0.0).to(dtype)
-        rest = tl.dot((rest / whole).to(dtype), hadamard, input_precision="ieee") * ROTATION**-0.5
-        z = first / whole + rest
+        z = first / whole + rotated_rows(rest / whole, rotation, HEAD_DIM, ROTATION, dtype)
     else:
         z = (first + rest) / whole
     tl.store(merged_lse + at, top + tl.log(total), there)
