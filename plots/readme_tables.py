@@ -44,7 +44,7 @@ FILES = (ROOT / "README.md", RESULTS / "README.md", ROOT / "assets" / "demo" / "
 STEPS = "h100/steps.jsonl"  # whole steps
 KERNELS = "kernels-h100.json"  # one layer's attention
 RULER = (  # of the last, 20 of 400 samples, those of 8k, were cut off; full scores 0 there
-    "smollm2/ruler-1.json", "smollm2/ruler-2.json", "smollm2/ruler-vt.unfinished.json",
+    "smollm2/ruler-1.json", "smollm2/ruler-2.json", "smollm2/ruler-vt.json",
 )  # fmt: skip
 CONFIG = CONFIGS["llama-3.1-8b"]
 SHOWN = (
