@@ -12,8 +12,8 @@ Full-precision slots and then tiles are one range of work, measured in blocks, a
 the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing
 has left the window, the result is the full cache's, bit for bit.
 
-Of n tokens the first n_left after the sinks are in whole tiles. The others are in slots: sinks first, then a ring. All
-slots are gone through in the order of memory; up to 127 of them hold tokens that are in a tile by now, and are masked.
+Of n tokens the first n_left after the sinks are in whole tiles. The others are in slots: sinks first, then a ring.
+Slots are gone through in the order of memory, but for whole blocks of those whose tokens are in a tile by now.
 `online_softmax.py` and `tile_softmax.py` tell what happens to a block, `tile_share.py` to a program's tiles.
 """
 
@@ -34,7 +34,7 @@ from selective_kv.kernels.decode_config import Plan, blocks, fitting, merging, p
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, float_block, load_q
 from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
-from selective_kv.kernels.split_kv import count_left, fetch, first_blocks, partition, written
+from selective_kv.kernels.split_kv import count_left, fetch, first_blocks, partition, past_gap, slots_in_use, written
 from selective_kv.kernels.store import append, settle, slot_of
 from selective_kv.kernels.tile_share import store_sums, tile_queries, tile_share
 from selective_kv.kernels.tile_softmax import TILE
@@ -50,12 +50,14 @@ MOST_THEN, MOST_THEN_EACH = 4 << 20, 16 << 10
 
 @triton.jit
 def float_share(
-    x, partner, k, v, cos, sin, lo, hi, sink_size, oldest, n_slot, n_ring, n_dropped, step,
+    x, partner, k, v, cos, sin, lo, hi, end, gap, n_gap, sink_size, oldest, n_slot, n_ring, n_dropped, step,
     HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
     TURN_SINKS: tl.constexpr, RING: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """The tokens in slots lo to hi - 1. x: queries, float32 [D, HEADS]; partner: the same with the halves of D swapped;
-    cos, sin: pointers to this sequence's [HEAD_DIM], see `decode_attention`; oldest, n_ring: see `float_block`.
+    """The tokens in slots lo to hi - 1, counted without the gap; end, gap, n_gap, oldest: as `slots_in_use` has them.
+
+    x: queries, float32 [D, HEADS]; partner: the same with the halves of D swapped; cos, sin: pointers to
+    this sequence's [HEAD_DIM], see `decode_attention`; n_ring: see `float_block`.
 
     Returns of each warp weighted sums of values [WARPS, D, HEADS], largest scores in log2 units and sums of weights,
     [WARPS, HEADS].
@@ -78,14 +80,17 @@ def float_share(
         queries = tl.reshape(tl.join(x, back), (DIM, 2 * HEADS))
     queries = tl.broadcast_to(queries.to(dtype)[None], (WARPS, DIM, queries.shape[1]))
     for start in tl.range(lo, hi, BLOCK, num_stages=STAGES):
+        first = lo * 0 + start  # a tensor, in the interpreter too
+        if RING:
+            first = past_gap(first, gap, n_gap)
         state = float_block(
             state,
             queries,
             step,
             k,
             v,
-            slot + start,
-            hi,
+            slot + first,
+            end,
             sink_size,
             oldest,
             n_slot,
@@ -136,16 +141,13 @@ def split_kernel(
     # `positions` was written before the step's first launch: it may be read, and work divided, before the PDL wait.
     n_token = tl.load(positions + batch) + 1
     n_left = count_left(n_token, sink_size, window_size)
-    each, n_full, float_blocks, int_blocks = partition(
-        n_token, n_left, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, HAS_INT
-    )
+    slot_end, oldest, gap, n_gap = slots_in_use(n_token, n_left, sink_size, n_slot, FLOAT_BLOCK, HAS_INT)
+    n_used = slot_end - n_gap
+    each, float_blocks, int_blocks = partition(n_used, n_left, n_split, FLOAT_BLOCK, INT_BLOCK, HAS_INT)
     lo, tile_lo = first_blocks(split, each, float_blocks, int_blocks)
     hi, tile_hi = first_blocks(split + 1, each, float_blocks, int_blocks)
-    lo, hi = lo * FLOAT_BLOCK, tl.minimum(hi * FLOAT_BLOCK, n_full)
+    lo, hi = lo * FLOAT_BLOCK, tl.minimum(hi * FLOAT_BLOCK, n_used)
     tile_lo, tile_hi = tile_lo * INT_BLOCK, tile_hi * INT_BLOCK
-    oldest = n_left
-    if HAS_INT:
-        oldest = (n_left.to(tl.uint32) % (n_slot - sink_size).to(tl.uint32)).to(tl.int32)
     slot_at = batch * slot_stride_b + kv_head * slot_stride_h
     tile_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_tile  # the first tile
     k_codes += tile_at * K_TILE
@@ -158,7 +160,8 @@ def split_kernel(
     v_new += batch * new_stride_vb + kv_head * new_stride_vh
     if NEW:
         slot = slot_of((n_token - 1).to(tl.int32), sink_size, n_slot)
-        has_new = (slot >= lo) & (slot < hi)
+        place = tl.where(slot >= gap + n_gap, slot - n_gap, slot)
+        has_new = (place >= lo) & (place < hi)
     if OVERLAP:
         if NEW:
             settle(k_new)
@@ -166,8 +169,10 @@ def split_kernel(
         if AHEAD > 0 and lo < hi:
             ITEM: tl.constexpr = k.dtype.element_ty.primitive_bitwidth // 8
             SLOT: tl.constexpr = HEAD_DIM * ITEM
-            fetch(k + slot_at + lo * HEAD_DIM, k + slot_at + hi * HEAD_DIM, AHEAD * SLOT)
-            fetch(v + slot_at + lo * HEAD_DIM, v + slot_at + hi * HEAD_DIM, AHEAD * SLOT)
+            first = past_gap(lo, gap, n_gap)
+            last = tl.minimum(first + (hi - lo), slot_end)  # the gap may lie between: then of some before it
+            fetch(k + slot_at + first * HEAD_DIM, k + slot_at + last * HEAD_DIM, AHEAD * SLOT)
+            fetch(v + slot_at + first * HEAD_DIM, v + slot_at + last * HEAD_DIM, AHEAD * SLOT)
         if HAS_INT and AHEAD > 0 and tile_lo < tile_hi:
             fetch(k_codes + tile_lo * K_TILE // TILE, k_codes + tile_hi * K_TILE // TILE, AHEAD * K_TILE // TILE)
             v_lo, v_hi = v_pairs + tile_lo * V_TILE // (2 * TILE), v_pairs + tile_hi * V_TILE // (2 * TILE)
@@ -217,9 +222,9 @@ def split_kernel(
             swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
             partner = load_q(q, q_stride_h, head, group, swapped, d < HEAD_DIM)
         out, best, total = float_share(
-            x, partner, k + slot_at, v + slot_at, cos + batch * HEAD_DIM, sin + batch * HEAD_DIM, lo, hi, sink_size,
-            oldest, n_slot, n_token.to(tl.int32) - n_left - sink_size, n_token - n_slot, log2_scale, HEAD_DIM, WARPS,
-            FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, HAS_INT, INTERPRET,
+            x, partner, k + slot_at, v + slot_at, cos + batch * HEAD_DIM, sin + batch * HEAD_DIM, lo, hi, slot_end, gap,
+            n_gap, sink_size, oldest, n_slot, n_token.to(tl.int32) - n_left - sink_size, n_token - n_slot, log2_scale,
+            HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, HAS_INT, INTERPRET,
         )  # fmt: skip
         result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split) * WARPS + tl.arange(0, WARPS)
         at = result[:, None] * HEADS + member[None, :]
@@ -252,7 +257,8 @@ def combine_kernel(
     member, block = tl.program_id(2) // BLOCKS, tl.program_id(2) % BLOCKS
     n_token = tl.load(positions + batch) + 1
     n_left = count_left(n_token, sink_size, window_size)
-    each, _, float_blocks, int_blocks = partition(n_token, n_left, n_slot, n_split, FLOAT_BLOCK, INT_BLOCK, HAS_INT)
+    slot_end, _, _, n_gap = slots_in_use(n_token, n_left, sink_size, n_slot, FLOAT_BLOCK, HAS_INT)
+    each, float_blocks, int_blocks = partition(slot_end - n_gap, n_left, n_split, FLOAT_BLOCK, INT_BLOCK, HAS_INT)
     entry = tl.arange(0, CHUNK)
     split = entry // WARPS
     wrote = written(split, each, float_blocks, int_blocks) & (split <= n_split)

@@ -39,8 +39,8 @@ def float_block(
     """Add the tokens in the slots `slot` [WARPS, SLICE], if before `end`, to the softmax, which does not mind a ring's
     order. RING: only the n_ring slots of the ring from its `oldest` on count; what stands in the others is in a tile.
 
-    To go through slots in the order of memory, and mask those few, takes an addition a row; to find the slot of each
-    token (`at_slot`) took 350 instructions after a decode step's PDL wait.
+    To go through slots in the order of memory, skip blocks and mask the few that are left, takes an addition a row; to
+    find the slot of each token (`at_slot`) took 350 instructions after a decode step's PDL wait.
 
     q: [WARPS, D, N] in the slots' dtype; with TURN_SINKS [WARPS, D, 2 * N], each query beside the one that stands in
     for it where sinks are looked at. step: from products to log2 units.

@@ -23,28 +23,50 @@ def count_left(n_token, sink_size, window_size):
 
 
 @triton.jit
-def partition(
-    n_token, n_left, n_slot, n_split,
-    FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, HAS_INT: tl.constexpr,
-):  # fmt: skip
-    """What n_split programs share of a sequence of n_token tokens: one range of work, slots before tiles.
+def slots_in_use(n_token, n_left, sink_size, n_slot, BLOCK: tl.constexpr, HAS_INT: tl.constexpr):
+    """The slots to go through in blocks, in the order of memory, for a sequence of n_token tokens, n_left of them in
+    tiles; without tiles (HAS_INT) what does not fit n_slot slots is gone.
 
-    n_left: tokens in tiles, a multiple of INT_BLOCK; without tiles (HAS_INT) what does not fit n_slot slots is gone.
+    Of the ring's slots up to 127 hold tokens that are in a tile by now. They are one gap, or, where the live ones do
+    not reach round the ring's end, a gap and what is behind the last. Blocks that lie in the gap are not read; what is
+    left of it in others is masked. Returns the end of the slots in use, the ring's `oldest` place, and the gap's first
+    slot and size in whole blocks: see `past_gap`. As long as n_left is 0 there is no gap.
+    """
+    end = tl.minimum(n_token, n_slot).to(tl.int32)
+    oldest, gap, n_gap = end * 0, end * 0, end * 0
+    if HAS_INT:
+        oldest = (n_left.to(tl.uint32) % (n_slot - sink_size).to(tl.uint32)).to(tl.int32)
+        behind = oldest + n_token.to(tl.int32) - n_left  # the newest token's slot + 1, if the ring had no end
+        end = tl.minimum(behind, n_slot)
+        gap = tl.cdiv(sink_size + tl.maximum(behind - n_slot, 0), BLOCK) * BLOCK
+        n_gap = tl.maximum((sink_size + oldest) // BLOCK * BLOCK - gap, 0)
+    return end, oldest, gap, n_gap
+
+
+@triton.jit
+def past_gap(at, gap, n_gap):
+    """The slot at place `at` of those that remain without the gap; at and gap: beginnings of blocks."""
+    return at + tl.where(at >= gap, n_gap, 0)
+
+
+@triton.jit
+def partition(n_used, n_left, n_split, FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, HAS_INT: tl.constexpr):
+    """What n_split programs share of a sequence: one range of work, n_used slots (`slots_in_use`, without the gap)
+    before n_left tokens in tiles, a multiple of INT_BLOCK.
+
     Program s takes blocks s * each to (s + 1) * each - 1 of it, see `first_blocks`. A block of slots and one of a tile
     count alike: by tokens the latter would be 2 to 4, but the program with slots then ends last: it has two loops to
-    start, and a slot has 2 to 4 times the bytes (LOG.md, 2026-11-26: 1 x 32k took 10% longer). Returns each, the number
-    of slots in use (where there are tiles, of all: those whose tokens are in a tile by now are masked), of their blocks
-    and of the tiles' blocks. Exact while the whole range is below 2**29. As long as there are no tiles, `each` does not
-    depend on n_slot: the shares are the full cache's.
+    start, and a slot has 2 to 4 times the bytes (LOG.md, 2026-11-26: 1 x 32k took 10% longer). Returns each, and
+    the number of the slots' blocks and of the tiles'. Exact while the whole range is below 2**29. As long as there are
+    no tiles, `each` does not depend on the number of slots: the shares are the full cache's.
     """
-    n_full = tl.minimum(n_token, n_slot).to(tl.int32)
-    int_blocks = n_full * 0
+    int_blocks = n_used * 0
     if HAS_INT:
         int_blocks = n_left // INT_BLOCK
-    float_blocks = tl.cdiv(n_full, FLOAT_BLOCK)
+    float_blocks = tl.cdiv(n_used, FLOAT_BLOCK)
     work = float_blocks + int_blocks
     each = ((work + n_split - 1).to(tl.uint32) // n_split.to(tl.uint32)).to(tl.int32)  # unsigned: half as long
-    return each, n_full, float_blocks, int_blocks
+    return each, float_blocks, int_blocks
 
 
 @triton.jit

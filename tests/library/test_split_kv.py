@@ -12,7 +12,7 @@ from kernel_reference import DEVICES, tl, triton
 
 from selective_kv.formats import TILE
 from selective_kv.kernels.decode_config import plan, sharing
-from selective_kv.kernels.split_kv import count_left, first_blocks, partition, written
+from selective_kv.kernels.split_kv import count_left, first_blocks, partition, past_gap, slots_in_use, written
 
 N = 512  # entries looked at: more than there are programs
 SLOTS, TOKENS = 32, 64  # per block
@@ -28,11 +28,15 @@ def share_kernel(
     out, n_token, sink_size, window_size, n_slot, n_split, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
     HAS_INT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One program: out int32 [3, N], the two results of `first_blocks` and that of `written`."""
+    """One program: out int32 [5, N], the two results of `first_blocks`, that of `written`, the slots at which the first
+    N blocks of slots begin, and the end of the slots and their number without the gap."""
     n = n_token.to(tl.int64)
     n_left = count_left(n, sink_size, window_size)
-    each, _full, float_blocks, int_blocks = partition(n, n_left, n_slot, n_split, SLOTS, TOKENS, HAS_INT)
+    end, _, gap, n_gap = slots_in_use(n, n_left, sink_size, n_slot, SLOTS, HAS_INT)
+    each, float_blocks, int_blocks = partition(end - n_gap, n_left, n_split, SLOTS, TOKENS, HAS_INT)
     split = tl.arange(0, N)
+    tl.store(out + 3 * N + split, past_gap(split * SLOTS, gap, n_gap))
+    tl.store(out + 4 * N + split, tl.where(split == 0, end, end - n_gap))
     first, tile_first = first_blocks(split, each, float_blocks, int_blocks)
     wrote = written(split, each, float_blocks, int_blocks)
     tl.store(out + split, first)
@@ -42,17 +46,19 @@ def share_kernel(
 
 def shares(
     n_token: int, sink: int, window: int, n_split: int, has_int: bool, device: str
-) -> tuple[list[range], list[range], list[bool]]:
-    """Blocks of slots and of tiles of every program, and whether there is something at every entry."""
-    out = torch.empty(3, N, dtype=torch.int32, device=device)
+) -> tuple[list[range], list[range], list[bool], list[range]]:
+    """Blocks of slots and of tiles of every program, whether there is something at every entry, and the slots of the
+    first blocks."""
+    out = torch.empty(5, N, dtype=torch.int32, device=device)
     n_slot = sink + window + (TILE if has_int else 0)
     share_kernel[(1,)](out, n_token, sink, window, n_slot, n_split, SLOTS, TOKENS, has_int, N, num_warps=1)
-    slots, tiles, wrote = out.tolist()
+    slots, tiles, wrote, starts, (end, n_used, *_) = out.tolist()
     programs = range(n_split)
     return (
         [range(slots[s], slots[s + 1]) for s in programs],
         [range(tiles[s], tiles[s + 1]) for s in programs],
         [bool(w) for w in wrote[: n_split + 2]],
+        [range(at, min(at + SLOTS, end)) for at in starts[: -(-n_used // SLOTS)]],
     )
 
 
@@ -64,9 +70,9 @@ def shares(
 )
 @settings(max_examples=100, deadline=None)
 def check(device: str, sink: int, window: int, n_more: int, n_split: int) -> None:
-    slots, tiles, wrote = shares(sink + window + n_more, sink, window, n_split, True, device)
+    slots, tiles, wrote, _ = shares(sink + window + n_more, sink, window, n_split, True, device)
     n_left = n_more // TILE * TILE
-    n_blocks = -(-(sink + window + min(n_more, TILE)) // SLOTS), n_left // TOKENS
+    n_blocks = slots[-1].stop, n_left // TOKENS  # of slots: see below
     for parts, n in zip((slots, tiles), n_blocks, strict=True):  # every block once, in order
         assert parts[0].start == 0 and parts[-1].stop == n
         assert all(a.stop == b.start and a.start <= a.stop for a, b in pairwise(parts))
@@ -84,6 +90,25 @@ def check(device: str, sink: int, window: int, n_more: int, n_split: int) -> Non
 
 def test_every_block_once_in_order_and_evenly(device: str) -> None:
     check(device)
+
+
+@given(sink=st.integers(0, 200), window=st.integers(1, 300), n_more=st.integers(-300, 3000), n_split=st.integers(1, 8))
+@settings(max_examples=200, deadline=None)
+def check_slots(device: str, sink: int, window: int, n_more: int, n_split: int) -> None:
+    n_token = max(1, sink + window + n_more)
+    found = shares(n_token, sink, window, n_split, True, device)
+    visited = [slot for block in found[3] for slot in block]
+    assert len(set(visited)) == len(visited) and found[0][-1].stop == len(found[3])
+    n_left = max(0, n_token - sink - window) // TILE * TILE
+    ring = range(sink + n_left, n_token)  # positions: see `Regions`
+    live = {*range(min(sink, n_token)), *(sink + (at - sink) % (window + TILE) for at in ring)}
+    assert live <= set(visited)
+    for block in found[3]:  # none without a live slot, but the first, which has the sinks
+        assert block.start == 0 or live & set(block)
+
+
+def test_every_live_slot_once_and_no_block_without_one(device: str) -> None:
+    check_slots(device)
 
 
 def test_without_tiles_the_shares_are_the_full_caches(device: str) -> None:
