@@ -10,7 +10,7 @@ from aot import HOPPER_SHARED, compile_kernel, counted, disassembled, instructio
 from selective_kv.formats import TILE, rotation_size
 from selective_kv.kernels.close import blocks_of
 from selective_kv.kernels.decode import combine_kernel, split_kernel
-from selective_kv.kernels.decode_config import blocks, fitting, merging, plan
+from selective_kv.kernels.decode_config import blocks, fitting, merging, plan, rounds_later, sharing
 from selective_kv.kernels.dense import copy_slots_kernel, dequantize_kernel, rotate_heads_kernel
 from selective_kv.kernels.history import history_kernel
 from selective_kv.kernels.history_8bit import QUERIES, attend_kernel, quantize_queries_kernel, requantize_kernel
@@ -32,12 +32,14 @@ def compile_split_kernel(
     itemsize = 4 if dtype == "fp32" else 2
     p = plan(batch_heads, group, head_dim, itemsize, 132, k_bits, v_bits)
     p = fitting(p, shared, head_dim, itemsize, k_bits, v_bits)
+    columns = -(-group // p.heads)
+    n_partial = ((p.splits or sharing(p, batch_heads * columns, 132)) + 1) * p.warps
+    stored = stored_as(head_dim, k_bits, v_bits, pairs=pairs)
     constants = {
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
-        "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages,
-        **stored_as(head_dim, k_bits, v_bits, pairs=pairs),
-        "AHEAD": p.ahead, "TURN_SINKS": turn, "NEW": new,
-        "INTERPRET": False, "TILES": -(-group // p.heads), "OVERLAP": True,
+        "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages, **stored,
+        "V_LATER": rounds_later(stored["V_ROTATION"], merging(n_partial, head_dim)["DIMS"]),
+        "AHEAD": p.ahead, "TURN_SINKS": turn, "NEW": new, "INTERPRET": False, "TILES": columns, "OVERLAP": True,
     }  # fmt: skip
     types = {name: kind.replace("bf16", dtype) for name, kind in TYPES.items()}
     compiled = compile_kernel(split_kernel, types, constants, p.warps, True)
@@ -109,9 +111,10 @@ def compile_combine_kernel(
     """What counts in `combine_kernel` as a launch has it: above all what follows its wait. bits: K's and V's."""
     itemsize = 4 if dtype == "fp32" else 2
     p = plan(8, group, head_dim, itemsize, 132, bits // 2, bits // 2)
+    merged = merging((n_split + 1) * p.warps, head_dim)
+    later = rounds_later(stored_as(head_dim, bits // 2, bits // 2)["V_ROTATION"], merged["DIMS"])
     constants = {"HEAD_DIM": head_dim, "HEADS": p.heads, "TILES": -(-group // p.heads), "WARPS": p.warps,
-                 "HAS_INT": bits > 0, "OVERLAP": True, **blocks(p),
-                 **merging((n_split + 1) * p.warps, head_dim)}  # fmt: skip
+                 "HAS_INT": bits > 0, "V_LATER": later, "OVERLAP": True, **blocks(p), **merged}  # fmt: skip
     types = {"partial": "*fp32", "statistics": "*fp32", "positions": "*i64", "out": f"*{dtype}"}
     compiled = compile_kernel(combine_kernel, types, constants, 1, True)
     found = disassembled(compiled)
@@ -171,7 +174,7 @@ def compile_without_tiles() -> None:
     for overlap in (False, True):  # before Hopper, and since
         compile_kernel(combine_kernel, types, {
             "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "FLOAT_BLOCK": 64, "INT_BLOCK": 64,
-            "WARPS": 2, "HAS_INT": True, "OVERLAP": overlap, **merging(68, 128),
+            "WARPS": 2, "HAS_INT": True, "V_LATER": 1, "OVERLAP": overlap, **merging(68, 128),
         })  # fmt: skip
     compile_kernel(slots_kernel, types, {"HEAD_DIM": 128, "BLOCK": 16})
     for rotation in (1, 128):

@@ -30,7 +30,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from selective_kv.kernels.basics import INTERPRET, in_order
 from selective_kv.kernels.bias import bias_queries
-from selective_kv.kernels.decode_config import Plan, blocks, fitting, merging, plan, processor, sharing, split_appends
+from selective_kv.kernels.decode_config import (
+    Plan,
+    blocks,
+    fitting,
+    merging,
+    plan,
+    processor,
+    rounds_later,
+    sharing,
+    split_appends,
+)
+from selective_kv.kernels.hadamard import butterfly
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, float_block, load_q
 from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
@@ -115,11 +126,12 @@ def split_kernel(
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr,
     V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, AHEAD: tl.constexpr, TURN_SINKS: tl.constexpr,
-    NEW: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    V_LATER: tl.constexpr, NEW: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (column, sequence, split): one split of the tokens of one sequence, one KV head (column // TILES) and
     HEADS of its query heads. TILES: columns of a KV head, not tiles of tokens. K_BITS 0: nothing is quantised.
-    K_ROTATION, V_ROTATION: `rotation_size`, or 1. PAIRS: of channels whose bias is not in the tiles (bias.py).
+    K_ROTATION, V_ROTATION: `rotation_size`, or 1; V_LATER: `rounds_later`. PAIRS: of channels whose bias is not in the
+    tiles (bias.py).
 
     partial: float32 [sequence, column, n_split + 1, WARPS, HEADS, HEAD_DIM], weighted sums of values; statistics:
     float32 [sequence, column, n_split + 1, WARPS, HEADS, 2], the largest score in log2 units and the sum of weights.
@@ -200,7 +212,7 @@ def split_kernel(
         sums, largest, weights = tile_share(
             query, k_codes, v_pairs, k_scale, v_scale, k_factor, by_bias, bias_within + kv_head * (2 * PAIRS * TILE),
             bias_turned + kv_head * n_tile * (2 * PAIRS), tile_lo, tile_hi, log2_scale, HEAD_DIM, WARPS, INT_SLICE,
-            INT_STAGES, K_BITS, V_BITS, BALANCED, K_ROTATION, V_ROTATION, PAIRS, INTERPRET,
+            INT_STAGES, K_BITS, V_BITS, BALANCED, K_ROTATION, V_ROTATION, V_LATER, PAIRS, INTERPRET,
         )  # fmt: skip
         result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split + 1) * WARPS + tl.arange(0, WARPS)
         at = result[:, None] * HEADS + member[None, :]
@@ -226,6 +238,8 @@ def split_kernel(
             n_gap, sink_size, oldest, n_slot, n_token.to(tl.int32) - n_left - sink_size, n_token - n_slot, log2_scale,
             HEAD_DIM, WARPS, FLOAT_SLICE, FLOAT_STAGES, TURN_SINKS, HAS_INT, INTERPRET,
         )  # fmt: skip
+        if V_LATER > 1 and int_blocks > 0:  # merging will undo it
+            out = butterfly(out, V_LATER, HEADS) * (1.0 / V_LATER)
         result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split) * WARPS + tl.arange(0, WARPS)
         at = result[:, None] * HEADS + member[None, :]
         tl.store(partial + at[:, None, :] * HEAD_DIM + d[None, :, None], out, (d < HEAD_DIM)[None, :, None])
@@ -244,7 +258,8 @@ def split_kernel(
 def combine_kernel(
     partial, statistics, positions, out, group, sink_size, window_size, n_slot, n_split,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, FLOAT_BLOCK: tl.constexpr,
-    INT_BLOCK: tl.constexpr, CHUNK: tl.constexpr, DIMS: tl.constexpr, HAS_INT: tl.constexpr, OVERLAP: tl.constexpr,
+    INT_BLOCK: tl.constexpr, CHUNK: tl.constexpr, DIMS: tl.constexpr, HAS_INT: tl.constexpr, V_LATER: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, sequence, query head of the group and block of DIMS dims): reduce the partial results.
 
@@ -287,7 +302,10 @@ def combine_kernel(
     # Of integers a warp finds the largest in one instruction, of floats in five exchanges.
     top = in_order(tl.max(in_order(best.to(tl.int32, bitcast=True)), 0)).to(tl.float32, bitcast=True)
     factor = tl.where(wrote, tl.exp2(best - top), 0.0)
-    y = tl.sum(values * factor[:, None], 0) * (1.0 / tl.sum(weights * factor, 0))
+    y = tl.sum(values * factor[:, None], 0)
+    if V_LATER > 1:  # without tiles there is nothing rotated, and the result is the full cache's
+        y = tl.where(int_blocks > 0, butterfly(y, V_LATER, 1), y)
+    y *= 1.0 / tl.sum(weights * factor, 0)
     tl.store(to, tl.broadcast_to(y[None, :], to.shape).to(out.dtype.element_ty), row == 0)
 
 
@@ -357,6 +375,8 @@ def run(
     grid = (n_column, batch, n_split)  # also where there are fewer blocks: empty splits prefetch `then`
     then_bytes = 0 if then is None or not overlap else min(then.nbytes, MOST_THEN)
     bias, n_pair = bias_operands(regions)
+    block, rotated = merging((n_split + 1) * p.warps, head_dim), rotations(regions)
+    later = rounds_later(rotated["V_ROTATION"], block["DIMS"])
     launch(split_kernel, grid)(
         q, regions.k, regions.v, k_codes, v_codes, k_scale, v_scale, k_factor, *bias, positions,
         cos, sin, partial, statistics, q if then is None else then, k_new, v_new,
@@ -365,14 +385,13 @@ def run(
         min(MOST_THEN_EACH, 128 * triton.cdiv(then_bytes, 128 * math.prod(grid))), head_dim**-0.5,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
-        V_BITS=v_bits, BALANCED=regions.k_format is not None and regions.k_format.balanced, **rotations(regions),
-        PAIRS=n_pair, AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_rope is not None, NEW=new is not None,
-        INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
+        V_BITS=v_bits, BALANCED=regions.k_format is not None and regions.k_format.balanced, **rotated,
+        PAIRS=n_pair, AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_rope is not None, V_LATER=later,
+        NEW=new is not None, INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
     )  # fmt: skip
-    block = merging((n_split + 1) * p.warps, head_dim)
     launch(combine_kernel, (n_kv_head, batch, group * (head_dim // block["DIMS"])))(
         partial, statistics, positions, out, group, regions.sink_size, regions.window_size, n_slot, n_split,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, **blocks(p), **block, HAS_INT=has_int,
-        OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
+        V_LATER=later, OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
     )  # fmt: skip
     return out

@@ -125,6 +125,17 @@ def merging(n_partial: int, head_dim: int) -> dict[str, int]:
     return {"CHUNK": chunk, "DIMS": min(head_dim & -head_dim, max(1, 1024 // chunk))}
 
 
+def rounds_later(v_rotation: int, dims: int) -> int:
+    """The size of the rounds by which values are rotated back (`hadamard.butterfly`) that are left to `combine_kernel`,
+    a program of which has `dims` neighbouring dims; 1: none.
+
+    In a split these lowest bits of a dim are threads, and a meeting of threads is a shuffle, for each partial result
+    and query head: half of the 500 instructions behind its loop. There it is done once, in 30.
+    """
+    size = min(v_rotation, dims)
+    return size if size >= 4 else 1  # of 3 bits the lowest two tell sums apart
+
+
 class Processor(NamedTuple):
     """What a GPU offers to a launch."""
 

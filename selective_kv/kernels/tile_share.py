@@ -41,7 +41,7 @@ def tile_share(
     query, k, v, k_scale, v_scale, k_factor, by_bias, bias_within, bias_turned, lo, hi, scale,
     HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr,
     V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr,
-    PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
+    V_LATER: tl.constexpr, PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Tokens lo to hi - 1 of those in tiles. query: see `tile_queries`; by_bias: as for `add_block`.
 
@@ -87,24 +87,35 @@ def tile_share(
                 ROWS, STEPS, PARTS, K_BITS, V_BITS, BALANCED, PAIRS, WITHIN, DIVIDE, INTERPRET,
             )  # fmt: skip
     sums = weighted_values(state, V_BITS)
-    if V_ROTATION > 1:  # the lowest bits of a dim, which tell the sums apart, then the others
-        UNIT: tl.constexpr = V_ROTATION**-0.5
-        if V_BITS == 3:
-            a, b = (sums[0] + sums[1]) * UNIT, (sums[0] - sums[1]) * UNIT
-            c, d = (sums[2] + sums[3]) * UNIT, (sums[2] - sums[3]) * UNIT
-            if V_ROTATION > 2:
-                sums = (
-                    butterfly(a + c, V_ROTATION // 4, HEADS), butterfly(b + d, V_ROTATION // 4, HEADS),
-                    butterfly(a - c, V_ROTATION // 4, HEADS), butterfly(b - d, V_ROTATION // 4, HEADS),
-                )  # fmt: skip
-            else:
-                sums = (a, b, c, d)
-        else:
-            sums = (
-                butterfly((sums[0] + sums[1]) * UNIT, V_ROTATION // 2, HEADS),
-                butterfly((sums[0] - sums[1]) * UNIT, V_ROTATION // 2, HEADS),
-            )  # fmt: skip
+    if V_ROTATION > 1:
+        sums = rotated_back(sums, V_ROTATION, V_LATER, HEADS)
     return sums, state[0], tl.sum(state[1], 1)
+
+
+@triton.jit
+def rotated_back(sums, ROTATION: tl.constexpr, LATER: tl.constexpr, N: tl.constexpr):
+    """`weighted_values` of rotated values, times the Hadamard matrix of size ROTATION over its root, but for its lowest
+    rounds, up to size LATER, which `combine_kernel` makes: see `decode_config.rounds_later`.
+
+    LATER 1: none. The lowest one or two bits of a dim tell the sums apart; LATER covers them all, or none of them."""
+    UNIT: tl.constexpr = ROTATION**-0.5
+    N_SUM: tl.constexpr = len(sums)
+    a, b = sums[0] * UNIT, sums[1] * UNIT
+    if N_SUM == 4:
+        c, d = sums[2] * UNIT, sums[3] * UNIT
+    if LATER == 1:
+        a, b = a + b, a - b
+        if N_SUM == 4:
+            c, d = c + d, c - d
+            if ROTATION > 2:
+                a, b, c, d = a + c, b + d, a - c, b - d
+    FIRST: tl.constexpr = max(LATER, N_SUM)  # the size of the rounds that are not made here, or have been
+    SIZE: tl.constexpr = max(1, ROTATION // FIRST)
+    APART: tl.constexpr = FIRST // N_SUM * N
+    rotated = (butterfly(a, SIZE, APART), butterfly(b, SIZE, APART))
+    if N_SUM == 4:
+        rotated = rotated + (butterfly(c, SIZE, APART), butterfly(d, SIZE, APART))  # noqa: RUF005
+    return rotated
 
 
 @triton.jit
