@@ -13,7 +13,8 @@ private, and all calls of them are here:
 
 cuDNN makes a plan for every new shape, 40 to 60 ms each, and half a second for the first ones of a process (LOG.md,
 2026-11-26). So it is asked only where there is much to do, and long sets of keys are cut into blocks of two sizes,
-which recur from chunk to chunk.
+which recur from chunk to chunk. A chunk of such a size recurs too, so it is asked with less to do: with half or a
+quarter of a model's heads, that a rank has.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SCORES = 1 << 24  # elements of the scores that `plain` holds at once, for one s
 LARGEST_BLOCK = 32768
 BLOCK_SIZES = (LARGEST_BLOCK, 8192)  # keys that cuDNN is given at once
 WORTH_A_PLAN = 2e11  # multiply-adds of a call from which on its plan pays: a model's layers share the plan
+RECURRING = 4  # chunks, at the least, that share the plan for a whole chunk: so it pays from a fraction on
 OLDEST_CUDNN = 90000  # the oldest version that returns log-sum-exps
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -77,7 +79,8 @@ def key_blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
 def takes_cudnn(q: Tensor, k: Tensor, causal: bool) -> bool:
     """Whether cuDNN is the better choice: on Hopper (measured there) and later, and where work is worth a plan."""
     work = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * 2 * q.shape[3] / (2 if causal else 1)
-    if q.dtype not in HALVES or work < WORTH_A_PLAN or q.shape[3] % 8 or q.shape[3] > 128:
+    worth = WORTH_A_PLAN / RECURRING if q.shape[2] in BLOCK_SIZES else WORTH_A_PLAN
+    if q.dtype not in HALVES or work < worth or q.shape[3] % 8 or q.shape[3] > 128:
         return False
     if causal and q.shape[2] % 128:  # another program of cuDNN's, which takes half a second more to load
         return False

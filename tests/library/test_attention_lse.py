@@ -116,6 +116,27 @@ def test_an_old_or_missing_cudnn_is_said_once(
     assert len(said) == (version != 91900) and all("long prompts" in line for line in said)
 
 
+@pytest.mark.parametrize(
+    ("n_head", "n_token", "n_key", "taken"),
+    [
+        (32, 8192, 8192, (True, True)),
+        (16, 8192, 8192, (True, True)),  # of two ranks each; by flash a 32k prompt took 70 ms more
+        (8, 8192, 8192, (True, True)),
+        (2, 8192, 8192, (False, False)),
+        (16, 6144, 6144, (False, False)),  # a prompt's last chunk: its length does not come again
+        (32, 6144, 6144, (False, True)),
+        (8, 1024, 8192, (False, False)),
+    ],
+)
+def test_cudnn_is_asked_where_a_plan_is_worth_its_time(
+    n_head: int, n_token: int, n_key: int, taken: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_lse, "has_cudnn", lambda device: True)
+    q = torch.empty(1, n_head, n_token, 128, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(1, n_head, n_key, 128, dtype=torch.bfloat16, device="meta")
+    assert tuple(attention_lse.takes_cudnn(q, k, causal) for causal in (True, False)) == taken
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_that_refuse_are_replaced_and_named_once(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
