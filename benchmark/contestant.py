@@ -231,6 +231,7 @@ class Contestant(Timed):
     def result(self, model: Transformer, ceiling: float) -> dict[str, Any]:
         row = super().result(model, ceiling)
         if self.ranks is not None:
+            row["peak_memory_bytes"] = self.peak.most and row["peak_memory_bytes"] + self.ranks.nbytes
             row["rank_peak_memory_bytes"] = self.ranks.from_all(row["peak_memory_bytes"])
         return row
 

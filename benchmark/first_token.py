@@ -94,7 +94,8 @@ def read(
         engine.synchronize()
         with StoreClock(cache) as clock:
             seconds = timed(lambda: engine.read(prompts), shape.device)
-    return {"seconds": seconds, "store": clock.seconds(), "peak": peak.most and parameter_bytes(model) + peak.most}
+    others = parameter_bytes(model) + (0 if ranks is None else ranks.nbytes)
+    return {"seconds": seconds, "store": clock.seconds(), "peak": peak.most and others + peak.most}
 
 
 def compare(

@@ -15,6 +15,7 @@ from checkpoint.quantised import skeleton
 from common.errors import UserError
 from common.messages import say, size
 from engine import Sampling
+from engine.chunk_sums import LONG, n_byte
 from engine.packing import most_at_once
 from kv_cache import format_policy
 from model import Config, Transformer
@@ -93,7 +94,14 @@ def activation_bytes(config: Config, shape: Shape, n_token: int) -> int:
     # q, k and v as they come and rotated; parts of the output in float32, and what merges them
     attention = (2 * config.dim + 2 * heads) * size + 6 * config.n_head * config.head_dim * 4
     per_token = feed_forward + attention if shape.device.type == "cpu" else 1.1 * max(feed_forward, attention)
-    return round(n_token * per_token)
+    return round(n_token * per_token) + _sums_bytes(config, shape, n_token)
+
+
+def _sums_bytes(config: Config, shape: Shape, n_token: int) -> int:
+    """What the ranks on GPUs that hold a model together write a long chunk's sums into. config: one rank's."""
+    if not config.vocab_rows or shape.device.type != "cuda" or n_token < LONG:
+        return 0
+    return n_byte(-(-config.vocab_size // config.vocab_rows), n_token, config.dim, shape.dtype)
 
 
 def make_plan(

@@ -54,5 +54,10 @@ def rank_part(engine: Engine) -> dict[str, Any]:
     return {
         "weight_bytes": sum(p.nbytes for p in engine.model.parameters()),
         "cache_bytes": sum(engine.cache.nbytes().values()),
-        "peak_memory_bytes": peak_memory(engine.device),
+        "peak_memory_bytes": peak_of(engine),
     }
+
+
+def peak_of(engine: Engine) -> int:
+    """The most bytes taken so far, with what ranks write each other's sums into."""
+    return peak_memory(engine.device) + (0 if engine.ranks is None else engine.ranks.nbytes)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 import kv_cache
-from cli.device import peak_memory
 from cli.fidelity import fidelity_line
 from cli.plan import bytes_read, parameter_bytes
 from cli.provenance import device_name
+from cli.ranks import peak_of
 from common.messages import size
 from engine import Engine, Timing
 from kv_cache import format_policy
@@ -59,7 +59,7 @@ def make_report(engine: Engine, name: str, timing: Timing, weight_setting: str =
         "full_cache_bytes_held": sum(held(FullCache(), n) for n in lengths),
         "weights": weight_setting,
         "weight_bytes": parameter_bytes(model),
-        "peak_memory_bytes": peak_memory(shape.device),
+        "peak_memory_bytes": peak_of(engine),
         "bandwidth_bytes_per_s": (weights + read_cache) / seconds_per_step if seconds_per_step else 0.0,
     }
 

@@ -20,11 +20,13 @@ from torch import Tensor
 from checkpoint import parse_device
 from common.errors import UserError
 from common.messages import say
+from engine.chunk_sums import LONG, ChunkSums
 from engine.link import Link
 from engine.sums import BackendSums, PeerSums, Sums
 
 T = TypeVar("T")
 MOST_PEERS = 8  # ranks that sum through each other's memory
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # a newer name, without which it warns
 FOREVER = timedelta(days=365)  # collectives wait as long as a person types: the link's threads know who has died
 
 
@@ -50,6 +52,11 @@ class Parallel:
         """residual plus every rank's x, which may be overwritten."""
         return next(sums for sums in self.sums if sums.fits(x)).sum(x, residual)
 
+    def chunk(self, x: Tensor) -> ChunkSums | None:
+        """Sums of a prompt's chunk beside its products, where it is long and memory is shared. x: [token, dim]."""
+        first = self.sums[0]
+        return first.of_chunk(x) if isinstance(first, PeerSums) and len(x) >= LONG else None
+
     def greedy(self, logits: Tensor, start: int) -> Tensor:
         """The likeliest token of the whole vocabulary; -1 where a row is not finite on some rank. int64 [batch].
 
@@ -62,8 +69,13 @@ class Parallel:
         most = -(-n_vocab // self.size)  # Share gives the last ranks fewer, where they do not come out even
         mine = logits if logits.shape[1] == most else torch.nn.functional.pad(logits, (0, most - logits.shape[1]))
         every = mine.new_empty(self.size * len(mine), most)
-        dist.all_gather_into_tensor(every, mine.contiguous(), self.group)
+        _gather(every, mine.contiguous(), self.group)
         return every.view(self.size, len(mine), most).transpose(0, 1).reshape(len(mine), -1)[:, :n_vocab]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the device's memory that the ranks' sums have, which PyTorch's allocator does not count."""
+        return sum(sums.nbytes for sums in self.sums)
 
     # --- Objects of the host ---
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from checkpoint.quantised import skeleton
 from common.messages import say
 from engine import FusedChunk, FusedStep, Sampling, gpu_start
+from engine.chunk_sums import ChunkSums
 from engine.fused import use_kernels
 from engine.packing import PromptPart
 from engine.parallel import Parallel
@@ -175,6 +176,9 @@ class _Sums:
     def sum(self, x: Tensor, residual: Tensor) -> Tensor:
         sums = self.ranks.sums[0]
         return sums.sum(x, residual) if isinstance(sums, PeerSums) and sums.fits(x) else x
+
+    def chunk(self, x: Tensor) -> ChunkSums | None:
+        return self.ranks.chunk(x)
 
 
 @torch.inference_mode()

@@ -12,13 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.chunk_sums import ChunkSums, Memory, n_byte
 from engine.kernels import step_kernels
 
 
 class Sums(Protocol):
-    """name: how reports call it."""
+    """name: how reports call it; nbytes: of the memory that it has on this device beside tensors."""
 
     name: str
+
+    @property
+    def nbytes(self) -> int: ...
 
     def fits(self, x: Tensor) -> bool: ...
 
@@ -37,6 +41,8 @@ class Sums(Protocol):
 
 class BackendSums:
     """gloo's or NCCL's all-reduce, and the residual added by a launch of its own."""
+
+    nbytes = 0
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.name = group, str(dist.get_backend(group))
@@ -71,7 +77,7 @@ class PeerSums:
 
         from engine.kernels import peer_sum
 
-        self.kernel, self.rank = peer_sum, group.rank()
+        self.kernel, self.symmetric, self.rank = peer_sum, symmetric, group.rank()
         self.memory = symmetric.empty(peer_sum.places(group.size())[-1], dtype=torch.uint8, device=device)
         self.handle = symmetric.rendezvous(self.memory, group)
         self.memory.zero_()
@@ -79,9 +85,44 @@ class PeerSums:
         n_program = peer_sum.MOST_WORDS // peer_sum.WORDS
         self.sums = torch.zeros(n_program, dtype=torch.int32, device=device)  # so far, by program
         self.choices = torch.zeros(peer_sum.MOST_ROWS, dtype=torch.int32, device=device)  # by sequence
+        self.group = group
+        self.chunk_sums: ChunkSums | None = None
+        self.chunk_memory: tuple[Tensor, object] | None = None
+        self.meet()  # nobody writes before all memory is zero
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes + (0 if self.chunk_memory is None else self.chunk_memory[0].nbytes)
+
+    def meet(self) -> None:
+        """Wait until every rank's device has come here."""
+        device = self.memory.device
         torch.cuda.synchronize(device)
-        dist.all_reduce(torch.zeros(1, device=device), group=group)  # nobody writes before all memory is zero
+        dist.all_reduce(torch.zeros(1, device=device), group=self.group)
         torch.cuda.synchronize(device)
+
+    def of_chunk(self, x: Tensor) -> ChunkSums:
+        """Sums of a long chunk, whose memory is made for the longest so far. x: [token, dim]."""
+        size, (n_token, dim), dtype = self.group.size(), x.shape, x.dtype
+        n = n_byte(size, n_token, dim, dtype)
+
+        def of(memory: Tensor) -> Memory:
+            return Memory.in_bytes(memory, size, n_token, dim, dtype)
+
+        if x.is_meta:
+            return ChunkSums(self.rank, [of(torch.empty(n, dtype=torch.uint8, device=x.device))] * size).begin(n_token)
+        made = self.chunk_sums
+        if made is None or not made.fits(x):
+            self.meet()
+            self.chunk_sums, self.chunk_memory = None, None
+            memory = self.symmetric.empty(n, dtype=torch.uint8, device=x.device)
+            handle = self.symmetric.rendezvous(memory, self.group)
+            memory.zero_()
+            every = [memory if r == self.rank else handle.get_buffer(r, (n,), torch.uint8) for r in range(size)]
+            self.chunk_sums = made = ChunkSums(self.rank, [of(m) for m in every])
+            self.chunk_memory = memory, handle  # as long as it is in use
+            self.meet()
+        return made.begin(n_token)
 
     def fits(self, x: Tensor) -> bool:
         return self.kernel.summable(x)

@@ -1,6 +1,6 @@
 """What each of two ranks does on its own GPU for tests/engine/test_two_gpus.py, which starts it by torchrun: the same
 texts first with the whole model, alone, and then with its share of it. Rank 0 writes what it found to
-FOLDER/found.json. By hand, for every cache and dtype, from the project's folder:
+FOLDER/found.json. By hand, for every cache and dtype, from the project's folder; 4 and 8 ranks have copies of heads:
 
     PYTHONPATH=.:tests torchrun --standalone --nproc_per_node 2 tests/two_gpus.py FOLDER all
 """
@@ -8,7 +8,10 @@ FOLDER/found.json. By hand, for every cache and dtype, from the project's folder
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from conftest import SENTENCES
+from safetensors.torch import load_file, save_file
 
 from checkpoint import find_demo, load_model, open_checkpoint
 from common.messages import say
-from engine import PREFILL_CHUNK, Engine, Sampling
+from engine import PREFILL_CHUNK, Engine, Sampling, parallel
 from engine.link import linked
 from engine.parallel import Parallel, connect, rank_device
 from engine.precompile import Run, compiled_ahead, prompt_parts
@@ -37,15 +41,40 @@ CACHES = [
 FP32, BF16 = torch.float32, torch.bfloat16
 TESTED = [(FP32, CACHES[0]), (FP32, CACHES[2]), (BF16, CACHES[3])]
 N_NEW = 60
+CHUNK = 100  # tokens: of the long prompt, alone; what is left of it goes with the short one
+
+
+def with_heads(n_kv_head: int, folder: Path) -> Path:
+    """A folder with the bundled model, whose heads are there several times until there are n_kv_head for keys and
+    values; it computes the same.
+    """
+    shutil.copytree(find_demo(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    n_head, kv_copies = config["num_attention_heads"], n_kv_head // config["num_key_value_heads"]
+    copies = max(1, n_kv_head // n_head)
+    config |= {"num_attention_heads": n_head * copies, "num_key_value_heads": n_kv_head}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        kind = name.rsplit(".", 2)[-2]
+        n = {"q_proj": copies, "k_proj": kv_copies, "v_proj": kv_copies}.get(kind, 1)
+        if n > 1:
+            heads = weight.view(-1, config["head_dim"], weight.shape[1])
+            weights[name] = heads.repeat_interleave(n, 0).flatten(0, 1)
+        if kind == "o_proj" and copies > 1:
+            heads = weight.view(len(weight), n_head, -1) / copies
+            weights[name] = heads.repeat_interleave(copies, 1).flatten(1)
+    save_file(weights, folder / "model.safetensors")
+    return folder
 
 
 class Runs:
-    """The bundled model on this GPU, or a rank's share of it: the same prompts through every cache."""
+    """A model on this GPU, or a rank's share of it: the same prompts through every cache."""
 
     def __init__(
-        self, dtype: torch.dtype, device: torch.device, caches: list[str], ranks: Parallel | None = None
+        self, model: Path, dtype: torch.dtype, device: torch.device, caches: list[str], ranks: Parallel | None = None
     ) -> None:
-        checkpoint = open_checkpoint(find_demo())
+        checkpoint = open_checkpoint(model)
         tokenizer = checkpoint.tokenizer()
         assert tokenizer is not None
         texts = [" ".join(SENTENCES[:12]), "Once upon a time"]  # the first closes a tile
@@ -61,9 +90,9 @@ class Runs:
         with compiled_ahead(self.config, runs, Sampling(0), ranks):
             self.model = load_model(checkpoint, device, dtype, ranks=ranks)
 
-    def engine(self, cache: str, sampling: Sampling) -> Engine:
+    def engine(self, cache: str, sampling: Sampling, chunk: int = PREFILL_CHUNK) -> Engine:
         model_cache = ModelCache(parse_policy(cache), self.config.n_layer, self.shape)
-        return Engine(self.model, model_cache, sampling, ranks=self.ranks)
+        return Engine(self.model, model_cache, sampling, prefill_chunk=chunk, ranks=self.ranks)
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
         """float32 [batch, vocabulary], of all ranks."""
@@ -76,9 +105,9 @@ class Runs:
         return list(engine.generate(self.prompts, N_NEW))
 
     @torch.inference_mode()
-    def score(self, cache: str, tokens: list[list[int | None]]) -> torch.Tensor:
+    def score(self, cache: str, tokens: list[list[int | None]], chunk: int = PREFILL_CHUNK) -> torch.Tensor:
         """Logits after the prompts and after each of these tokens, fed one by one: [step, batch, vocabulary]."""
-        engine = self.engine(cache, Sampling(0))
+        engine = self.engine(cache, Sampling(0), chunk)
         engine.read(self.prompts)
         assert engine.logits is not None
         found = [self.whole(engine.logits)]
@@ -130,6 +159,14 @@ def sums_of(ranks: Parallel) -> dict[str, float]:
     return worst
 
 
+@contextmanager
+def long_chunks(n_token: int) -> Iterator[None]:
+    """Chunks from so many tokens on count as long, and are summed beside their products."""
+    before, parallel.LONG = parallel.LONG, n_token
+    yield
+    parallel.LONG = before
+
+
 def equal_steps(one: list[Any], other: list[Any]) -> int:
     """How many steps two texts begin with alike."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
@@ -150,7 +187,9 @@ def main(folder: Path, cases: list[tuple[torch.dtype, str]]) -> None:
         caches: dict[torch.dtype, list[str]] = {}
         for dtype, cache in cases:
             caches.setdefault(dtype, []).append(cache)
-        alone = {dtype: Runs(dtype, device, caches[dtype]) for dtype in caches}
+        most = open_checkpoint(find_demo()).config.n_kv_head
+        model = find_demo() if link.size <= most else with_heads(link.size, folder / f"model{link.rank}")
+        alone = {dtype: Runs(model, dtype, device, caches[dtype]) for dtype in caches}
         want = {
             (dtype, cache, name): alone[dtype].write(cache, sampling)
             for dtype, cache in cases for name, sampling in samplings.items()
@@ -158,7 +197,7 @@ def main(folder: Path, cases: list[tuple[torch.dtype, str]]) -> None:
         say("written alone")
         ranks = connect(link, device)
         found: dict[str, Any] = {"sums": sums_of(ranks), "path": ranks.path, "rows": []}
-        together = {dtype: Runs(dtype, device, caches[dtype], ranks) for dtype in caches}
+        together = {dtype: Runs(model, dtype, device, caches[dtype], ranks) for dtype in caches}
         for dtype, cache in cases:
             one, both = alone[dtype], together[dtype]
             row: dict[str, Any] = {"dtype": str(dtype), "cache": cache}
@@ -168,6 +207,8 @@ def main(folder: Path, cases: list[tuple[torch.dtype, str]]) -> None:
                 row[f"{name} by all"] = len({str(t) for t in ranks.from_all(text)}) == 1
             tokens = want[dtype, cache, "greedy"]
             row |= compared(one.score(cache, tokens), both.score(cache, tokens))
+            with long_chunks(CHUNK // 2):
+                row["long error"] = compared(one.score(cache, tokens, CHUNK), both.score(cache, tokens, CHUNK))["error"]
             file = folder / f"{len(found['rows'])}"
             both.save(cache, file)
             row["loaded by two"] = both.go_on(cache, file) == both.write(cache, samplings["greedy"])

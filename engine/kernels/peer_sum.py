@@ -195,7 +195,7 @@ def peer_sum(x: Tensor, residual: Tensor, peers: Sequence[int], counts: Tensor, 
     """
     assert summable(x) and residual.shape == x.shape and x.is_contiguous() and residual.is_contiguous()
     n_word = x.numel() * x.element_size() // 4
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)
     overlap = processor(x.device).overlap
     launch(sum_kernel, (triton.cdiv(n_word, WORDS),))(
         x, residual, out, counts, *_all(peers), n_word, RANK=rank, N_RANK=len(peers), WORDS=WORDS, MOST=MOST_WORDS,

@@ -68,9 +68,9 @@ def reset_carveout(kernel: Any) -> None:
     if function is None or getattr(kernel, "divided", False) or kernel.metadata.shared <= ALWAYS_THERE:
         return
     kernel.divided = True
-    driver = _driver()
-    if driver is not None:
-        status = driver.cuFuncSetCacheConfig(ctypes.c_void_p(function), PREFER_NONE)
+    library = driver()
+    if library is not None:
+        status = library.cuFuncSetCacheConfig(ctypes.c_void_p(function), PREFER_NONE)
         if status:
             warn_once(f"cuFuncSetCacheConfig failed with {status}: decoding may take longer than it needs to")
 
@@ -113,7 +113,7 @@ def capturing(
 
 
 @cache
-def _driver() -> ctypes.CDLL | None:
+def driver() -> ctypes.CDLL | None:
     """NVIDIA's driver; None on a GPU of another make."""
     try:
         return ctypes.CDLL("libcuda.so.1")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,16 @@ from ranks import Rank, finish, start
 
 import generate
 from benchmark import command as benchmark
+from checkpoint import Share
+from cli.plan import activation_bytes
 from common.errors import UserError
 from engine import Engine, link, parallel
+from engine.chunk_sums import n_byte
 from engine.link import Link
 from engine.saved import SavedCache
 from evaluation import flags as evaluate
-from model import Transformer
+from model import CONFIGS, Transformer
+from selective_kv import Shape
 
 QUANTIZE = ["quantize_kv", "--sink_size", "2", "--window_size", "4"]
 DEADLINE = 30  # seconds for every rank to end once one has
@@ -127,6 +132,14 @@ def test_a_plan_for_ranks_that_are_not_here(capsys: pytest.CaptureFixture[str]) 
     assert 18 * 2**30 < plan["weights"] < 20 * 2**30  # an eighth of 131.4 GiB, and the embedding's 1.96
 
 
+def test_a_plan_counts_what_ranks_write_sums_into() -> None:
+    config = Share(CONFIGS["llama-3.1-70b"], 0, 8).config
+    shape = Shape(1, 1, 128, 40000, torch.bfloat16, torch.device("cuda"))
+    for n_token, more in ((100, 0), (8192, n_byte(8, 8192, 8192, torch.bfloat16))):
+        alone = activation_bytes(replace(config, vocab_rows=0), shape, n_token)
+        assert activation_bytes(config, shape, n_token) - alone == more
+
+
 def test_a_mistake_that_one_rank_finds_is_told_by_rank_0(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +233,7 @@ def test_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     done = subprocess.run([*torchrun, str(ROOT / "generate.py"), *argv], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == want and done.stderr.count("tokens/s") == 1
+    assert "FutureWarning" not in done.stderr  # sampling calls by a name that PyTorch still has
 
 
 def test_a_prompt_is_read_once_whoever_reads_it(

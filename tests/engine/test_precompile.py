@@ -85,15 +85,23 @@ def test_a_run_asks_for_no_binary_that_was_not_compiled_ahead() -> None:
 WALK = """
 import sys, torch
 from engine import Sampling, precompile
+from engine.kernels import peer_sum
+from engine.parallel import Parallel
+from engine.sums import PeerSums
 from model import CONFIGS
 from selective_kv import FullCache, SelectiveCache, Shape, SinkWindowCache
 from selective_kv.kernels import launch
 launch._compile = lambda *args, **kwargs: None
 shape = Shape(1, 8, 128, 40000, torch.bfloat16, torch.device("cuda"))
 parts = [(0, 0, 8192), (0, 8192, 8192), (0, 16384, 7)]
+peers = object.__new__(PeerSums)  # without the memory
+peers.kernel, peers.rank, peers.peers, peers.sums, peers.choices = peer_sum, 0, (0, 0), *torch.zeros(2, 9)
+peers.group = type("Group", (), {"size": lambda self: 2})()
+ranks = Parallel(0, 2, shape.device, None, None, (peers,))
 for policy in (FullCache(), SinkWindowCache(), SelectiveCache(k_bits=4, v_bits=4)):
     with launch.compiling():
         precompile.walk(CONFIGS["qwen-3-8b"], policy, shape, Sampling(temperature=0), parts)
+        precompile.walk(CONFIGS["qwen-3-8b"], policy, shape, Sampling(temperature=0), parts, ranks=ranks)
 print([name for name in ("sympy", "torch._dynamo") if name in sys.modules])
 """
 
@@ -148,7 +156,7 @@ class Driver:
 
 def launched(monkeypatch: pytest.MonkeyPatch, driver: Driver, *shared: int) -> None:
     """Kernels, each twice, that have these bytes of shared memory and the functions 1, 2, and so on."""
-    monkeypatch.setattr("selective_kv.kernels.launch._driver", lambda: driver)
+    monkeypatch.setattr("selective_kv.kernels.launch.driver", lambda: driver)
     for function, n_bytes in enumerate(shared, 1):
         kernel = SimpleNamespace(function=function, metadata=SimpleNamespace(shared=n_bytes))
         for _ in range(2):

@@ -30,8 +30,8 @@ def torchrun(*words: object) -> list[str]:
 
 
 def test_two_ranks_do_as_one_gpu(tmp_path: Path) -> None:
-    """Sums of every dtype; texts, greedy and sampled, in float32, and logits in bfloat16, where a text may part at two
-    tokens that are equally likely; caches saved by two ranks, for two and for one.
+    """Sums of every dtype, a long chunk's too; texts, greedy and sampled, in float32, and logits in bfloat16, where a
+    text may part at two tokens that are equally likely; caches saved by two ranks, for two and for one.
     """
     path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
     argv = torchrun(TESTS / "two_gpus.py", tmp_path)
@@ -43,7 +43,7 @@ def test_two_ranks_do_as_one_gpu(tmp_path: Path) -> None:
     assert max(found["sums"].values()) <= 1, found["sums"]
     for row in found["rows"]:
         exact = row["dtype"] == "torch.float32"
-        assert row["error"] < (1e-4 if exact else 2e-2), row
+        assert max(row["error"], row["long error"]) < (1e-4 if exact else 2e-2), row
         assert row["greedy by all"] and row["sampled by all"] and row["loaded by two"], row
         if exact:
             assert row["greedy"] == row["sampled"] == row["loaded by one"] == 60, row
