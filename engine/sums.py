@@ -115,6 +115,7 @@ class PeerSums:
         if made is None or not made.fits(x):
             self.meet()
             self.chunk_sums, self.chunk_memory = None, None
+            torch.cuda.empty_cache()  # the allocator's spare memory is nobody else's
             memory = self.symmetric.empty(n, dtype=torch.uint8, device=x.device)
             handle = self.symmetric.rendezvous(memory, self.group)
             memory.zero_()
