@@ -54,6 +54,40 @@ def test_two_ranks_sum(dtype: torch.dtype, n: int, device: str, monkeypatch: pyt
         assert [c.tolist() for c in counts] == [[count] * used + [0] * (4 - used)] * 2
 
 
+@pytest.mark.parametrize("n_rank", [4, kernel.MOST_RANKS])
+def test_more_ranks_sum_and_choose(n_rank: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in turn, when the others' messages are there; twice, in both halves. All have the same bits, and each has
+    written to each other one."""
+    monkeypatch.setattr(kernel, "MOST_WORDS", 2 * kernel.WORDS)
+    sums, size = kernel.places(n_rank)
+    n = kernel.WORDS + 40
+    memory = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(n_rank)]
+    counts = [torch.zeros(kernel.MOST_ROWS, dtype=torch.int32, device=device) for _ in range(2 * n_rank)]
+    peers = [m.data_ptr() for m in memory]
+    parts = [m[:sums].view(torch.int64).view(2, n_rank, -1) for m in memory]  # half, rank, word
+    keys = [m[sums:].view(torch.int64).view(2, n_rank, -1) for m in memory]
+    for count in (1, 2):
+        residual, half = torch.randn(1, n).to(device), count & 1
+        x = [torch.randn(1, n).to(device) for _ in range(n_rank)]
+        logits = [torch.randn(1, 101).to(device) for _ in range(n_rank)]
+        sent = torch.stack([messages(t, count) for t in x])
+        chosen = torch.stack([messages(kernel.parts(t, 101 * k).amax(1), count) for k, t in enumerate(logits)])
+        want = (residual.double() + torch.stack(x).double().sum(0)).cpu()
+        found, tokens = [], []
+        for rank in range(n_rank):
+            others = torch.arange(n_rank) != rank
+            parts[rank][half, others, :n], keys[rank][half, others, :2] = sent[others], chosen[others]
+            found.append(kernel.peer_sum(x[rank], residual, peers, counts[rank], rank))
+            tokens.append(kernel.peer_choice(logits[rank], 101 * rank, peers, counts[n_rank + rank], rank))
+            for other in others.nonzero()[:, 0].tolist():
+                assert torch.equal(parts[other][half, rank, :n], sent[rank])
+                assert torch.equal(keys[other][half, rank, :2], chosen[rank])
+                parts[other][half, rank, :n] = 0
+        assert (found[0].double().cpu() - want).abs().max() < 1e-5
+        assert all(torch.equal(other, found[0]) for other in found)
+        assert {int(t) for t in tokens} == {int(torch.cat(logits, 1).argmax())}
+
+
 def test_what_is_no_whole_word_or_too_large_is_not_taken() -> None:
     assert kernel.summable(torch.empty(1, 48, dtype=BF16)) and not kernel.summable(torch.empty(1, 47, dtype=BF16))
     most = kernel.MOST_BYTES // 4
