@@ -128,6 +128,8 @@ def compare(
                 "store_s": statistics.median(reading["store"] for reading in readings),
                 "peak_memory_bytes": max(reading["peak"] for reading in readings),
             })  # fmt: skip
+            if ranks is not None:
+                rows[-1]["rank_peak_memory_bytes"] = ranks.from_all(rows[-1]["peak_memory_bytes"])
     return rows
 
 

@@ -269,7 +269,7 @@ def test_a_prompt_is_read_once_whoever_reads_it(
     assert alone(capsys, *talk, "--load_cache", file) == rest
 
 
-def test_the_benchmark_on_ranks_times_a_saved_cache(tiny: Path, tmp_path: Path) -> None:
+def test_the_benchmark_on_ranks_times_saved_caches_and_prompts(tiny: Path, tmp_path: Path) -> None:
     """Two ranks' file, of two sequences: rank 0 alone prints and writes, with every rank's peak."""
     files, out = [tmp_path / name for name in ("full", "int8")], tmp_path / "r.jsonl"
     for file, cache in zip(files, ([], QUANTIZE), strict=True):
@@ -285,6 +285,11 @@ def test_the_benchmark_on_ranks_times_a_saved_cache(tiny: Path, tmp_path: Path) 
     for row in record["rows"]:
         assert (row["batch"], row["context"]) == (2, n_token) and len(row["rank_peak_memory_bytes"]) == 2
     assert ranks[1].out.read_text() == "" and ranks[0].out.read_text().count("read ceiling") == 1
+    words = ["--checkpoint_path", tiny, "--first_token", "--context", 40, "--rounds", 1, "--json", out]
+    out.unlink()  # a record more would be added
+    ranks = start(2, lambda rank: benchmark.main([str(a) for a in words]), tmp_path / "first")
+    assert finish(ranks) == [0, 0], ranks[0].err.read_text()
+    assert [len(row["rank_peak_memory_bytes"]) for row in json.loads(out.read_text())["rows"]] == [2, 2, 2]
     other = start(2, lambda rank: benchmark.main([*map(str, argv), "--dtype", "float16"]), tmp_path / "other")
     assert finish(other) == [2, 2]
     (line,) = "".join(rank.err.read_text() for rank in other).splitlines()
