@@ -335,7 +335,7 @@ def decode_attention(
     p = configure(batch_heads, group, q.shape[2], itemsize, here.multiprocessors, k_bits, v_bits)
     p = fitting(p, here.shared, q.shape[2], itemsize, k_bits, v_bits)
     if new is not None and here.overlap and not split_appends(batch_heads, here.multiprocessors):
-        append(regions, *new, positions)
+        append(regions, *new, positions, early=p.ahead > 0)
         new = None
     return run(q, regions, positions, sink_rope, p, then, new)
 

@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from selective_kv.formats import TILE as TILE_TOKENS
 from selective_kv.kernels.basics import INTERPRET, prefetch
 from selective_kv.kernels.close import blocks_of, close_keys, close_values
-from selective_kv.kernels.decode_config import early, processor
+from selective_kv.kernels.decode_config import processor
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
 from selective_kv.kernels.tile_softmax import TILE
@@ -72,21 +72,22 @@ def settle(at):
     prefetch(at)
 
 
-def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor) -> None:
+def append(regions: Regions, k: Tensor, v: Tensor, positions: Tensor, early: bool = False) -> None:
     """Write one token per sequence.
 
-    k, v: [batch, n_kv_head, head_dim]; positions: int64 [batch], below 2**31, where the new tokens stand.
+    k, v: [batch, n_kv_head, head_dim]; positions: int64 [batch], below 2**31, where the new tokens stand. early: the
+    launch after this one may begin while this waits for its token, see `decode_config.early`.
 
     With PDL `positions` are read before the wait for the launch ahead, so a launch without PDL, which starts when all
     before it have ended, must stand between whatever writes them and this: a step's sampling is such.
     """
     batch, n_kv_head, head_dim = k.shape
     assert k.stride(2) == v.stride(2) == 1 and positions.is_contiguous()
-    here, (k_bits, v_bits) = processor(k.device), stored_bits(regions)
+    here = processor(k.device)
     launch(append_kernel, (n_kv_head, batch, 2))(
         k, v, regions.k, regions.v, positions, *k.stride()[:2], *v.stride()[:2], *regions.k.stride()[:2],
         regions.sink_size, regions.k.shape[2], HEAD_DIM=head_dim,
-        EARLY=early(batch * n_kv_head, here.multiprocessors, 0 < k_bits + v_bits < 16),
+        EARLY=early,
         OVERLAP=here.overlap, launch_pdl=here.overlap, num_warps=1,
     )  # fmt: skip
 
