@@ -33,8 +33,8 @@ def parts(k_bits: int, v_bits: int) -> int:
 
 
 def early(batch_heads: int, n_processor: int, four: bool) -> bool:
-    """Whether `append` gives its PDL trigger at once, so that splits become resident and prefetch their first tokens
-    into L2 while it still waits for its token. Shared memory must cap such a plan at `per_processor` programs an SM:
+    """Whether splits become resident and prefetch their first tokens into L2 while `append`, which then gives its PDL
+    trigger at once, still waits for its token. Shared memory must cap such a plan at `per_processor` programs an SM:
     while some SMs are still busy, splits would otherwise crowd onto the others (8 x 32k tokens took 9% longer so).
     """
     return (2 * batch_heads <= 3 * n_processor) if four else (4 * batch_heads <= n_processor)
@@ -63,6 +63,8 @@ def plan(
     # With one program a KV head, 1.75 to 2 an SM: an even load without split-KV.
     even = 7 * n_processor < 4 * batch_heads <= 8 * n_processor
     many = k_bits == v_bits == 4 and head_dim <= 128 and few and 4 * batch_heads > n_processor
+    # Fewer bytes on their way are faster where registers cap the programs of an SM, or the load is even without a cap.
+    capped = head_dim > 64 and heads != 8
     if 3 in (k_bits, v_bits) and not few:
         p = Plan(heads, 2, 16, 64, 3, 4, 4)
     elif 3 in (k_bits, v_bits) and alone:
@@ -72,7 +74,7 @@ def plan(
     elif four and n_part == 2 and heads <= 4 and head_dim <= 128 and 4 * batch_heads <= n_processor:
         p = Plan(heads, 1, 32, 64, 4, 3, 4)  # no barriers between warps, but a query's terms are made by each
     elif many:  # short of instructions in flight, not of bytes: small programs, 4 an SM, or 6 of half the bytes
-        p = Plan(heads, 2, 16, 64, 3, 4, 4) if head_dim > 64 else Plan(heads, 2, 16, 64, 3, 5, 6)
+        p = Plan(heads, 2, 16, 64, 3, 4 if capped else 3, 4 if head_dim > 64 else 6)
     elif four and few:
         p = Plan(heads, 2, 32, 64, 4, 4, 2)
     elif four:
@@ -81,7 +83,7 @@ def plan(
         p = Plan(heads, 2, 32, 64, 4, 3, 2)  # 96 KiB a program; with 48, full is 1.6% slower at 128k
     else:
         p = Plan(heads, 1, 16, 64, 4, 3, 4)  # KV heads alone fill the SMs: small programs have the shortest tail
-    if early(batch_heads, n_processor, four):
+    if early(batch_heads, n_processor, four) and (capped or not many):
         p = p._replace(ahead=64)
     if head_dim <= 64 and not many:
         p = p._replace(warps=2 * p.warps, int_slice=min(p.int_slice, TILE // (2 * p.warps)))  # half the bytes a token
