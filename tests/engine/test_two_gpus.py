@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SENTENCES
 from ranks import free_port
+
+from engine.chunk_sums import LONG
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,6 +99,37 @@ def test_a_killed_rank_ends_the_other(tmp_path: Path) -> None:
     lines = [line for line in err.read_text().splitlines() if "error:" in line and "has ended" in line]
     assert len(lines) == 1 and "rank 1 has ended" in lines[0], err.read_text()
     assert err.read_text().count("Traceback") <= 1  # torchrun's own
+
+
+DYING = """
+import os, sys
+import generate
+from engine.fused_chunk import FusedChunk
+in_parts, left = FusedChunk._in_parts, 13  # layers: past the first of two chunks
+
+def dies(*args):
+    global left
+    left -= 1
+    if not left and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    return in_parts(*args)
+
+FusedChunk._in_parts = dies
+generate.main(sys.argv[1:])
+"""
+
+
+def test_a_rank_killed_amid_a_long_prompt_ends_the_other(tmp_path: Path) -> None:
+    """Whose kernels wait for rows that never come."""
+    (tmp_path / "dying.py").write_text(DYING)
+    (tmp_path / "text").write_text(" ".join(SENTENCES)[:20000])
+    argv = ["--prompt_file", tmp_path / "text", "--prefill_chunk", LONG, "--max_new_tokens", 5]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    words = torchrun(tmp_path / "dying.py", *argv)
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "error:" in line and "has ended" in line]
+    assert len(lines) == 1 and "rank 1 has ended" in lines[0], done.stderr
 
 
 def test_ctrl_c_prints_one_report(tmp_path: Path) -> None:
