@@ -15,7 +15,7 @@ from checkpoint.quantised import skeleton
 from common.errors import UserError
 from common.messages import say, size
 from engine import Sampling
-from engine.chunk_sums import LONG, n_byte
+from engine.chunk_sums import by_rows, n_byte
 from engine.packing import most_at_once
 from kv_cache import format_policy
 from model import Config, Transformer
@@ -99,9 +99,10 @@ def activation_bytes(config: Config, shape: Shape, n_token: int) -> int:
 
 def _sums_bytes(config: Config, shape: Shape, n_token: int) -> int:
     """What the ranks on GPUs that hold a model together write a long chunk's sums into. config: one rank's."""
-    if not config.vocab_rows or shape.device.type != "cuda" or n_token < LONG:
+    if not config.vocab_rows or shape.device.type != "cuda":
         return 0
-    return n_byte(-(-config.vocab_size // config.vocab_rows), n_token, config.dim, shape.dtype)
+    n_rank = -(-config.vocab_size // config.vocab_rows)
+    return n_byte(n_rank, n_token, config.dim, shape.dtype) if by_rows(n_token, config.dim, n_rank) else 0
 
 
 def make_plan(

@@ -27,7 +27,9 @@ from torch import Tensor
 from selective_kv.kernels.launch import driver
 
 N_PART = 2
-LONG = 2048  # tokens of a chunk that is summed so
+# Tokens x dim x dim of a rank: what a layer's products are made of. Less is done before the host has launched it all.
+# (The 8B shape on two GPUs, by the backend and so: 4,096 tokens 63 and 79 ms, 8,192 tokens 121 and 112: LOG.md)
+LONG = 3072 * 4096**2
 SENT, NORMED = 0, 1  # kinds of flags
 LINE = 128  # bytes that each of a memory's tensors begins at a multiple of
 
@@ -74,6 +76,11 @@ def _tensors(size: int, n_token: int, dim: int, dtype: torch.dtype) -> list[tupl
     ]
 
 
+def by_rows(n_token: int, dim: int, size: int) -> bool:
+    """Whether a chunk is long enough to be summed so."""
+    return n_token >= N_PART and n_token * dim * dim >= LONG * size
+
+
 def n_byte(size: int, n_token: int, dim: int, dtype: torch.dtype) -> int:
     """Of a rank's `Memory` for chunks of up to n_token tokens."""
     return sum(-(-shape.numel() * kind.itemsize // LINE) * LINE for shape, kind in _tensors(size, n_token, dim, dtype))
@@ -106,6 +113,7 @@ class ChunkSums:
         assert n_token <= len(self.own.normed)
         half = -(-n_token // N_PART)
         self.parts = [slice(first, min(first + half, n_token)) for first in range(0, n_token, half)]
+        assert len(self.parts) > 1
         return self
 
     def send(self, i: int, y: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from checkpoint import parse_device
 from common.errors import UserError
 from common.messages import say
-from engine.chunk_sums import LONG, ChunkSums
+from engine.chunk_sums import ChunkSums, by_rows
 from engine.link import Link
 from engine.sums import BackendSums, PeerSums, Sums
 
@@ -55,7 +55,8 @@ class Parallel:
     def chunk(self, x: Tensor) -> ChunkSums | None:
         """Sums of a prompt's chunk beside its products, where it is long and memory is shared. x: [token, dim]."""
         first = self.sums[0]
-        return first.of_chunk(x) if isinstance(first, PeerSums) and len(x) >= LONG else None
+        n_token, dim = x.shape
+        return first.of_chunk(x) if isinstance(first, PeerSums) and by_rows(n_token, dim, self.size) else None
 
     def greedy(self, logits: Tensor, start: int) -> Tensor:
         """The likeliest token of the whole vocabulary; -1 where a row is not finite on some rank. int64 [batch].

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import find_demo, load_model, open_checkpoint
 from common.messages import say
-from engine import PREFILL_CHUNK, Engine, Sampling, parallel
+from engine import PREFILL_CHUNK, Engine, Sampling, chunk_sums
 from engine.link import linked
 from engine.parallel import Parallel, connect, rank_device
 from engine.precompile import Run, compiled_ahead, prompt_parts
@@ -160,11 +160,11 @@ def sums_of(ranks: Parallel) -> dict[str, float]:
 
 
 @contextmanager
-def long_chunks(n_token: int) -> Iterator[None]:
-    """Chunks from so many tokens on count as long, and are summed beside their products."""
-    before, parallel.LONG = parallel.LONG, n_token
+def every_chunk_long() -> Iterator[None]:
+    """Chunks of two tokens and more are summed by rows, beside their products."""
+    before, chunk_sums.LONG = chunk_sums.LONG, 1
     yield
-    parallel.LONG = before
+    chunk_sums.LONG = before
 
 
 def equal_steps(one: list[Any], other: list[Any]) -> int:
@@ -207,7 +207,7 @@ def main(folder: Path, cases: list[tuple[torch.dtype, str]]) -> None:
                 row[f"{name} by all"] = len({str(t) for t in ranks.from_all(text)}) == 1
             tokens = want[dtype, cache, "greedy"]
             row |= compared(one.score(cache, tokens), both.score(cache, tokens))
-            with long_chunks(CHUNK // 2):
+            with every_chunk_long():
                 row["long error"] = compared(one.score(cache, tokens, CHUNK), both.score(cache, tokens, CHUNK))["error"]
             file = folder / f"{len(found['rows'])}"
             both.save(cache, file)

@@ -133,11 +133,16 @@ def test_a_plan_for_ranks_that_are_not_here(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_plan_counts_what_ranks_write_sums_into() -> None:
-    config = Share(CONFIGS["llama-3.1-70b"], 0, 8).config
+    """Of long chunks: as much work a rank as 6,144 tokens of an 8B on two."""
     shape = Shape(1, 1, 128, 40000, torch.bfloat16, torch.device("cuda"))
-    for n_token, more in ((100, 0), (8192, n_byte(8, 8192, 8192, torch.bfloat16))):
+    for model, n_rank, n_token, counted in (
+        ("llama-3.1-8b", 2, 6143, False), ("llama-3.1-8b", 2, 6144, True), ("llama-3.1-8b", 4, 8192, False),
+        ("llama-3.1-70b", 4, 8192, True), ("llama-3.2-1b", 2, 8192, False),
+    ):  # fmt: skip
+        config = Share(CONFIGS[model], 0, n_rank).config
         alone = activation_bytes(replace(config, vocab_rows=0), shape, n_token)
-        assert activation_bytes(config, shape, n_token) - alone == more
+        sums = n_byte(n_rank, n_token, config.dim, torch.bfloat16) if counted else 0
+        assert activation_bytes(config, shape, n_token) - alone == sums
 
 
 def test_a_mistake_that_one_rank_finds_is_told_by_rank_0(

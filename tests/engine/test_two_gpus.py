@@ -15,8 +15,6 @@ import torch
 from conftest import ROOT, SENTENCES
 from ranks import free_port
 
-from engine.chunk_sums import LONG
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
@@ -104,8 +102,9 @@ def test_a_killed_rank_ends_the_other(tmp_path: Path) -> None:
 DYING = """
 import os, sys
 import generate
+from engine import chunk_sums
 from engine.fused_chunk import FusedChunk
-in_parts, left = FusedChunk._in_parts, 13  # layers: past the first of two chunks
+in_parts, left = FusedChunk._in_parts, 5  # layers
 
 def dies(*args):
     global left
@@ -114,7 +113,7 @@ def dies(*args):
         os.kill(os.getpid(), 9)
     return in_parts(*args)
 
-FusedChunk._in_parts = dies
+FusedChunk._in_parts, chunk_sums.LONG = dies, 1
 generate.main(sys.argv[1:])
 """
 
@@ -123,7 +122,7 @@ def test_a_rank_killed_amid_a_long_prompt_ends_the_other(tmp_path: Path) -> None
     """Whose kernels wait for rows that never come."""
     (tmp_path / "dying.py").write_text(DYING)
     (tmp_path / "text").write_text(" ".join(SENTENCES)[:20000])
-    argv = ["--prompt_file", tmp_path / "text", "--prefill_chunk", LONG, "--max_new_tokens", 5]
+    argv = ["--prompt_file", tmp_path / "text", "--max_new_tokens", 5]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     words = torchrun(tmp_path / "dying.py", *argv)
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=100)
