@@ -1,17 +1,22 @@
-"""Sums over ranks of a prompt's long chunk, beside its products.
+"""Sums over ranks of a prompt's long chunk, made while its matrix products run.
 
-A chunk of 8,192 tokens has two sums a layer of 67 MB, which an all-reduce takes 0.2 ms for on two H100s, and every rank
-then adds and norms all rows: 0.3 ms a sum, a tenth of the time to the first token. Instead
+A chunk of 8,192 tokens of the 8B shape has two sums a layer, of 67 MB each. On two H100s an all-reduce of one takes
+0.2 ms, and then every rank adds and norms all rows: 0.3 ms a sum, a tenth of the time to the first token. Here every
+row of the chunk has one rank that adds it up (a reduce-scatter, then an all-gather of normed rows):
 
-    1. each rank copies what it has of another's rows into that one's memory (`send`);
-    2. a rank adds up its own rows, norms them (`add`) and copies the result into everybody's memory;
-    3. who needs the norm of all rows waits for it (`normed`).
+    1. each rank copies its partial results of another rank's rows into that rank's memory (`send`);
+    2. a rank adds up its own rows, norms them and copies the result into all other ranks' memory (`add`);
+    3. a product that needs the norm of all rows waits for it (`normed`).
 
-Copies are the copy engines': they take no SM from a product, and nothing is ever asked for from afar. The chunk's
-tokens are in parts, so that one part's copies go beside the other's products. Behind a copy, in its stream, a flag
-is written, the number of the sum: a fence comes before it. Received rows have two places, by whether that number is
-odd: whoever sends number e + 2 has added up e + 1, of which every rank's part was sent after e had been read. Normed
-rows have one: whoever writes number e + 1 has everybody's part of it, which was made of the norm before.
+Copy engines make the copies: they take no SM from a product. Ranks only write into each other's memory; to read from
+there would take a round trip. The chunk's tokens are in N_PART parts, so that the copies of one part run beside the
+products of another.
+
+Behind each copy, in its stream and after a fence, a flag is written: the number of the sum. No rank confirms that it
+has read what it was sent; the order of sums makes sure of it. Received rows have two places, for odd and even numbers:
+a rank that sends sum e + 2 has added up sum e + 1, and every other rank sent its share of e + 1 after it had read e.
+Normed rows have one place: a rank that writes the rows of sum e + 1 has every rank's share of that sum, and those were
+products of the normed rows of sum e.
 """
 
 from __future__ import annotations
@@ -27,11 +32,12 @@ from torch import Tensor
 from selective_kv.kernels.launch import driver
 
 N_PART = 2
-# Tokens x dim x dim of a rank: what a layer's products are made of. Less is done before the host has launched it all.
-# (The 8B shape on two GPUs, by the backend and so: 4,096 tokens 63 and 79 ms, 8,192 tokens 121 and 112: LOG.md)
-LONG = 3072 * 4096**2
+# The least work of a rank for a chunk to be summed in this way: tokens x dim x dim / ranks, to which its products are
+# proportional. With less, the host takes longer for its launches than the products do. (The 8B shape on two GPUs, by
+# NCCL and by rows: 4,096 tokens 63 and 79 ms, 8,192 tokens 121 and 112: LOG.md, 2026-11-26.)
+LEAST_WORK = 3072 * 4096**2
 SENT, NORMED = 0, 1  # kinds of flags
-LINE = 128  # bytes that each of a memory's tensors begins at a multiple of
+LINE = 128  # bytes: each tensor of a `Memory` begins at a multiple of it
 
 
 def share(n: int, rank: int, size: int) -> slice:
@@ -40,16 +46,17 @@ def share(n: int, rank: int, size: int) -> slice:
 
 
 def sender(rank: int, receiver: int) -> int:
-    """Where a rank is among the others of a receiver, in their order."""
+    """The index of rank `rank` among the ranks other than `receiver`, in their order."""
     return rank - (rank > receiver)
 
 
 @dataclass
 class Memory:
-    """What one rank is written into.
+    """The memory of one rank that the other ranks write into.
 
-    received: [odd or even, part, size - 1, most rows, dim], of the other ranks in their order; normed: [token, dim],
-    of a whole chunk; flags: int32 [kind, part, odd or even, at least size - 1], the numbers of sums.
+    received: [number of the sum modulo 2, part, size - 1, most rows of a rank, dim], partial results of the other ranks
+    in their order; normed: [token, dim], the RMSNorm of all rows of a chunk; flags: int32 [kind, part, number modulo 2,
+    at least size - 1], the number of the last sum that each other rank has written.
     """
 
     received: Tensor
@@ -58,7 +65,7 @@ class Memory:
 
     @classmethod
     def in_bytes(cls, memory: Tensor, size: int, n_token: int, dim: int, dtype: torch.dtype) -> Memory:
-        """memory: uint8, of `n_byte`."""
+        """memory: uint8 [`n_byte` of the same arguments]. The tensors are views of it."""
         found, first = [], 0
         for shape, kind in _tensors(size, n_token, dim, dtype):
             n = shape.numel() * kind.itemsize
@@ -77,19 +84,19 @@ def _tensors(size: int, n_token: int, dim: int, dtype: torch.dtype) -> list[tupl
 
 
 def by_rows(n_token: int, dim: int, size: int) -> bool:
-    """Whether a chunk is long enough to be summed so."""
-    return n_token >= N_PART and n_token * dim * dim >= LONG * size
+    """Whether a chunk of n_token tokens is long enough to be summed in this way by `size` ranks."""
+    return n_token >= N_PART and n_token * dim * dim >= LEAST_WORK * size
 
 
 def n_byte(size: int, n_token: int, dim: int, dtype: torch.dtype) -> int:
-    """Of a rank's `Memory` for chunks of up to n_token tokens."""
+    """The bytes of one rank's `Memory` for chunks of up to n_token tokens."""
     return sum(-(-shape.numel() * kind.itemsize // LINE) * LINE for shape, kind in _tensors(size, n_token, dim, dtype))
 
 
 class ChunkSums:
-    """One rank's sums of a chunk at a time; every rank makes the same calls in the same order.
+    """One rank's side of the sums of one chunk at a time. Every rank makes the same calls in the same order.
 
-    memories: of all ranks, in their order, as this one sees them, with flags that are 0 at first.
+    memories: those of all ranks, in their order, as this rank addresses them. Their flags are 0 at first.
     """
 
     def __init__(self, rank: int, memories: Sequence[Memory]) -> None:
@@ -109,7 +116,7 @@ class ChunkSums:
         return len(x) <= len(place) and x.shape[1:] == place.shape[1:] and x.dtype == place.dtype
 
     def begin(self, n_token: int) -> ChunkSums:
-        """A chunk of so many tokens."""
+        """Start a chunk of n_token tokens: cut them into parts."""
         assert n_token <= len(self.own.normed)
         half = -(-n_token // N_PART)
         self.parts = [slice(first, min(first + half, n_token)) for first in range(0, n_token, half)]
@@ -117,7 +124,7 @@ class ChunkSums:
         return self
 
     def send(self, i: int, y: Tensor) -> None:
-        """Begin the sum of part i, of which this rank has y [row, dim], contiguous."""
+        """Begin the sum of part i. y: this rank's partial results, [token of the part, dim], contiguous."""
         self.counts[i] += 1
         size, odd = len(self.memories), self.counts[i] & 1
         with self._beside():
@@ -131,8 +138,8 @@ class ChunkSums:
             self.sent[i] = y, None if self.stream is None else self.stream.record_event()
 
     def add(self, i: int, x: Tensor, norm: Tensor, eps: float) -> None:
-        """Add part i's sum to this rank's rows of x, [token, dim] of the whole chunk, in place, and begin to hand round
-        their RMSNorm."""
+        """Add part i's sum to those rows of x that this rank adds up, in place, and begin to send their RMSNorm to the
+        other ranks. x: the residual, [token of the whole chunk, dim]; norm: [dim], the weight of that RMSNorm."""
         sent = self.sent[i]
         assert sent is not None
         (y, event), self.sent[i] = sent, None
@@ -153,14 +160,14 @@ class ChunkSums:
                 self._flag(there.flags[NORMED, i, odd, sender(self.rank, receiver)], self.counts[i])
 
     def normed(self, i: int) -> Tensor:
-        """The RMSNorm of all rows of part i, [row, dim]; until its next `add`."""
+        """The RMSNorm of all rows of part i, [token of the part, dim], valid until the next `add` of that part."""
         flags = self.own.flags[NORMED, i, self.counts[i] & 1, : len(self.memories) - 1]
         self.kernel.wait(flags, self.counts[i])
         return self.own.normed[self.parts[i]]
 
     def own_rows(self, x: Tensor, index: Tensor) -> Tensor:
-        """Rows of x that this rank adds up, and zeros for others: over ranks their sum is what they are. index: int64
-        [row]."""
+        """The rows `index` (int64 [row]) of x, with zeros for those that another rank adds up: summed over ranks they
+        are the complete rows, [row, dim]."""
         own = torch.zeros_like(index, dtype=torch.bool)
         for part in self.parts:
             rows = share(part.stop - part.start, self.rank, len(self.memories))
@@ -169,7 +176,7 @@ class ChunkSums:
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """After what has been launched, and beside what will be."""
+        """Launch into a stream of its own: after all that has been launched, beside what will be."""
         if self.stream is None:
             yield
             return
@@ -182,7 +189,7 @@ class ChunkSums:
             out.copy_(x)
 
     def _flag(self, flag: Tensor, number: int) -> None:
-        """Write a number when all before it in the stream has been written, as everybody sees it."""
+        """Write a number, once everything before it in the stream is visible to all ranks."""
         if self.stream is not None:
             library = driver()
             assert library is not None

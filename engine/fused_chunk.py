@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 
 class ChunkRanks(Ranks, Protocol):
-    """What a chunk asks of the devices that hold a model together, beside what the model does: `parallel.Parallel`."""
+    """What a chunk needs of the ranks in addition to what `model.Ranks` has: `parallel.Parallel` has both."""
 
-    def chunk(self, x: Tensor) -> ChunkSums | None: ...
+    def chunk(self, x: Tensor) -> ChunkSums | None:
+        """The sums of a chunk x, [token, dim], by rows; None: by `sum`."""
+        ...
 
 
 class FusedChunk:
@@ -27,8 +29,11 @@ class FusedChunk:
         normed = norm(x)                   qkv = wqkv(normed), then norms of heads and RoPE in place
         x += wo(attention), normed         h = swiglu(w13(normed))        x += w2(h), normed
 
-    Of the last layer all keys and values are needed, and of queries and what follows only the last token's: one layer
-    of 32 is hardly there.
+    Of the last layer all keys and values are needed, but queries and what follows only of the last token: that layer
+    costs little.
+
+    On several GPUs a long chunk's sums go by rows (`chunk_sums.py`): the additions of one part of its tokens and their
+    copies run beside the products of the other part.
 
     The products are the model's own modules, whatever they are, and the cache sees what it always sees. `model.py`
     stays the definition.
@@ -64,7 +69,7 @@ class FusedChunk:
             heads = qkv.view(batch, n_token, -1, config.head_dim).transpose(1, 2)
             q, k, v = heads.split([config.n_head, config.n_kv_head, config.n_kv_head], 1)
             to_last = block is blocks[-1] and layer_cache.attends_to_last
-            if to_last:  # nobody asks what the other tokens become
+            if to_last:  # nothing needs the last layer's output for other tokens
                 q = q[:, :, -1:] if last is None else q[:, :, last]
                 x, sums = self._ends(x, batch, last, sums), None
             y = layer_cache.attend(q, k, v, step, rope).transpose(1, 2).reshape(len(x), -1)
@@ -98,7 +103,7 @@ class FusedChunk:
         return self.model.ranks.sum(rows, rows.new_zeros(rows.shape))
 
     def _qkv(self, attention: Attention, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries, keys and values of tokens, turned: [token, head, head_dim]."""
+        """Queries, keys and values, [token, head, head_dim], with RoPE applied. normed: [token, dim]."""
         from engine.kernels.prefill import rotate_qk
 
         config = self.model.config
@@ -109,7 +114,7 @@ class FusedChunk:
     def _qkv_in_parts(
         self, attention: Attention, sums: ChunkSums, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """`_qkv` of all tokens, of which the last part is still to be added up."""
+        """`_qkv` of all tokens, where the sum of the last part before this layer has been sent but not added up yet."""
         eps, qkv = self.model.config.norm_eps, None
         for i, part in enumerate(sums.parts):
             found = self._qkv(attention, sums.normed(i), cos[part], sin[part])
@@ -123,7 +128,8 @@ class FusedChunk:
     def _in_parts(
         self, x: Tensor, y: Tensor, block: Block, sums: ChunkSums, norm: RMSNorm, norm_after: RMSNorm
     ) -> None:
-        """What follows attention, whose output is y, but for the last part's addition."""
+        """The layer after its attention, whose output is y, [token, dim of this rank's heads]; x: the residual, [token,
+        dim], changed in place. The last part's sum is left to be added up in the next layer."""
         from engine.kernels.prefill import swiglu
 
         attention, feed_forward, eps = block.attention, block.feed_forward, self.model.config.norm_eps
@@ -140,7 +146,7 @@ class FusedChunk:
             sums.send(i, feed_forward.w2(h))
 
     def _add(self, x: Tensor, y: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """x and y, or every rank's y, which may take x's place; and the norm of that."""
+        """x plus y (every rank's, if there are ranks), perhaps in x's memory; and the norm of that. [token, dim]."""
         from engine.kernels.prefill import add_norm
 
         if self.model.ranks is not None:

@@ -17,30 +17,39 @@ from engine.kernels import step_kernels
 
 
 class Sums(Protocol):
-    """name: how reports call it; nbytes: of the memory that it has on this device beside tensors."""
+    """One way to sum partial results over ranks, and to choose tokens from all ranks' logits.
+
+    name: what reports call it; nbytes: its own memory on this device, which PyTorch's allocator does not count.
+    """
 
     name: str
 
     @property
     def nbytes(self) -> int: ...
 
-    def fits(self, x: Tensor) -> bool: ...
-
-    def sum(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual plus every rank's x, which it may overwrite."""
+    def fits(self, x: Tensor) -> bool:
+        """Whether `sum` takes x."""
         ...
 
-    def chooses(self, logits: Tensor) -> bool: ...
+    def sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual plus every rank's x, in x's shape and dtype; x may be overwritten."""
+        ...
+
+    def chooses(self, logits: Tensor) -> bool:
+        """Whether `choose` takes these logits."""
+        ...
 
     def choose(self, logits: Tensor, start: int) -> Tensor:
-        """The likeliest token of the whole vocabulary, of which this rank has logits [sequence, n] from `start` on; -1
-        where a row is not finite on some rank. int64 [sequence].
+        """The likeliest token of the whole vocabulary for each sequence, int64 [sequence]; -1 where a logit of some
+        rank is not finite.
+
+        logits: [sequence, n], this rank's, of the tokens from `start` on.
         """
         ...
 
 
 class BackendSums:
-    """gloo's or NCCL's all-reduce, and the residual added by a launch of its own."""
+    """By gloo's or NCCL's all-reduce; a launch of its own adds the residual."""
 
     nbytes = 0
 
@@ -58,7 +67,7 @@ class BackendSums:
         return True
 
     def choose(self, logits: Tensor, start: int) -> Tensor:
-        """A rank's best logit and its index are one number, and the largest of those is all that is exchanged."""
+        """A rank packs its largest logit and that logit's token into one integer: only those are exchanged."""
         kernels = step_kernels(logits.device)
         keys = kernels.best(logits, start)
         dist.all_reduce(keys, dist.ReduceOp.MAX, self.group)
@@ -66,8 +75,8 @@ class BackendSums:
 
 
 class PeerSums:
-    """Sums with the residual in them, and choices, by GPUs that write into each other's memory. Every rank makes it at
-    once. Raises RuntimeError where memory cannot be shared.
+    """By GPUs that write into each other's memory; the residual is added in the same launch. All ranks must construct
+    it at the same time. Raises RuntimeError where memory cannot be shared.
     """
 
     name = "peers' memory"
@@ -83,26 +92,26 @@ class PeerSums:
         self.memory.zero_()
         self.peers = tuple(self.handle.buffer_ptrs)
         n_program = peer_sum.MOST_WORDS // peer_sum.WORDS
-        self.sums = torch.zeros(n_program, dtype=torch.int32, device=device)  # so far, by program
-        self.choices = torch.zeros(peer_sum.MOST_ROWS, dtype=torch.int32, device=device)  # by sequence
+        self.sums = torch.zeros(n_program, dtype=torch.int32, device=device)  # so far, of each program
+        self.choices = torch.zeros(peer_sum.MOST_ROWS, dtype=torch.int32, device=device)  # so far, of each sequence
         self.group = group
         self.chunk_sums: ChunkSums | None = None
         self.chunk_memory: tuple[Tensor, object] | None = None
-        self.meet()  # nobody writes before all memory is zero
+        self.meet()  # no rank may write before all memory is zero
 
     @property
     def nbytes(self) -> int:
         return self.memory.nbytes + (0 if self.chunk_memory is None else self.chunk_memory[0].nbytes)
 
     def meet(self) -> None:
-        """Wait until every rank's device has come here."""
+        """A barrier: wait until every rank's GPU has done all work before this call."""
         device = self.memory.device
         torch.cuda.synchronize(device)
         dist.all_reduce(torch.zeros(1, device=device), group=self.group)
         torch.cuda.synchronize(device)
 
     def of_chunk(self, x: Tensor) -> ChunkSums:
-        """Sums of a long chunk, whose memory is made for the longest so far. x: [token, dim]."""
+        """The sums of a long chunk x, [token, dim]. Their memory is made when a chunk is longer than all before it."""
         size, (n_token, dim), dtype = self.group.size(), x.shape, x.dtype
         n = n_byte(size, n_token, dim, dtype)
 
@@ -115,7 +124,7 @@ class PeerSums:
         if made is None or not made.fits(x):
             self.meet()
             self.chunk_sums, self.chunk_memory = None, None
-            torch.cuda.empty_cache()  # the allocator's spare memory is nobody else's
+            torch.cuda.empty_cache()  # give back PyTorch's spare memory: shared memory comes from elsewhere
             memory = self.symmetric.empty(n, dtype=torch.uint8, device=x.device)
             handle = self.symmetric.rendezvous(memory, self.group)
             memory.zero_()

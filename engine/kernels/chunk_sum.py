@@ -1,7 +1,7 @@
-"""A long chunk's partial results, summed over GPUs by rows: each rank adds up and norms its share of them.
+"""A long chunk's partial results, summed over GPUs: each rank adds up and norms its own share of the rows.
 
-The others' parts of those rows have been copied into this rank's memory, beside products, by engines that take no SM
-(`engine/chunk_sums.py`); a flag says that they are there.
+Copy engines write the other ranks' partial results of those rows into this rank's memory, and then a flag, see
+`engine/chunk_sums.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from selective_kv.kernels.launch import launch
 
 @triton.jit
 def wait_for(flags, count, N: tl.constexpr):
-    """Return when N flags, int32 side by side, have this number; what was written before them is then seen."""
+    """Return when N neighbouring int32 flags are `count`; what was written before them is then visible."""
     for i in tl.static_range(N):
         while tl.atomic_add(flags + i, 0, sem="acquire", scope="sys") != count:
             pass
@@ -23,7 +23,7 @@ def wait_for(flags, count, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def wait_kernel(flags, count, N: tl.constexpr):
-    """One program."""
+    """One program that ends when all flags are `count`, and so holds up the stream."""
     wait_for(flags, count, N)
 
 
@@ -31,8 +31,10 @@ def wait_kernel(flags, count, N: tl.constexpr):
 def add_rows_kernel(
     x, y, received, flags, norm, out, count, stride, eps, N: tl.constexpr, RANK: tl.constexpr, N_RANK: tl.constexpr
 ):
-    """Program: a row of this rank's. x += every rank's y, and out is the RMSNorm of that. x, y, out: [n_row, N];
-    received: [N_RANK - 1] of the other ranks' y in their order, stride apart.
+    """Program: one of the rows that this rank adds up. x += every rank's y; out: the RMSNorm of the new x.
+
+    x, y, out: [n_row, N]; received: the other ranks' y in their order, N_RANK - 1 matrices `stride` elements apart;
+    norm: [N].
     """
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, triton.next_power_of_2(N))
@@ -40,7 +42,7 @@ def add_rows_kernel(
     at = row * N + i
     wait_for(flags, count, N_RANK - 1)
     total = tl.zeros((triton.next_power_of_2(N),), tl.float32)
-    for r in tl.static_range(N_RANK):  # in the order of ranks: who adds up does not show
+    for r in tl.static_range(N_RANK):  # in the order of ranks, whichever of them adds up this row
         if r == RANK:
             part = tl.load(y + at, there, 0.0)
         else:

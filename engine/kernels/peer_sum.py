@@ -1,5 +1,5 @@
-"""Every rank's partial result and a residual, summed over GPUs that write into each other's memory, in one launch; and
-the choice of a token among all ranks' logits, in the same way.
+"""The sum of every rank's partial result and the residual, in one launch, by GPUs that write into each other's memory;
+and the choice of a token among all ranks' logits, in the same way.
 
 A step has two sums a layer, of 8 KiB a token: what counts is how long the first byte takes. So what is sent are
 messages of 8 bytes that arrive whole: 4 bytes of data, and beside them the number of the sum they belong to, as in
@@ -42,8 +42,8 @@ MESSAGE_BYTES = 8
 
 
 def places(n_rank: int) -> tuple[int, int]:
-    """Where in a rank's memory what the others write about choices begins, after the sums' parts, and the end: bytes.
-    Both have two halves with a place for each rank.
+    """A rank's memory begins with the messages of sums, and those of choices follow: returns where the latter begin and
+    end, in bytes. Both have two halves with a place for each rank.
     """
     choices = 2 * n_rank * MOST_WORDS * MESSAGE_BYTES
     return choices, choices + 2 * n_rank * MOST_ROWS * 2 * MESSAGE_BYTES
@@ -51,7 +51,7 @@ def places(n_rank: int) -> tuple[int, int]:
 
 @triton.jit
 def memory_of(RANK: tl.constexpr, p0, p1, p2, p3, p4, p5, p6, p7):
-    """A rank's address, of those that a launch was given: nothing has to be read for it."""
+    """The address of rank RANK's memory. All are arguments of the launch, so that none has to be loaded."""
     p = p0
     if RANK == 1:
         p = p1
@@ -205,7 +205,7 @@ def peer_sum(x: Tensor, residual: Tensor, peers: Sequence[int], counts: Tensor, 
 
 
 def summable(x: Tensor) -> bool:
-    """Whether `peer_sum` takes it: a prompt's chunk is too large."""
+    """Whether `peer_sum` takes x: at most MOST_BYTES, in whole words."""
     n_byte = x.numel() * x.element_size()
     return n_byte <= MOST_BYTES and n_byte % 4 == 0
 
@@ -229,5 +229,5 @@ def peer_choice(logits: Tensor, start: int, peers: Sequence[int], counts: Tensor
 
 
 def _all(peers: Sequence[int]) -> list[int]:
-    """MOST_RANKS addresses."""
+    """The ranks' addresses, filled up to MOST_RANKS: a kernel has as many arguments."""
     return [*peers, *[peers[0]] * (MOST_RANKS - len(peers))]
