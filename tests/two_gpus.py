@@ -162,9 +162,9 @@ def sums_of(ranks: Parallel) -> dict[str, float]:
 @contextmanager
 def every_chunk_long() -> Iterator[None]:
     """Chunks of two tokens and more are summed by rows, beside their products."""
-    before, chunk_sums.LONG = chunk_sums.LONG, 1
+    before, chunk_sums.LEAST_WORK = chunk_sums.LEAST_WORK, 1
     yield
-    chunk_sums.LONG = before
+    chunk_sums.LEAST_WORK = before
 
 
 def equal_steps(one: list[Any], other: list[Any]) -> int:
