@@ -27,7 +27,7 @@ from pathlib import Path
 
 from cli.flags import add_saving_flags, check_flags
 from cli.options import Parser, add_cache_flags, add_plugin_flag, load_plugin, parse_size, positive
-from common.packages import missing_packages_told
+from common.packages import missing_packages_reported
 from common.phases import mark
 from common.program import importing, program
 from engine import gpu_start
@@ -137,5 +137,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with missing_packages_told():
+    with missing_packages_reported():
         main()

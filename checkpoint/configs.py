@@ -19,7 +19,7 @@ from model import CONFIGS, Config, RopeScaling
 
 
 def note(message: str) -> None:
-    """Something a user should know and need not act on, to standard error."""
+    """Print to standard error what a user should know but need not act on."""
     print(f"note: {printable(message)}", file=sys.stderr)
 
 

@@ -68,7 +68,7 @@ def convert(source: Path, out: Path, model: str | None = None) -> Path:
     if folder.samefile(out):
         copies = {name: path for name, path in copies.items() if path.parent != folder}
     else:
-        _require_nobody_elses(out, set(copies))
+        _require_free(out, set(copies))
     state = gpt_fast_state(checkpoint)
     file = out / "model.pth"
     parts = {out / f"{name}.part": out / name for name in (*copies, file.name)}  # the weights last
@@ -98,8 +98,8 @@ def _make_folder(out: Path) -> None:
         raise UserError(f"{out}: {error.strerror}") from None
 
 
-def _require_nobody_elses(out: Path, written: set[str]) -> None:
-    """Raises UserError where the folder holds what would be taken for this checkpoint's: another one's, then."""
+def _require_free(out: Path, written: set[str]) -> None:
+    """Raises UserError if `out` holds files of another checkpoint, which would be taken for files of this one."""
     others = [name for name in (*WEIGHTS, *COMPANIONS) if name != "model.pth" and name not in written]
     found = [name for name in others if os.path.lexists(out / name)]
     if found:

@@ -127,6 +127,6 @@ def gguf_fills(gguf: GGUF, config: Config) -> tuple[Fill, ...]:
 
 
 def gguf_name(gguf: GGUF) -> str:
-    """What to call the model in reports."""
+    """The model's name, for reports."""
     name: Any = gguf.metadata.get("general.name")
     return name if isinstance(name, str) and name.strip() else gguf.path.stem

@@ -127,14 +127,14 @@ def slot_names(name: str) -> tuple[tuple[str, ...], bool]:
 
 
 def gguf_name(slot: str) -> str:
-    """How llama.cpp calls the tensor that fills a slot."""
+    """llama.cpp's name of the tensor that fills a slot."""
     theirs = {ours: name for name, ours in GGUF_NAMES.items()}
     layer, inner, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)(\.\w+)", slot).groups("")  # type: ignore[union-attr]
     return layer.replace("layers.", "blk.") + theirs.get(inner, inner) + kind
 
 
 def hugging_face_name(slot: str) -> str:
-    """How Hugging Face calls the tensor that fills a slot."""
+    """Hugging Face's name of the tensor that fills a slot."""
     theirs = {ours: name for name, ours in HUGGING_FACE_NAMES.items()}
     layer, inner, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)(\.\w+)", slot).groups("")  # type: ignore[union-attr]
     return ("" if inner == "output" else "model.") + layer + theirs.get(inner, inner) + kind

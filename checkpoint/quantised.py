@@ -156,7 +156,7 @@ def write_quantised(
     config.json comes last: a folder without it is none. Returns the file of the weights. Raises UserError.
     """
     file = out / "model.safetensors"
-    with _told(out):
+    with _errors_reported(out):
         out.mkdir(parents=True, exist_ok=True)
         for name_of_old in ("config.json", VOCABULARY):
             (out / name_of_old).unlink(missing_ok=True)
@@ -168,7 +168,7 @@ def write_quantised(
         "eos_token_id": list(eos_ids),
     }  # fmt: skip
     part = part_of(file)
-    with _told(out):
+    with _errors_reported(out):
         try:
             save_file(tensors, part, {"format": "pt"})
             mask = os.umask(0)
@@ -190,8 +190,8 @@ def write_quantised(
 
 
 @contextmanager
-def _told(out: Path) -> Iterator[None]:
-    """Errors of writing, in one line."""
+def _errors_reported(out: Path) -> Iterator[None]:
+    """Turn errors of writing to `out` into UserErrors."""
     try:
         yield
     except FileExistsError:

@@ -31,7 +31,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The first that is there, readable or not: another one would be the wrong one."""
+    """The first of TOKENIZER_FILES that exists, readable or not: another one would be the wrong one."""
     return next((folder / name for name in TOKENIZER_FILES if os.path.lexists(folder / name)), None)
 
 

@@ -79,7 +79,7 @@ def _is_pipe(stream: TextIO) -> bool:
 
 
 def piped_prompt(flag: str) -> str:
-    """Standard input, which was asked for: until Ctrl-D where it is a terminal. Raises UserError where it is empty."""
+    """All of standard input, for a flag whose value is -; from a terminal until Ctrl-D. Raises UserError if empty."""
     text = sys.stdin.read().removesuffix("\n") if sys.stdin.isatty() else piped_text()
     if not text.strip():
         raise UserError(f"{flag}: standard input is empty")
@@ -99,7 +99,7 @@ def _json_prompt(path: Path, n: int, line: str) -> str:
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer | None, n_vocab: int, seed: int, model: str) -> list[int]:
-    """Token ids; a number makes that many random ones, as gpt-fast does. model: how an error names it."""
+    """The prompt's token ids; for a number, as many random ones, as in gpt-fast. model: its name, for errors."""
     if prompt.isdecimal():
         if len(prompt) > 9 or int(prompt) > MOST_RANDOM:
             raise UserError(f"--prompt {prompt[:20]}: at most {MOST_RANDOM:,} random tokens")
@@ -173,6 +173,6 @@ class Printer:
 
 
 def shown(argv: Sequence[str]) -> list[str]:
-    """A command line as a record shows it: files by their names alone, flags whole, so that it can be repeated."""
+    """A command line as records show it: files without their folders, flags in full, so that it can be repeated."""
     parts = [word.partition("=") if word.startswith("--") else ("", "", word) for word in argv]
     return [flag + equals + (Path(value).name if "/" in value else value) for flag, equals, value in parts]

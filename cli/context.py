@@ -11,7 +11,7 @@ from selective_kv import KVCache
 
 
 def context_with(policy: KVCache, config: Config) -> int:
-    """The tokens that the model was trained to handle with this cache, having checked that it fits them."""
+    """How many tokens the model was trained to handle. Raises UserError if the cache does not fit the model."""
     context = config.far_context if config.reach and policy.slides else config.context
     if policy.n_exact > context:
         raise UserError(
@@ -22,7 +22,7 @@ def context_with(policy: KVCache, config: Config) -> int:
 
 
 def conversation_room(args: argparse.Namespace, policy: KVCache, config: Config) -> int:
-    """Tokens that a conversation may have."""
+    """The most tokens that a conversation may have."""
     context = context_with(policy, config)
     room = args.context or context
     if room < policy.n_exact:

@@ -18,7 +18,8 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Turn:
-    """ids: what to read. anew: into an empty cache. after: the conversation with this turn in it."""
+    """One turn to read. ids: its tokens; anew: whether they are to be read into an empty cache; after: the conversation
+    with this turn."""
 
     ids: list[int]
     anew: bool
@@ -27,7 +28,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns of a chat so far. read: as text, what the model has read for the last one's reply."""
+    """The turns of a chat so far. read: all text that the model had read before it wrote its last reply."""
 
     template: ChatTemplate
     tokenizer: Tokenizer
@@ -86,7 +87,7 @@ class Conversation:
 
 
 def following(read: str, reply: str, written: str) -> str | None:
-    """What `written` goes on with after `read` and the reply; None if it is not those two that it begins with.
+    """What follows in `written` after `read` and `reply`; None if it does not begin with those two.
 
     Blanks around the reply may differ: most templates trim it.
     """

@@ -13,9 +13,10 @@ from selective_kv.settings import BITS
 
 
 class KeyCheck:
-    """`watch` an engine, and have `hook` told of its events: when a prompt has been read its keys are measured, once.
+    """Measures the error of a prompt's stored keys, once it has been read. Call `watch` with an engine whose hook calls
+    `hook`.
 
-    report: what JSON has of it, once an event has come; empty for a cache that stores no keys in fewer bits.
+    report: the fields for the JSON report, after an event; empty for a cache that stores keys in full precision.
     """
 
     def __init__(self, policy: KVCache) -> None:
@@ -36,7 +37,7 @@ class KeyCheck:
             say(self._warning(layers))
 
     def _measured(self, k_bits: int | None) -> list[float] | None:
-        """A layer's is the root mean square of all ranks' that measured one."""
+        """The error of a layer is the root mean square over the ranks that measured one."""
         assert self.engine is not None
         mine, ranks = self.engine.cache.score_errors(k_bits), self.engine.ranks
         known = [one for one in ([mine] if ranks is None else ranks.from_all(mine)) if one is not None]
@@ -58,8 +59,8 @@ class KeyCheck:
 
 
 def fidelity_line(report: dict[str, Any]) -> list[str]:
-    """What a run's report says of the bits that its cache stores, scales included, and of their error: measured where
-    the run itself has read a prompt, and so not of a saved cache, of which that was said when it was saved."""
+    """The report's line on the bits that a cache stores, scales included, and on their error. The error is there only
+    if this run read a prompt: that of a saved cache was reported when it was saved."""
     bits, errors = report.get("bits_per_element"), report.get("score_error")
     if not bits:
         return []

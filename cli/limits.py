@@ -17,13 +17,13 @@ PROC = Path("/proc/self/cgroup")
 
 
 def limited_memory(root: Path = ROOT, proc: Path = PROC) -> int | None:
-    """Bytes; None where nothing limits this process."""
-    rooms = [*_group_rooms(root, proc), *_address_space()]
+    """Bytes that this process may still take; None if nothing limits it."""
+    rooms = [*_room_in_groups(root, proc), *_address_space()]
     return max(0, min(rooms)) if rooms else None
 
 
-def _group_rooms(root: Path, proc: Path) -> Iterator[int]:
-    """What each limited control group above this process has left."""
+def _room_in_groups(root: Path, proc: Path) -> Iterator[int]:
+    """The bytes that each limited control group of this process has left."""
     try:
         lines = proc.read_text().splitlines()
     except OSError:  # no control groups here
@@ -31,13 +31,14 @@ def _group_rooms(root: Path, proc: Path) -> Iterator[int]:
     for line in lines:
         _, controllers, path = line.split(":", 2)  # "0::/slice" in v2, "4:memory:/slice" in v1
         if controllers == "":
-            yield from _rooms(root, path, "memory.max", "memory.current")
+            yield from _room_left(root, path, "memory.max", "memory.current")
         elif "memory" in controllers.split(","):
-            yield from _rooms(root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+            yield from _room_left(root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
-def _rooms(mount: Path, path: str, limit_name: str, used_name: str) -> Iterator[int]:
-    """Up from the process's group; within a container the mount may be that group itself, and its path not there."""
+def _room_left(mount: Path, path: str, limit_name: str, used_name: str) -> Iterator[int]:
+    """The bytes left in the process's control group and in each one above it. Within a container the mount may be the
+    group itself, and then its path does not exist there."""
     parts = [part for part in path.split("/") if part not in ("", "..")]
     for n in range(len(parts), -1, -1):
         folder = mount.joinpath(*parts[:n])
@@ -47,7 +48,7 @@ def _rooms(mount: Path, path: str, limit_name: str, used_name: str) -> Iterator[
 
 
 def _number(file: Path) -> int | None:
-    """None: no such file, or "max"."""
+    """The number in a file; None if there is no such file, or it says "max"."""
     try:
         text = file.read_text().strip()
     except OSError:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """One line on a mistake, and the nearest name when one is unknown. Options and positionals mix freely.
+    """Tells a mistake in one line, with the nearest name if one is unknown. Options and positionals may be mixed.
 
     stray: the flag that a word without one is most likely meant for.
     """
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(argv)
 
     def _spelled(self, name: str) -> str:
-        """A required argument with what may stand there."""
+        """A required argument's name, with the values it can have."""
         action = next((a for a in self._actions if name in ("/".join(a.option_strings), a.dest)), None)
         if action is None:
             return name
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         return f"{name} ({', '.join(map(str, action.choices))})" if action.choices else name
 
     def _hint(self, before: str) -> str:
-        """How to give a word that begins with dashes to the flag in front of it, where that one wants a value."""
+        """A hint on how to give a flag a value that begins with dashes; "" if the flag takes no value."""
         action = self._option_string_actions.get(before)
         if action is None or action.nargs is not None:  # None: one value, and it must be there
             return ""

@@ -63,7 +63,7 @@ class Plan:
 def weight_bytes(
     config: Config, dtype: torch.dtype, weights: WeightSetting | None = None, device: torch.device | None = None
 ) -> int:
-    """device: where they will run, None: as they are written; a CPU's products have them in an order of their own."""
+    """Bytes of the weights. device: where they will run (a CPU's products reorder them); None: as they are written."""
     model = skeleton(config, weights, dtype)
     return parameter_bytes(model) + (packed_more(model) if device is not None and device.type == "cpu" else 0)
 
@@ -73,8 +73,8 @@ def parameter_bytes(model: torch.nn.Module) -> int:
 
 
 def bytes_read(model: Transformer) -> int:
-    """What a decode step reads of the weights: all, but of an embedding only rows, unless it is the head's too. A
-    rank's head is a part of it.
+    """Bytes of the weights that a decode step reads: all but the embedding, of which it reads a row a token. If the
+    embedding is the output head too, it counts; on a rank, the part of it that is the rank's head.
     """
     n, embedding, config = parameter_bytes(model), parameter_bytes(model.tok_embeddings), model.config
     if not config.tied_embeddings:
@@ -83,10 +83,10 @@ def bytes_read(model: Transformer) -> int:
 
 
 def activation_bytes(config: Config, shape: Shape, n_token: int) -> int:
-    """What n_token tokens take on their way through a layer, estimated from above.
+    """Bytes that n_token tokens take on their way through a layer, estimated from above.
 
-    The feed-forward's part and attention's are never there together; but a CPU's allocator does not give
-    the one's memory to the other.
+    The activations of the feed-forward and of attention are never needed together, but a CPU's allocator does not reuse
+    the memory of one for the other.
     """
     size = shape.dtype.itemsize
     heads = (config.n_head + 2 * config.n_kv_head) * config.head_dim
@@ -98,7 +98,7 @@ def activation_bytes(config: Config, shape: Shape, n_token: int) -> int:
 
 
 def _sums_bytes(config: Config, shape: Shape, n_token: int) -> int:
-    """What the ranks on GPUs that hold a model together write a long chunk's sums into. config: one rank's."""
+    """Bytes of shared memory for a long chunk's sums over GPUs (engine/chunk_sums.py). config: one rank's share."""
     if not config.vocab_rows or shape.device.type != "cuda":
         return 0
     n_rank = -(-config.vocab_size // config.vocab_rows)
@@ -109,7 +109,7 @@ def make_plan(
     config: Config, policy: KVCache, shape: Shape, chunk: int, weights: WeightSetting | None = None,
     sampling: Sampling | None = None,
 ) -> Plan:  # fmt: skip
-    """chunk: the most tokens of a prompt read at once. sampling: None: greedy."""
+    """The memory that a run will take. chunk: the most tokens of a prompt read at once; sampling None: greedy."""
     chosen = sampling or Sampling(temperature=0)
     logits = shape.batch * config.vocab_size * chosen.bytes_per_logit
     n_token = max(most_at_once([shape.capacity] * shape.batch, chunk), shape.batch)
@@ -145,7 +145,7 @@ def choose_bits(
 
 
 def require_suits(policy: KVCache, config: Config) -> None:
-    """Raises UserError if the cache cannot hold this model's vectors: 4 bits of a head_dim that they are not for."""
+    """Raises UserError if the cache's formats do not suit this model's head_dim."""
     length = policy.n_exact + 1  # where the first token has left
     shape = Shape(1, config.n_kv_head, config.head_dim, length, torch.bfloat16, torch.device("meta"))
     try:

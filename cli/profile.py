@@ -18,7 +18,7 @@ from cli.options import require_name
 from common.errors import UserError
 from common.files import replaced_whole, require_writable, write_whole
 from common.messages import say
-from common.program import undivided
+from common.program import interrupt_deferred
 
 WARM_STEPS = 2
 TRACED_STEPS = 8
@@ -64,7 +64,7 @@ class Profiler:
 
         A Ctrl-C waits while the profiler starts or writes: in the middle of that it crashed the interpreter.
         """
-        with undivided():
+        with interrupt_deferred():
             self._take(event)
 
     def _take(self, event: str) -> None:

@@ -26,7 +26,7 @@ def world_size(args: argparse.Namespace, link: Link | None) -> int:
 
 
 def free_memory(device: torch.device, ranks: Parallel | None) -> int:
-    """Bytes that tensors can still take; of several ranks the least one's, for they must decide alike."""
+    """Bytes that tensors can still take; over several ranks the minimum, so that all decide alike."""
     free = device_memory(device)
     if ranks is None:
         return free
@@ -59,5 +59,5 @@ def rank_part(engine: Engine) -> dict[str, Any]:
 
 
 def peak_of(engine: Engine) -> int:
-    """The most bytes taken so far, with what ranks write each other's sums into."""
+    """The most bytes taken so far, with the memory that ranks share for their sums."""
     return peak_memory(engine.device) + (0 if engine.ranks is None else engine.ranks.nbytes)

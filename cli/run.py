@@ -34,12 +34,12 @@ from cli.provenance import FORMAT, made_from
 from cli.ranks import make_profiler, memory_budget, rank_part, world_size
 from cli.reading import ReadingBar
 from cli.report import make_report, report_lines, startup
-from cli.saving import Hook, Saving, start_saving, told_all
+from cli.saving import Hook, Saving, call_each, start_saving
 from common.errors import UserError
 from common.files import require_writable, write_json
 from common.messages import say
 from common.phases import mark, marks, process_age
-from common.program import uninterrupted
+from common.program import interrupts_ignored
 from engine import Engine, Sampling, Timing, chunk_size
 from engine.link import Link
 from engine.packing import most_at_once
@@ -171,7 +171,7 @@ def build(job: Job, hooks: Sequence[Hook] = (), saving: Saving | None = None) ->
         for layer in cache.layers:
             layer.use_reference()
     lag = 0 if job.interactive else -1  # a conversation's cache must not run ahead of its end token
-    engine = Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, ranks=job.ranks, hook=told_all(hooks))
+    engine = Engine(model, cache, job.sampling, job.end_ids, job.chunk, lag=lag, ranks=job.ranks, hook=call_each(hooks))
     if saving is not None:
         saving.load(engine)
     mark("engine")
@@ -228,7 +228,7 @@ def run(job: Job, link: Link | None) -> None:
     except KeyboardInterrupt:
         interrupted = True
         print()
-    with uninterrupted():
+    with interrupts_ignored():
         if job.interactive:
             saving.finish(transcript, interrupted)
         timing = timing if job.interactive else engine.timing

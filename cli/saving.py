@@ -21,8 +21,8 @@ from engine.saved import SavedCache, Talk, require_saveable, save_cache
 Hook = Callable[[str], None]  # told of an engine's events
 
 
-def told_all(hooks: Sequence[Hook]) -> Hook:
-    """One hook that tells several."""
+def call_each(hooks: Sequence[Hook]) -> Hook:
+    """One hook that calls several, in order."""
 
     def tell(event: str) -> None:
         for hook in hooks:
@@ -33,7 +33,7 @@ def told_all(hooks: Sequence[Hook]) -> Hook:
 
 @dataclass
 class Transcript:
-    """What a conversation's cache has read, and the last token written, which it has not.
+    """What a conversation's cache has read, and the last token that was written, which the cache has not read.
 
     chat, reply: the chat so far, where it is one, and what the model wrote last. whole: False while a reply is being
     written: the cache is then ahead of this.
@@ -56,7 +56,7 @@ class Transcript:
 
 
 def transcript_of(saved: SavedCache, chat: Conversation | None, system: str | None, capacity: int) -> Transcript:
-    """A conversation that goes on. chat: one without turns, if it is to be a chat. Raises UserError."""
+    """The conversation of a saved cache, to be continued. chat: an empty one, for a chat. Raises UserError."""
     talk = saved.talk
     chats = talk is not None and bool(talk.turns)
     if chat is not None and not chats:
@@ -76,8 +76,8 @@ def transcript_of(saved: SavedCache, chat: Conversation | None, system: str | No
 
 
 def start_saving(job: Job) -> tuple[Saving, Transcript]:
-    """What comes from --load_cache and goes to --save_cache, and the conversation so far. Raises UserError where a file
-    is of something else.
+    """The `Saving` for --load_cache and --save_cache, and the conversation so far. Raises UserError if a file belongs
+    to something else.
     """
     path, saved = job.output.save_cache, job.saved
     share = job.checkpoint.share

@@ -17,12 +17,12 @@ DTYPE_NAMES = {  # and what torch calls them
 
 
 def require_dtype(name: str) -> None:
-    """Raises UserError unless it is one of DTYPE_NAMES, or auto."""
+    """Raises UserError unless the name is one of DTYPE_NAMES, or auto."""
     if name not in (*DTYPE_NAMES, "auto"):
         raise UserError(f"--dtype {name}: give one of {', '.join(DTYPE_NAMES)}, auto")
 
 
 def require_device(name: str) -> None:
-    """Raises UserError unless it is auto or a kind of device that is known here."""
+    """Raises UserError unless the name is auto or that of a known kind of device."""
     if name != "auto" and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: give cpu, cuda, cuda:N, mps or auto")

@@ -77,7 +77,7 @@ def first_bytes(path: Path, n: int) -> bytes:
 
 
 def require_there(path: Path) -> None:
-    """Raises UserError where there is neither a file nor a folder; of what looks like a Hub model's name, says so."""
+    """Raises UserError if `path` does not exist; the error says so if it looks like a model's name on the Hub."""
     if path.exists():
         return
     hub = ""
@@ -161,16 +161,16 @@ def _host() -> str:
 
 
 def part_of(path: Path) -> Path:
-    """Where the new content of `path` grows; where `path` is a link, beside what it points to.
+    """The temporary file that the new content of `path` is written to; beside the target, if `path` is a link.
 
-    It is this process's own. One of that name that is there already is a dead process's, and is written over.
+    The name is this process's own: a file that has it already was left by a dead process, and is written over.
     """
     target = path.resolve()
     return target.with_name(f".{target.name}.{_host()}.{os.getpid()}.part")
 
 
 def remove_dead_parts(path: Path) -> None:
-    """Clear away the parts of `path` whose processes were killed: those of this machine that are gone."""
+    """Remove the temporary files of `path` (`part_of`) that processes of this machine left when they were killed."""
     target = path.resolve()
     mine = re.compile(re.escape(f".{target.name}.{_host()}.") + r"(\d+)\.part")
     for name in os.listdir(target.parent):
@@ -191,7 +191,7 @@ def _alive(pid: int) -> bool:
 
 @contextmanager
 def replaced_whole(path: Path) -> Iterator[Path]:
-    """A part to write; at the end of the block it takes the place of `path`. Where the block raises, it is removed."""
+    """Yields a temporary file, which replaces `path` at the end of the block. If the block raises, it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
@@ -211,16 +211,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, whole or not at all; half a line that a dead run left at its end goes, and is told.
+    """Add a line to a file, whole or not at all. Half a line that a killed run left there is removed, with a message.
 
-    Raises OSError, or UserError where the file is none of lines of text.
+    Raises OSError, or UserError if the file is not lines of text.
     """
     if is_special(path):
         with path.open("a", encoding="utf-8") as out:
             out.write(line + "\n")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.parent):
+    with _locked(path.parent):
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
         except UnicodeDecodeError:
@@ -242,8 +242,9 @@ def _is_json(text: str) -> bool:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two runs that add to one file at the same moment wait for each other, where the file system has locks."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock of the folder, so that runs that add to one file at the same moment wait for each other. It does
+    nothing if the file system has no locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a network's file system without locks: runs at the same moment are rare enough there

@@ -9,19 +9,19 @@ from common.errors import printable
 
 
 def say(*lines: str) -> None:
-    """Each line as one, whatever the names in it hold."""
+    """Print lines to standard error. Each stays one line, whatever characters the names in it have."""
     for line in lines:
         print(printable(line, None), file=sys.stderr)
 
 
 def note(what: str) -> None:
-    """What goes on where nothing else would be heard for seconds: to somebody who looks on, not into a log."""
+    """Tell what is going on, where nothing else is printed for seconds; only on a terminal, not in a log."""
     if sys.stderr.isatty():
         say(what)
 
 
 def progress(items: Any, total: int | None, what: str) -> Any:
-    """A bar on standard error around what is iterated over, where a person looks on; gone when it is done."""
+    """Iterate with a progress bar on standard error, if that is a terminal. The bar disappears at the end."""
     from tqdm import tqdm  # not above: entry points, which say what is not installed, stand on this module
 
     return tqdm(items, total=total, desc=what, disable=not sys.stderr.isatty(), leave=False)

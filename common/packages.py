@@ -15,13 +15,13 @@ NAMES = {"llama_cpp": "llama-cpp-python", "lm_eval": "lm-eval", "PIL": "pillow",
 
 
 def missing(module: str, purpose: str) -> UserError:
-    """What to say where `module` cannot be imported. purpose: what needs it."""
+    """The error message for a `module` that cannot be imported. purpose: what needs it."""
     name = NAMES.get(module.partition(".")[0], module.partition(".")[0])
     return UserError(f"{purpose} needs the package {name}, which is not installed ({remedy(name)})")
 
 
 def remedy(name: str) -> str:
-    """How to get a package; where the project's own environment is there and is not in use, how to use that."""
+    """How to get a package: to install it, or to use the project's own environment if that exists and is not in use."""
     venv = ROOT / ".venv"
     if (venv / "bin" / "activate").is_file() and Path(sys.prefix).resolve() != venv.resolve():
         return f"source {venv}/bin/activate, or pip install {name}"
@@ -29,7 +29,7 @@ def remedy(name: str) -> str:
 
 
 def require(module: str, purpose: str) -> None:
-    """Before minutes of work whose end needs it. Raises UserError, as `missing` says it."""
+    """Raises UserError (`missing`) if a module is not installed: to be called before long work that needs it last."""
     try:
         found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -39,10 +39,10 @@ def require(module: str, purpose: str) -> None:
 
 
 @contextmanager
-def missing_packages_told() -> Iterator[None]:
-    """Around a program: a package that is not installed ends it with one line and 2, not with a traceback.
+def missing_packages_reported() -> Iterator[None]:
+    """A package that is not installed ends the program with one line and exit code 2, not with a traceback.
 
-    A module of the project's own that is not found is a fault of ours, and stays one.
+    If a module of the project itself is not found, that is a bug, and the traceback stays.
     """
     program = Path(sys.argv[0]).name
     try:

@@ -20,7 +20,7 @@ def process_age() -> float:
 
 
 def mark(phase: str) -> None:
-    """This phase of the start has ended. Of several runs in one process (tests) the last counts."""
+    """Note that a phase of the start has ended now. If one process has several runs (tests), the last counts."""
     _marks[phase] = process_age()
 
 

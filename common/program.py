@@ -21,17 +21,17 @@ from typing import NoReturn
 
 from common.errors import UserError, printable
 from common.messages import say
-from common.packages import missing_packages_told
+from common.packages import missing_packages_reported
 
 
 def start(module: str) -> None:
-    """Run `main` of a module: a Ctrl-C while it is imported has nothing to report. For entry points."""
+    """Import a module and run its `main`; a Ctrl-C during the import ends the program without a traceback."""
     signal.signal(signal.SIGINT, _leave)
-    with missing_packages_told():
+    with missing_packages_reported():
         main = importlib.import_module(module).main
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with missing_packages_told():
+        with missing_packages_reported():
             main()
     except KeyboardInterrupt:  # before its own way to end has begun
         sys.exit(130)
@@ -45,8 +45,8 @@ def _leave(*_: object) -> NoReturn:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around imports that take seconds, in a `main`: a Ctrl-C in them has nothing to report, and would come out of
-    compiled code as any error. Where Ctrl-C is ignored, as by all ranks but the first, it still is.
+    """For imports that take seconds, within a `main`: a Ctrl-C ends the program at once, since compiled code would turn
+    it into some other error. If Ctrl-C is ignored, as on all ranks but the first, it stays so.
     """
     here = threading.current_thread() is threading.main_thread()
     if not here or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -65,7 +65,7 @@ def importing() -> Iterator[None]:
 def program(name: str, interrupted: str = "interrupted", ranks: bool = False) -> Iterator[None]:
     """The body of a `main`: what it raises becomes one line on standard error and an exit code.
 
-    interrupted: what there is to say at a Ctrl-C; "" says nothing. ranks: whether it may be one of several processes
+    interrupted: the message at a Ctrl-C, "" for none. ranks: whether it may be one of several processes
     of one run; otherwise each would do all of the work and write the same files.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -82,7 +82,7 @@ def program(name: str, interrupted: str = "interrupted", ranks: bool = False) ->
     except UserError as error:
         fail(name, str(error))
     except KeyboardInterrupt:
-        with uninterrupted():
+        with interrupts_ignored():
             _drop_output()
             if interrupted:
                 say(interrupted)
@@ -99,8 +99,8 @@ def program(name: str, interrupted: str = "interrupted", ranks: bool = False) ->
 
 
 def _require_alone() -> None:
-    """Raises UserError on the first of several ranks that `torchrun` started. The others end in silence, and a little
-    later: torchrun ends everybody at the first who does.
+    """Raises UserError on the first rank if `torchrun` started several. The others end silently and a little later,
+    since torchrun ends all ranks when one has ended.
     """
     n_rank, rank = (os.environ.get(name, "0") for name in ("WORLD_SIZE", "RANK"))
     if not n_rank.isdecimal() or int(n_rank) < 2 or "RANK" not in os.environ:
@@ -115,9 +115,9 @@ def _require_alone() -> None:
 
 @contextmanager
 def _interrupts_recognised() -> Iterator[None]:
-    """A Ctrl-C of which compiled code made an error of its own (safetensors a ValueError) is KeyboardInterrupt again.
+    """If compiled code turned a Ctrl-C into an error of its own (safetensors: a ValueError), raise KeyboardInterrupt.
 
-    Nothing changes where somebody else handles Ctrl-C already, or in a thread, to which no signal comes.
+    Does nothing if Ctrl-C is handled elsewhere already, or in a thread, which gets no signals.
     """
     handled = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     if handled or threading.current_thread() is not threading.main_thread():
@@ -166,8 +166,8 @@ def _drop_output() -> None:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether a device's memory did not suffice. PyTorch's allocator has a class for that; what is taken past it, a
-    stream for one, says so in words.
+    """Whether an error means that a device ran out of memory. PyTorch's allocator has a class for it; other
+    allocations, such as a stream's, only say so in their text.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -178,8 +178,8 @@ def ran_out(error: BaseException) -> bool:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C is ignored: a second one must not tear what the first one has to say."""
+def interrupts_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C: a second one must not cut off the report that follows the first."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -189,9 +189,9 @@ def uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def first_interrupt_noted(noted: bool = True) -> Iterator[list[int]]:
-    """A Ctrl-C is only noted, in the list that this yields, for the block to stop where it can; a second one raises.
+    """Yields a list to which the first Ctrl-C is added, so that the block can stop where it suits; a second one raises.
 
-    noted: False: the first one raises already.
+    noted: False if the first one is to raise too.
     """
     caught: list[int] = [] if noted else [signal.SIGINT]
 
@@ -208,8 +208,8 @@ def first_interrupt_noted(noted: bool = True) -> Iterator[list[int]]:
 
 
 @contextmanager
-def undivided() -> Iterator[None]:
-    """A Ctrl-C waits for the end of the block: half an update is no state to go on from."""
+def interrupt_deferred() -> Iterator[None]:
+    """Let a Ctrl-C wait until the block has ended, so that no update is left half done."""
     caught: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:

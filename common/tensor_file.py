@@ -59,7 +59,7 @@ class Layout:
 
 
 def layout(kind: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor | Rows], header: int = 0) -> Layout:
-    """header: its bytes, where another process knows the record."""
+    """header: the bytes of the file's header, if another process has the record."""
     sums = dict.fromkeys(tensors, NO_SUM)
     end = header = header or len(_header(kind, record, sums, tensors))
     places = {}
@@ -81,7 +81,7 @@ def write_tensors(path: Path, kind: str, record: Mapping[str, Any], tensors: Map
 
 
 def make_room(path: Path, size: int) -> None:
-    """A new file with all of its bytes on the disk already: a full one is found before the work. Raises OSError.
+    """Make a new file with all of its bytes on the disk, so that a full disk is noticed at once. Raises OSError.
 
     It also keeps file systems that place bytes late (ext4) from writing all of them out when the file takes the place
     of an older one.
@@ -176,8 +176,9 @@ class TensorFile:
         return _side_by_side(get, names)
 
     def load(self, targets: Mapping[str, Tensor], first: int = 0) -> Digests:
-        """Copy tensors of two dimensions or more into `targets`, on any device. Of each the rows from `first` on, as
-        many as the target has; of a row as much as the target's row has. What is read whole is summed: see `require`.
+        """Copy tensors of two dimensions or more into `targets`, on any device: of each tensor the rows from `first`
+        on, as many as the target has, and of each row as many bytes as the target's row has. Rows that are read whole
+        enter the checksums that `require` compares.
         Raises UserError where the file ends early.
         """
         buffers = _Buffers(next((target.device for target in targets.values()), torch.device("cpu")))

@@ -32,7 +32,7 @@ from checkpoint.stored import UNPICKLING_ERRORS
 from common.errors import UserError
 from common.files import replaced_whole, require_writable, write_whole
 from common.messages import say
-from common.program import program, undivided, uninterrupted
+from common.program import interrupt_deferred, interrupts_ignored, program
 from model import Attention, FeedForward, Transformer
 from training import data as demo_data
 from training.data import Batches
@@ -82,7 +82,7 @@ class Trainer:
             loss = self.loss(*batches.next(self.device)) / n_part
             loss.backward()
             total += loss.detach()
-        with undivided():
+        with interrupt_deferred():
             self._update()
             self.n_step += 1
             self.n_token += n_part * batches.rows * batches.length
@@ -240,7 +240,7 @@ def run(args: argparse.Namespace) -> None:
         trainer.save(args.state)
         finish(trainer, inputs, args)
     except KeyboardInterrupt:
-        with uninterrupted():
+        with interrupts_ignored():
             kept = "nothing is kept"
             if trainer.n_step > began_at:  # or else a run without a step would take an earlier one's place
                 trainer.save(args.state)

@@ -15,7 +15,7 @@ from conftest import ROOT
 from common import files
 from common.errors import UserError
 from common.files import append_line, part_of, remove_dead_parts, require_writable, to_json, write_whole
-from common.program import program, undivided
+from common.program import interrupt_deferred, program
 
 IMPORTING = {  # arguments that make a program import what takes long; the others do already for --help
     "generate.py": ["--prompt", "a"],
@@ -87,7 +87,7 @@ def test_a_ctrl_c_while_a_program_is_being_imported_is_quiet(script: Path, tmp_p
 
 def test_a_block_is_not_divided_by_a_ctrl_c() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), undivided():
+    with pytest.raises(KeyboardInterrupt), interrupt_deferred():
         signal.raise_signal(signal.SIGINT)
         done.append("all of it")
     assert done
