@@ -65,9 +65,13 @@ def plan(
     many = k_bits == v_bits == 4 and head_dim <= 128 and few and 4 * batch_heads > n_processor
     # Fewer bytes on their way are faster where registers cap the programs of an SM, or the load is even without a cap.
     capped = head_dim > 64 and heads != 8
+    # Whole tiles by one warp, where each of an SM's four schedulers has one: fewer instructions and no barriers.
+    resident = 4 * n_processor // batch_heads * batch_heads
+    one_each = n_processor < 4 * batch_heads <= 8 * n_processor and 16 * resident >= 15 * 4 * n_processor
+    one_each = one_each and k_bits == v_bits == 4 and heads <= 4 and 64 < head_dim <= 128
     if 3 in (k_bits, v_bits) and not few:
         p = Plan(heads, 2, 16, 64, 3, 4, 4)
-    elif 3 in (k_bits, v_bits) and alone:
+    elif one_each or (3 in (k_bits, v_bits) and alone):
         p = Plan(heads, 1, 32, TILE, 4, 3, 4)  # a block is a tile: what a query becomes for one is made once
     elif four and max(k_bits, v_bits) == 8:
         p = Plan(heads, 1, 32, 64, 4, 4, 4) if few else Plan(heads, 4, 16, 32, 3, 3, 6, splits=1 if even else 0)
