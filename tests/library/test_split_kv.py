@@ -124,3 +124,12 @@ def test_many_heads_of_four_bits_have_programs_for_every_processor() -> None:
     for head_dim, group in ((64, 1), (64, 8), (128, 1), (128, 8)):
         p = plan(96, group, head_dim, 2, 132, 4, 4)
         assert 96 * sharing(p, 96, 132) >= 3.5 * 132
+
+
+def test_whole_tiles_of_four_bits_are_for_one_warp_a_scheduler() -> None:
+    """132 SMs have 528 schedulers. With fewer warps some would have none, with more some would have two."""
+    whole = [n for n in range(1, 400) if plan(n, 4, 128, 2, 132, 4, 4).int_slice == TILE]
+    assert {64, 128, 256} <= set(whole) and 96 not in whole
+    for n in whole:
+        p = plan(n, 4, 128, 2, 132, 4, 4)
+        assert p.warps == 1 and 15 / 16 * 528 <= n * sharing(p, n, 132) <= 528
