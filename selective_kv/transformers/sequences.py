@@ -103,8 +103,12 @@ class Sequences:
 
     # Memory
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def allocate(self, k: Tensor) -> None:
-        """Allocate all layers for keys like k [batch, n_kv_head, token, head_dim]."""
+        """Allocate all layers for keys like k [batch, n_kv_head, token, head_dim].
+
+        Never in a compiled graph: memory made there is one of its outputs, and its next replay overwrites it.
+        """
         batch, n_kv_head, n_token, head_dim = k.shape
         capacity, self.closing = self._capacity(n_token), Closing()  # which would hold on to the old memory
         self.shape = Shape(batch, n_kv_head, head_dim, capacity, k.dtype, k.device)

@@ -65,6 +65,26 @@ def test_prefill_in_chunks_is_compiled_too() -> None:
     assert not counters["graph_break"]
 
 
+def test_memory_is_not_made_in_a_compiled_graph() -> None:
+    """The first chunk is the first call: on a GPU the memory was a graph's output, and the next replay ended in an
+    error."""
+    made = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        made.extend(node for node in graph.graph.nodes if "zeros" in str(node.target))
+        return graph.forward
+
+    settings = CompileConfig(backend=backend, mode=None)
+    settings._compile_all_devices = True
+    model, policy = tiny("llama3"), SelectiveCache(sink_size=2, window_size=6)
+    expected = write(model, LONG, PolicyKVCache(model.config, policy), 10, prefill_chunk_size=150)
+    for _ in range(2):
+        cache = PolicyKVCache(model.config, policy, max_cache_len=220)
+        out = write(model, LONG, cache, 10, prefill_chunk_size=150, compile_config=settings)
+        assert out.equal(expected)
+    assert counters["stats"]["unique_graphs"] and not made
+
+
 def test_a_full_cache_says_so_compiled() -> None:
     model = tiny("llama3")
     cache = PolicyKVCache(model.config, FullCache(), max_cache_len=30)
