@@ -103,7 +103,7 @@ class Sequences:
 
     # Memory
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def allocate(self, k: Tensor) -> None:
         """Allocate all layers for keys like k [batch, n_kv_head, token, head_dim].
 

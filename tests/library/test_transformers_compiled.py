@@ -3,6 +3,7 @@ policy, and the tokens of the eager model. On a GPU the step is captured too."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,17 @@ def test_memory_is_not_made_in_a_compiled_graph() -> None:
         out = write(model, LONG, cache, 10, prefill_chunk_size=150, compile_config=settings)
         assert out.equal(expected)
     assert counters["stats"]["unique_graphs"] and not made
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_chunks_and_steps_are_captured_on_a_gpu() -> None:
+    """Memory and kernels' output as inductor and CUDA graphs want them: `prefill_chunk_size` ended in an error."""
+    model = copy.deepcopy(tiny("llama3")).cuda()
+    ids, policy = LONG.cuda(), SelectiveCache(sink_size=2, window_size=6)
+    settings: dict[str, Any] = dict(prefill_chunk_size=150)
+    eager = write(model, ids, PolicyKVCache(model.config, policy, 220), 10, disable_compile=True, **settings)
+    assert write(model, ids, PolicyKVCache(model.config, policy, 220), 10, **settings).equal(eager)
 
 
 def test_a_full_cache_says_so_compiled() -> None:
