@@ -50,27 +50,6 @@ def places(n_rank: int) -> tuple[int, int]:
 
 
 @triton.jit
-def memory_of(RANK: tl.constexpr, p0, p1, p2, p3, p4, p5, p6, p7):
-    """The address of rank RANK's memory. All are arguments of the launch, so that none has to be loaded."""
-    p = p0
-    if RANK == 1:
-        p = p1
-    if RANK == 2:
-        p = p2
-    if RANK == 3:
-        p = p3
-    if RANK == 4:
-        p = p4
-    if RANK == 5:
-        p = p5
-    if RANK == 6:
-        p = p6
-    if RANK == 7:
-        p = p7
-    return p
-
-
-@triton.jit
 def send(memory, place, words, count, inside):
     """Write int32 words into another rank's memory, each as a message of number `count`. place: in messages."""
     message = (count.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
@@ -128,22 +107,21 @@ def sum_kernel(
     program = tl.program_id(0)
     i = program * WORDS + tl.arange(0, WORDS)
     inside = i < n_word
-    own = memory_of(RANK, p0, p1, p2, p3, p4, p5, p6, p7)
+    memories = (p0, p1, p2, p3, p4, p5, p6, p7)  # addresses are arguments, so that none has to be loaded
     if OVERLAP:
         gdc_wait()
     mine = tl.load(x.to(tl.pointer_type(tl.int32)) + i, inside, 0)
     count = tl.load(counts + program) + 1
     half = (count & 1) * N_RANK
     for far in tl.static_range(1, N_RANK):
-        memory = memory_of((RANK + far) % N_RANK, p0, p1, p2, p3, p4, p5, p6, p7)
-        send(memory, (half + RANK) * MOST + i, mine, count, inside)
+        send(memories[(RANK + far) % N_RANK], (half + RANK) * MOST + i, mine, count, inside)
     added = tl.load(residual.to(tl.pointer_type(tl.int32)) + i, inside, 0)
     first = tl.zeros((WORDS,), tl.float32)
     second = tl.zeros((WORDS,), tl.float32)
     for r in tl.static_range(N_RANK):
         words = mine
         if r != RANK:
-            words = receive(own, (half + r) * MOST + i, count, inside)
+            words = receive(memories[RANK], (half + r) * MOST + i, count, inside)
         first += first_of(words, KIND)
         if KIND.primitive_bitwidth == 16:
             second += second_of(words, KIND)
@@ -167,7 +145,8 @@ def choose_kernel(
         gdc_launch_dependents()
     row = tl.program_id(0)
     i = tl.arange(0, BLOCK)
-    own = memory_of(RANK, p0, p1, p2, p3, p4, p5, p6, p7) + CHOICES
+    memories = (p0, p1, p2, p3, p4, p5, p6, p7)
+    own = memories[RANK] + CHOICES
     if OVERLAP:
         gdc_wait()
     best = tl.max(tl.load(keys + row * n_part + tl.minimum(i, n_part - 1)), 0)
@@ -177,7 +156,7 @@ def choose_kernel(
     inside = word < 2
     words = tl.where(word == 0, best, best >> 32).to(tl.int32)
     for far in tl.static_range(1, N_RANK):
-        memory = memory_of((RANK + far) % N_RANK, p0, p1, p2, p3, p4, p5, p6, p7) + CHOICES
+        memory = memories[(RANK + far) % N_RANK] + CHOICES
         send(memory, ((half + RANK) * MOST + row) * 2 + word, words, count, inside)
     for far in tl.static_range(1, N_RANK):
         r = (RANK + far) % N_RANK
