@@ -9,7 +9,8 @@ from aot import HOPPER_SHARED, compile_kernel, counted, disassembled, instructio
 
 from selective_kv.formats import TILE, rotation_size
 from selective_kv.kernels.close import blocks_of
-from selective_kv.kernels.decode import combine_kernel, split_kernel
+from selective_kv.kernels.combine import combine_kernel
+from selective_kv.kernels.decode import split_kernel
 from selective_kv.kernels.decode_config import blocks, fitting, merging, plan, rounds_later, sharing
 from selective_kv.kernels.dense import copy_slots_kernel, dequantize_kernel, rotate_heads_kernel
 from selective_kv.kernels.history import history_kernel
@@ -39,7 +40,8 @@ def compile_split_kernel(
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages, **stored,
         "V_LATER": rounds_later(stored["V_ROTATION"], merging(n_partial, head_dim)["DIMS"]),
-        "AHEAD": p.ahead, "TURN_SINKS": turn, "NEW": new, "INTERPRET": False, "TILES": columns, "OVERLAP": True,
+        "HALVES": p.halves and p.warps * p.int_slice == TILE, "AHEAD": p.ahead, "TURN_SINKS": turn, "NEW": new,
+        "INTERPRET": False, "TILES": columns, "OVERLAP": True,
     }  # fmt: skip
     types = {name: kind.replace("bf16", dtype) for name, kind in TYPES.items()}
     compiled = compile_kernel(split_kernel, types, constants, p.warps, True)
@@ -114,7 +116,8 @@ def compile_combine_kernel(
     merged = merging((n_split + 1) * p.warps, head_dim)
     later = rounds_later(stored_as(head_dim, bits // 2, bits // 2)["V_ROTATION"], merged["DIMS"])
     constants = {"HEAD_DIM": head_dim, "HEADS": p.heads, "TILES": -(-group // p.heads), "WARPS": p.warps,
-                 "HAS_INT": bits > 0, "V_LATER": later, "OVERLAP": True, **blocks(p), **merged}  # fmt: skip
+                 "HAS_INT": bits > 0, "HALVES": False, "V_LATER": later, "OVERLAP": True,
+                 **blocks(p), **merged}  # fmt: skip
     types = {"partial": "*fp32", "statistics": "*fp32", "positions": "*i64", "out": f"*{dtype}"}
     compiled = compile_kernel(combine_kernel, types, constants, 1, True)
     found = disassembled(compiled)
@@ -174,7 +177,8 @@ def compile_without_tiles() -> None:
     for overlap in (False, True):  # before Hopper, and since
         compile_kernel(combine_kernel, types, {
             "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "FLOAT_BLOCK": 64, "INT_BLOCK": 64,
-            "WARPS": 2, "HAS_INT": True, "V_LATER": 1, "OVERLAP": overlap, **merging(68, 128),
+            "WARPS": 2, "HAS_INT": True, "HALVES": True, "V_LATER": 1, "OVERLAP": overlap,
+            **merging(68, 128),
         })  # fmt: skip
     compile_kernel(slots_kernel, types, {"HEAD_DIM": 128, "BLOCK": 16})
     for rotation in (1, 128):

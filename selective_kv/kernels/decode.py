@@ -28,8 +28,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from selective_kv.kernels.basics import INTERPRET, in_order
+from selective_kv.formats import TILE as TILE_TOKENS
+from selective_kv.kernels.basics import INTERPRET
 from selective_kv.kernels.bias import bias_queries
+from selective_kv.kernels.combine import combine_kernel
 from selective_kv.kernels.decode_config import (
     Plan,
     blocks,
@@ -45,9 +47,17 @@ from selective_kv.kernels.hadamard import butterfly
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, float_block, load_q
 from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
-from selective_kv.kernels.split_kv import count_left, fetch, first_blocks, partition, past_gap, slots_in_use, written
+from selective_kv.kernels.split_kv import (
+    count_left,
+    fetch,
+    first_blocks,
+    partition,
+    past_gap,
+    slots_in_use,
+    tile_blocks,
+)
 from selective_kv.kernels.store import append, settle, slot_of
-from selective_kv.kernels.tile_share import store_sums, tile_queries, tile_share
+from selective_kv.kernels.tile_share import store_share, tile_queries
 from selective_kv.kernels.tile_softmax import TILE
 from selective_kv.regions import Regions
 
@@ -126,12 +136,12 @@ def split_kernel(
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr,
     V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, AHEAD: tl.constexpr, TURN_SINKS: tl.constexpr,
-    V_LATER: tl.constexpr, NEW: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    V_LATER: tl.constexpr, HALVES: tl.constexpr, NEW: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (column, sequence, split): one split of the tokens of one sequence, one KV head (column // TILES) and
     HEADS of its query heads. TILES: columns of a KV head, not tiles of tokens. K_BITS 0: nothing is quantised.
-    K_ROTATION, V_ROTATION: `rotation_size`, or 1; V_LATER: `rounds_later`. PAIRS: of channels whose bias is not in the
-    tiles (bias.py).
+    K_ROTATION, V_ROTATION: `rotation_size`, or 1; V_LATER: `rounds_later`; HALVES: `tile_blocks`. PAIRS: of channels
+    whose bias is not in the tiles (bias.py).
 
     partial: float32 [sequence, column, n_split + 1, WARPS, HEADS, HEAD_DIM], weighted sums of values; statistics:
     float32 [sequence, column, n_split + 1, WARPS, HEADS, 2], the largest score in log2 units and the sum of weights.
@@ -155,11 +165,12 @@ def split_kernel(
     n_left = count_left(n_token, sink_size, window_size)
     slot_end, oldest, gap, n_gap = slots_in_use(n_token, n_left, sink_size, n_slot, FLOAT_BLOCK, HAS_INT)
     n_used = slot_end - n_gap
-    each, float_blocks, int_blocks = partition(n_used, n_left, n_split, FLOAT_BLOCK, INT_BLOCK, HAS_INT)
+    int_block, int_blocks = tile_blocks(n_left, n_split, INT_BLOCK, HAS_INT, HALVES)
+    each, float_blocks = partition(n_used, int_blocks, n_split, FLOAT_BLOCK)
     lo, tile_lo = first_blocks(split, each, float_blocks, int_blocks)
     hi, tile_hi = first_blocks(split + 1, each, float_blocks, int_blocks)
     lo, hi = lo * FLOAT_BLOCK, tl.minimum(hi * FLOAT_BLOCK, n_used)
-    tile_lo, tile_hi = tile_lo * INT_BLOCK, tile_hi * INT_BLOCK
+    tile_lo, tile_hi = tile_lo * int_block, tile_hi * int_block
     slot_at = batch * slot_stride_b + kv_head * slot_stride_h
     tile_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_tile  # the first tile
     k_codes += tile_at * K_TILE
@@ -209,16 +220,22 @@ def split_kernel(
             by_bias = bias_queries(
                 q, q_stride_h, head, group, bias_pairs + kv_head * PAIRS, log2_scale, HEAD_DIM, PAIRS
             )  # fmt: skip
-        sums, largest, weights = tile_share(
-            query, k_codes, v_pairs, k_scale, v_scale, k_factor, by_bias, bias_within + kv_head * (2 * PAIRS * TILE),
-            bias_turned + kv_head * n_tile * (2 * PAIRS), tile_lo, tile_hi, log2_scale, HEAD_DIM, WARPS, INT_SLICE,
-            INT_STAGES, K_BITS, V_BITS, BALANCED, K_ROTATION, V_ROTATION, V_LATER, PAIRS, INTERPRET,
-        )  # fmt: skip
         result = ((batch * tl.num_programs(0) + column) * (n_split + 1) + split + 1) * WARPS + tl.arange(0, WARPS)
         at = result[:, None] * HEADS + member[None, :]
-        store_sums(partial + at[:, None, :] * HEAD_DIM, sums, HEAD_DIM)
-        tl.store(statistics + 2 * at, largest)
-        tl.store(statistics + 2 * at + 1, weights)
+        bias_within += kv_head * (2 * PAIRS * TILE)
+        bias_turned += kv_head * n_tile * (2 * PAIRS)
+        if HALVES and int_block < INT_BLOCK:
+            store_share(
+                partial, statistics, at, query, k_codes, v_pairs, k_scale, v_scale, k_factor, by_bias, bias_within,
+                bias_turned, tile_lo, tile_hi, log2_scale, HEAD_DIM, WARPS, INT_SLICE // 2, INT_STAGES, K_BITS, V_BITS,
+                BALANCED, K_ROTATION, V_ROTATION, V_LATER, PAIRS, INTERPRET,
+            )  # fmt: skip
+        else:
+            store_share(
+                partial, statistics, at, query, k_codes, v_pairs, k_scale, v_scale, k_factor, by_bias, bias_within,
+                bias_turned, tile_lo, tile_hi, log2_scale, HEAD_DIM, WARPS, INT_SLICE, INT_STAGES, K_BITS, V_BITS,
+                BALANCED, K_ROTATION, V_ROTATION, V_LATER, PAIRS, INTERPRET,
+            )  # fmt: skip
     if lo < hi:
         if NEW and has_new:
             e = tl.arange(0, DIM)
@@ -252,61 +269,6 @@ def split_kernel(
         end = tl.minimum(start + then_each, then_bytes)
         for offset in range(start, end, ROUND):
             fetch(then.to(tl.int64) + offset, then.to(tl.int64) + end, ROUND)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def combine_kernel(
-    partial, statistics, positions, out, group, sink_size, window_size, n_slot, n_split,
-    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, FLOAT_BLOCK: tl.constexpr,
-    INT_BLOCK: tl.constexpr, CHUNK: tl.constexpr, DIMS: tl.constexpr, HAS_INT: tl.constexpr, V_LATER: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Program (KV head, sequence, query head of the group and block of DIMS dims): reduce the partial results.
-
-    out: [sequence, query head, HEAD_DIM]. CHUNK: at least (n_split + 1) * WARPS. One warp: a barrier would cost more
-    than further warps save. Only what follows the PDL wait is on the critical path, so masks and addresses are computed
-    before it, and loads have no mask: in place of an entry that was not written they read entry 0, with weight 0.
-    """
-    BLOCKS: tl.constexpr = HEAD_DIM // DIMS
-    kv_head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    member, block = tl.program_id(2) // BLOCKS, tl.program_id(2) % BLOCKS
-    n_token = tl.load(positions + batch) + 1
-    n_left = count_left(n_token, sink_size, window_size)
-    slot_end, _, _, n_gap = slots_in_use(n_token, n_left, sink_size, n_slot, FLOAT_BLOCK, HAS_INT)
-    each, float_blocks, int_blocks = partition(slot_end - n_gap, n_left, n_split, FLOAT_BLOCK, INT_BLOCK, HAS_INT)
-    entry = tl.arange(0, CHUNK)
-    split = entry // WARPS
-    wrote = written(split, each, float_blocks, int_blocks) & (split <= n_split)
-    column = (batch * tl.num_programs(0) + kv_head) * TILES + member // HEADS
-    at = column * (n_split + 1) * WARPS * HEADS + member % HEADS
-    entry = tl.where(wrote, entry, 0)[:, None] * HEADS  # program 0 has a slot if any has
-    d = tl.arange(0, DIMS)[None, :]
-    partial += at * HEAD_DIM + block * DIMS + (entry * HEAD_DIM + d)
-    statistics += at * 2 + (entry * 2 + tl.arange(0, 2)[None, :])
-    out += ((batch * tl.num_programs(0) + kv_head) * group + member) * HEAD_DIM + block * DIMS
-    row = tl.arange(0, triton.cdiv(128, DIMS))[:, None]  # as many as make the layout of `partial`, which y has
-    to = out + row * 0 + d
-    if n_token <= 0:  # a sequence without a token: zeros, and there is nothing to read
-        if OVERLAP:
-            gdc_wait()
-            gdc_launch_dependents()
-        tl.store(to, tl.zeros(to.shape, out.dtype.element_ty), row == 0)
-        return
-    if OVERLAP:
-        if each >= 0:  # always true: it makes the compiler compute `each` before the PDL wait
-            gdc_wait()
-        # PDL trigger only now: the next launch would take SM residency and memory bandwidth from the splits.
-        gdc_launch_dependents()
-    best, weights = tl.split(tl.load(statistics))
-    values = tl.load(partial)
-    # Of integers a warp finds the largest in one instruction, of floats in five exchanges.
-    top = in_order(tl.max(in_order(best.to(tl.int32, bitcast=True)), 0)).to(tl.float32, bitcast=True)
-    factor = tl.where(wrote, tl.exp2(best - top), 0.0)
-    y = tl.sum(values * factor[:, None], 0)
-    if V_LATER > 1:  # without tiles there is nothing rotated, and the result is the full cache's
-        y = tl.where(int_blocks > 0, butterfly(y, V_LATER, 1), y)
-    y *= 1.0 / tl.sum(weights * factor, 0)
-    tl.store(to, tl.broadcast_to(y[None, :], to.shape).to(out.dtype.element_ty), row == 0)
 
 
 def decode_attention(
@@ -377,6 +339,7 @@ def run(
     bias, n_pair = bias_operands(regions)
     block, rotated = merging((n_split + 1) * p.warps, head_dim), rotations(regions)
     later = rounds_later(rotated["V_ROTATION"], block["DIMS"])
+    halves = p.halves and p.warps * p.int_slice == TILE_TOKENS  # what was made shorter to fit is not halved again
     launch(split_kernel, grid)(
         q, regions.k, regions.v, k_codes, v_codes, k_scale, v_scale, k_factor, *bias, positions,
         cos, sin, partial, statistics, q if then is None else then, k_new, v_new,
@@ -387,11 +350,12 @@ def run(
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
         V_BITS=v_bits, BALANCED=regions.k_format is not None and regions.k_format.balanced, **rotated,
         PAIRS=n_pair, AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_rope is not None, V_LATER=later,
-        NEW=new is not None, INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap, num_warps=p.warps,
+        HALVES=halves, NEW=new is not None, INTERPRET=INTERPRET, OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=p.warps,
     )  # fmt: skip
     launch(combine_kernel, (n_kv_head, batch, group * (head_dim // block["DIMS"])))(
         partial, statistics, positions, out, group, regions.sink_size, regions.window_size, n_slot, n_split,
         HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, **blocks(p), **block, HAS_INT=has_int,
-        V_LATER=later, OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
+        HALVES=halves, V_LATER=later, OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
     )  # fmt: skip
     return out

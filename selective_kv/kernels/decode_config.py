@@ -24,6 +24,7 @@ class Plan(NamedTuple):
     per_processor: int  # programs resident on an SM (occupancy) that `sharing` counts on
     splits: int = 0  # programs that share a sequence and KV head; 0: see `sharing`
     ahead: int = 0  # tokens per program prefetched into L2 before the PDL wait
+    halves: bool = False  # blocks that are whole tiles become halves where programs have few: see `tile_blocks`
 
 
 def parts(k_bits: int, v_bits: int) -> int:
@@ -63,6 +64,8 @@ def plan(
     # With one program a KV head, 1.75 to 2 an SM: an even load without split-KV.
     even = 7 * n_processor < 4 * batch_heads <= 8 * n_processor
     many = k_bits == v_bits == 4 and head_dim <= 128 and few and 4 * batch_heads > n_processor
+    fewest = 4 * batch_heads <= n_processor
+    halves = fewest and 64 < head_dim <= 128 and heads <= 4  # else registers run out
     # Fewer bytes on their way are faster where registers cap the programs of an SM, or the load is even without a cap.
     capped = head_dim > 64 and heads != 8
     # Whole tiles by one warp, where each of an SM's four schedulers has one: fewer instructions and no barriers.
@@ -72,11 +75,14 @@ def plan(
     if 3 in (k_bits, v_bits) and not few:
         p = Plan(heads, 2, 16, 64, 3, 4, 4)
     elif one_each or (3 in (k_bits, v_bits) and alone):
-        p = Plan(heads, 1, 32, TILE, 4, 3, 4)  # a block is a tile: what a query becomes for one is made once
+        # A block is a tile: what a query becomes for one is made once.
+        p = Plan(heads, 1, 32, TILE, 4, 3, 4, halves=halves and k_bits == v_bits)
     elif four and max(k_bits, v_bits) == 8:
         p = Plan(heads, 1, 32, 64, 4, 4, 4) if few else Plan(heads, 4, 16, 32, 3, 3, 6, splits=1 if even else 0)
-    elif four and n_part == 2 and heads <= 4 and head_dim <= 128 and 4 * batch_heads <= n_processor:
+    elif four and n_part == 2 and 64 < head_dim <= 128 and heads <= 4 and fewest:
         p = Plan(heads, 1, 32, 64, 4, 3, 4)  # no barriers between warps, but a query's terms are made by each
+    elif k_bits == v_bits == 4 and head_dim <= 64 and heads <= 8 and fewest:
+        p = Plan(heads, 1, 32, 64, 4, 3, 8) if heads <= 4 else Plan(heads, 1, 16, 64, 3, 3, 8)
     elif many:  # short of instructions in flight, not of bytes: small programs, 4 an SM, or 6 of half the bytes
         p = Plan(heads, 2, 16, 64, 3, 4 if capped else 3, 4 if head_dim > 64 else 6)
     elif four and few:
@@ -84,16 +90,17 @@ def plan(
     elif four:
         p = Plan(heads, 2, 16, 64, 3, 3, 6, splits=1 if even else 0)
     elif few:
-        p = Plan(heads, 2, 32, 64, 4, 3, 2)  # 96 KiB a program; with 48, full is 1.6% slower at 128k
+        p = Plan(heads, 2, 32, 64, 4, 3, 2, halves=halves)  # 96 KiB a program; with 48, full is 1.6% slower at 128k
     else:
         p = Plan(heads, 1, 16, 64, 4, 3, 4)  # KV heads alone fill the SMs: small programs have the shortest tail
     if early(batch_heads, n_processor, four) and (capped or not many):
         p = p._replace(ahead=64)
-    if head_dim <= 64 and not many:
+    small = many or (k_bits == v_bits == 4 and heads <= 8 and fewest)  # plans of their own for half the bytes a token
+    if head_dim <= 64 and not small:
         p = p._replace(warps=2 * p.warps, int_slice=min(p.int_slice, TILE // (2 * p.warps)))  # half the bytes a token
     if itemsize > 2:  # or registers run out, here and below
         p = p._replace(float_slice=16)
-    if heads > 8 or heads * head_dim * itemsize > 2048 or (four and heads > 4 and head_dim <= 64 and not many):
+    if heads > 8 or heads * head_dim * itemsize > 2048 or (four and heads > 4 and head_dim <= 64 and not small):
         p = p._replace(float_slice=16, int_slice=32)
     if n_part == 4 and head_dim <= 64:  # so that a warp has 32 rows
         p = p._replace(warps=1, int_slice=TILE, int_stages=3, per_processor=4, splits=0)

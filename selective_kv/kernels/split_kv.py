@@ -14,6 +14,7 @@ import triton.language as tl
 from selective_kv.kernels.basics import prefetch
 
 TILE = tl.constexpr(128)
+MOST_HALVED = tl.constexpr(384)  # tokens in tiles of a program (LOG.md, 2026-11-26)
 
 
 @triton.jit
@@ -50,23 +51,37 @@ def past_gap(at, gap, n_gap):
 
 
 @triton.jit
-def partition(n_used, n_left, n_split, FLOAT_BLOCK: tl.constexpr, INT_BLOCK: tl.constexpr, HAS_INT: tl.constexpr):
+def tile_blocks(n_left, n_split, BLOCK: tl.constexpr, HAS_INT: tl.constexpr, HALVES: tl.constexpr):
+    """Tokens of a tiles' block, and how many blocks the n_left tokens in tiles are.
+
+    HALVES: half of BLOCK where programs have few. Long blocks take fewer instructions a token, but of two or three of
+    them a program one is soon too many.
+    """
+    block, n_blocks = n_left * 0 + BLOCK, n_left * 0
+    if HAS_INT:
+        n_blocks = n_left // BLOCK
+    if HALVES:
+        few = n_left <= n_split * MOST_HALVED
+        block = tl.where(few, BLOCK // 2, BLOCK)
+        n_blocks = tl.where(few, 2 * n_blocks, n_blocks)
+    return block, n_blocks
+
+
+@triton.jit
+def partition(n_used, int_blocks, n_split, FLOAT_BLOCK: tl.constexpr):
     """What n_split programs share of a sequence: one range of work, n_used slots (`slots_in_use`, without the gap)
-    before n_left tokens in tiles, a multiple of INT_BLOCK.
+    before int_blocks blocks of tiles.
 
     Program s takes blocks s * each to (s + 1) * each - 1 of it, see `first_blocks`. A block of slots and one of a tile
     count alike: by tokens the latter would be 2 to 4, but the program with slots then ends last: it has two loops to
     start, and a slot has 2 to 4 times the bytes (LOG.md, 2026-11-26: 1 x 32k took 10% longer). Returns each, and
-    the number of the slots' blocks and of the tiles'. Exact while the whole range is below 2**29. As long as there are
+    the number of the slots' blocks. Exact while the whole range is below 2**29. As long as there are
     no tiles, `each` does not depend on the number of slots: the shares are the full cache's.
     """
-    int_blocks = n_used * 0
-    if HAS_INT:
-        int_blocks = n_left // INT_BLOCK
     float_blocks = tl.cdiv(n_used, FLOAT_BLOCK)
     work = float_blocks + int_blocks
     each = ((work + n_split - 1).to(tl.uint32) // n_split.to(tl.uint32)).to(tl.int32)  # unsigned: half as long
-    return each, float_blocks, int_blocks
+    return each, float_blocks
 
 
 @triton.jit

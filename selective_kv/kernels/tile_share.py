@@ -119,6 +119,23 @@ def rotated_back(sums, ROTATION: tl.constexpr, LATER: tl.constexpr, N: tl.conste
 
 
 @triton.jit
+def store_share(
+    partial, statistics, at, query, k, v, k_scale, v_scale, k_factor, by_bias, bias_within, bias_turned, lo, hi, scale,
+    HEAD_DIM: tl.constexpr, WARPS: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr,
+    V_LATER: tl.constexpr, PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Store what `tile_share` returns. at: of the partial results, [WARPS, HEADS]."""
+    sums, largest, weights = tile_share(
+        query, k, v, k_scale, v_scale, k_factor, by_bias, bias_within, bias_turned, lo, hi, scale, HEAD_DIM, WARPS,
+        SLICE, STAGES, K_BITS, V_BITS, BALANCED, K_ROTATION, V_ROTATION, V_LATER, PAIRS, INTERPRET,
+    )  # fmt: skip
+    store_sums(partial + at[:, None, :] * HEAD_DIM, sums, HEAD_DIM)
+    tl.store(statistics + 2 * at, largest)
+    tl.store(statistics + 2 * at + 1, weights)
+
+
+@triton.jit
 def store_sums(to, sums, HEAD_DIM: tl.constexpr):
     """Store a tuple of two or four tensors [WARPS, dims / n, HEADS], of every n-th dim from 0, 1, ... on, side by side.
     to: pointers [WARPS, 1, HEADS]."""

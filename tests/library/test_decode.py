@@ -184,7 +184,7 @@ def test_nothing_left_the_window_is_the_full_cache_bit_for_bit(device: str) -> N
         assert torch.equal(kernels.decode_attention(q, regions, positions, turn), full)
 
 
-@pytest.mark.parametrize(("splits", "warps"), few([(1, 1), (3, 1), (2, 1), (40, 1), (31, 2), (31, 4)], 0, 1))
+@pytest.mark.parametrize(("splits", "warps"), few([(67, 1), (3, 1), (1, 1), (2, 1), (40, 1), (34, 2), (31, 4)], 0, 1))
 def test_any_number_of_programs(splits: int, warps: int, device: str) -> None:
     """One has slots and tiles, or two share a border, or most have nothing; prefetching changes nothing."""
     lengths = few([200, 480, 1, 60, 201], 0, 1)
@@ -289,6 +289,21 @@ def test_one_graph_serves_every_length() -> None:
         graph.replay()
         for b, n in enumerate(lengths):
             assert error(out[b], reference(q[b].cpu(), k[b], v[b], n, 4, 60, True, None)) < 1e-2
+
+
+def test_blocks_of_half_a_tile_where_programs_have_few(device: str) -> None:
+    """Up to 384 tokens in tiles a program, and beyond; what is made of the border between slots and tiles."""
+    lengths = [36 + 384, 36 + 512 + 5]
+    form = formats(3, 3)
+    k, v = tokens(2, 1, max(lengths), 64, BF16)
+    q = torch.randn(2, 4, 64).to(BF16)
+    regions = held(k, v, lengths, 4, 32, 4, device, form)
+    p = plan(2, 4, 64, 2, 132, 3, 3)._replace(halves=True, splits=1)
+    assert p.int_slice == 128
+    poison(device)
+    out = run(q.to(device), regions, torch.tensor(lengths, device=device) - 1, None, p)
+    for b, n in enumerate(lengths):
+        assert error(out[b], reference(q[b], k[b], v[b], n, 4, 32, True, None, form)) < TOLERANCE[BF16], f"{n} tokens"
 
 
 def test_three_bits_need_whole_words(device: str) -> None:

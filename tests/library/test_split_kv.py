@@ -12,7 +12,15 @@ from kernel_reference import DEVICES, tl, triton
 
 from selective_kv.formats import TILE
 from selective_kv.kernels.decode_config import plan, sharing
-from selective_kv.kernels.split_kv import count_left, first_blocks, partition, past_gap, slots_in_use, written
+from selective_kv.kernels.split_kv import (
+    count_left,
+    first_blocks,
+    partition,
+    past_gap,
+    slots_in_use,
+    tile_blocks,
+    written,
+)
 
 N = 512  # entries looked at: more than there are programs
 SLOTS, TOKENS = 32, 64  # per block
@@ -26,17 +34,18 @@ def device(request: pytest.FixtureRequest) -> str:
 @triton.jit(do_not_specialize=["n_token", "sink_size", "window_size", "n_slot", "n_split"])
 def share_kernel(
     out, n_token, sink_size, window_size, n_slot, n_split, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
-    HAS_INT: tl.constexpr, N: tl.constexpr,
+    HAS_INT: tl.constexpr, HALVES: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One program: out int32 [5, N], the two results of `first_blocks`, that of `written`, the slots at which the first
-    N blocks of slots begin, and the end of the slots and their number without the gap."""
+    N blocks of slots begin, the end of the slots, their number without the gap and the tokens of a block of tiles."""
     n = n_token.to(tl.int64)
     n_left = count_left(n, sink_size, window_size)
     end, _, gap, n_gap = slots_in_use(n, n_left, sink_size, n_slot, SLOTS, HAS_INT)
-    each, float_blocks, int_blocks = partition(end - n_gap, n_left, n_split, SLOTS, TOKENS, HAS_INT)
+    block, int_blocks = tile_blocks(n_left, n_split, TOKENS, HAS_INT, HALVES)
+    each, float_blocks = partition(end - n_gap, int_blocks, n_split, SLOTS)
     split = tl.arange(0, N)
     tl.store(out + 3 * N + split, past_gap(split * SLOTS, gap, n_gap))
-    tl.store(out + 4 * N + split, tl.where(split == 0, end, end - n_gap))
+    tl.store(out + 4 * N + split, tl.where(split == 0, end, tl.where(split == 1, end - n_gap, block)))
     first, tile_first = first_blocks(split, each, float_blocks, int_blocks)
     wrote = written(split, each, float_blocks, int_blocks)
     tl.store(out + split, first)
@@ -45,18 +54,18 @@ def share_kernel(
 
 
 def shares(
-    n_token: int, sink: int, window: int, n_split: int, has_int: bool, device: str
+    n_token: int, sink: int, window: int, n_split: int, has_int: bool, device: str, halves: bool = False
 ) -> tuple[list[range], list[range], list[bool], list[range]]:
-    """Blocks of slots and of tiles of every program, whether there is something at every entry, and the slots of the
-    first blocks."""
+    """Blocks of slots and tokens in tiles of every program, whether there is something at every entry, and the slots of
+    the first blocks."""
     out = torch.empty(5, N, dtype=torch.int32, device=device)
     n_slot = sink + window + (TILE if has_int else 0)
-    share_kernel[(1,)](out, n_token, sink, window, n_slot, n_split, SLOTS, TOKENS, has_int, N, num_warps=1)
-    slots, tiles, wrote, starts, (end, n_used, *_) = out.tolist()
+    share_kernel[(1,)](out, n_token, sink, window, n_slot, n_split, SLOTS, TOKENS, has_int, halves, N, num_warps=1)
+    slots, tiles, wrote, starts, (end, n_used, block, *_) = out.tolist()
     programs = range(n_split)
     return (
         [range(slots[s], slots[s + 1]) for s in programs],
-        [range(tiles[s], tiles[s + 1]) for s in programs],
+        [range(block * tiles[s], block * tiles[s + 1], block) for s in programs],
         [bool(w) for w in wrote[: n_split + 2]],
         [range(at, min(at + SLOTS, end)) for at in starts[: -(-n_used // SLOTS)]],
     )
@@ -67,13 +76,15 @@ def shares(
     window=st.integers(1, 5000) | st.integers(1, 1 << 26),
     n_more=st.integers(0, 5000) | st.integers(0, 1 << 26),
     n_split=st.integers(1, 8) | st.integers(1, 255),
+    halves=st.booleans(),
 )
 @settings(max_examples=100, deadline=None)
-def check(device: str, sink: int, window: int, n_more: int, n_split: int) -> None:
-    slots, tiles, wrote, _ = shares(sink + window + n_more, sink, window, n_split, True, device)
-    n_left = n_more // TILE * TILE
-    n_blocks = slots[-1].stop, n_left // TOKENS  # of slots: see below
-    for parts, n in zip((slots, tiles), n_blocks, strict=True):  # every block once, in order
+def check(device: str, sink: int, window: int, n_more: int, n_split: int, halves: bool) -> None:
+    slots, tiles, wrote, _ = shares(sink + window + n_more, sink, window, n_split, True, device, halves)
+    n_left, block = n_more // TILE * TILE, tiles[0].step
+    assert block == TOKENS // 2 if halves and n_left <= 384 * n_split else block == TOKENS
+    n_blocks = slots[-1].stop, n_left // block
+    for parts, n in zip((slots, tiles), (slots[-1].stop, n_left), strict=True):  # every block once, in order
         assert parts[0].start == 0 and parts[-1].stop == n
         assert all(a.stop == b.start and a.start <= a.stop for a, b in pairwise(parts))
     last_with_slots = max(s for s in range(n_split) if slots[s])
