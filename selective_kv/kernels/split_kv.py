@@ -54,8 +54,8 @@ def past_gap(at, gap, n_gap):
 def tile_blocks(n_left, n_split, BLOCK: tl.constexpr, HAS_INT: tl.constexpr, HALVES: tl.constexpr):
     """Tokens of a tiles' block, and how many blocks the n_left tokens in tiles are.
 
-    HALVES: half of BLOCK where programs have few. Long blocks take fewer instructions a token, but of two or three of
-    them a program one is soon too many.
+    HALVES: half of BLOCK where programs have few. Long blocks take fewer instructions a token, but short ones, which
+    programs take whole too, are shared more evenly.
     """
     block, n_blocks = n_left * 0 + BLOCK, n_left * 0
     if HAS_INT:
