@@ -32,7 +32,9 @@ from kv_cache import format_policy, parse_policy
 from selective_kv import Shape
 from selective_kv.kernels import AttentionKernels
 
-FIELDS = ("warps", "float_slice", "int_slice", "float_stages", "int_stages", "per_processor", "splits", "ahead")
+FIELDS = (
+    "warps", "float_slice", "int_slice", "float_stages", "int_stages", "per_processor", "splits", "ahead", "halves"
+)  # fmt: skip
 
 
 def parse_plan(text: str) -> dict[str, int]:
@@ -46,7 +48,7 @@ def parse_plan(text: str) -> dict[str, int]:
     return changes
 
 
-def configured(changes: dict[str, int]) -> AttentionKernels:
+def configured(changes: dict[str, Any]) -> AttentionKernels:
     """The Triton kernels whose decode attention is launched by its usual configuration with these fields changed."""
     from selective_kv.kernels.decode import decode_attention, plan
     from selective_kv.kernels.triton_backend import TRITON

@@ -339,7 +339,7 @@ def run(
     bias, n_pair = bias_operands(regions)
     block, rotated = merging((n_split + 1) * p.warps, head_dim), rotations(regions)
     later = rounds_later(rotated["V_ROTATION"], block["DIMS"])
-    halves = p.halves and p.warps * p.int_slice == TILE_TOKENS  # what was made shorter to fit is not halved again
+    halves = bool(p.halves) and p.warps * p.int_slice == TILE_TOKENS  # what was made shorter to fit is not halved again
     launch(split_kernel, grid)(
         q, regions.k, regions.v, k_codes, v_codes, k_scale, v_scale, k_factor, *bias, positions,
         cos, sin, partial, statistics, q if then is None else then, k_new, v_new,
