@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from common.errors import UserError, printable
 from common.messages import say
@@ -68,6 +68,7 @@ def program(name: str, interrupted: str = "interrupted", ranks: bool = False) ->
     interrupted: the message at a Ctrl-C, "" for none. ranks: whether it may be one of several processes
     of one run; otherwise each would do all of the work and write the same files.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a model writes, and a table, fit no smaller alphabet
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -96,6 +97,15 @@ def program(name: str, interrupted: str = "interrupted", ranks: bool = False) ->
         if not ran_out(error):
             raise
         fail(name, "the device's memory ran out: does another program run?")
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that whoever started the program has closed (`>&-`, some services) is None in Python: it
+    becomes the null device, so a prompt from there is empty, and text and messages go nowhere.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (as long as the program runs)
 
 
 def _require_alone() -> None:
@@ -144,7 +154,11 @@ def _interrupts_recognised() -> Iterator[None]:
 
 
 def fail(name: str, message: str) -> NoReturn:
-    say(f"{name}: error: {printable(message)}")
+    """Exit with 2 and a line on standard error, or without it if that cannot be written (a log on a full disk)."""
+    try:
+        say(f"{name}: error: {printable(message)}")
+    except OSError:
+        _drop(sys.stderr)
     sys.exit(2)
 
 
@@ -159,10 +173,15 @@ def _drop_output() -> None:
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except (OSError, ValueError):  # a stream that is no file, as in tests
-            return
+        _drop(sys.stdout)
+
+
+def _drop(stream: TextIO) -> None:
+    """What a stream still holds, and all that follows, goes to the null device."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):  # a stream that is no file, as in tests
+        return
 
 
 def ran_out(error: BaseException) -> bool:

@@ -66,6 +66,25 @@ def test_a_pipe_whose_reader_left_and_a_full_disk_make_no_noise() -> None:
     assert (out.returncode, out.stderr) == (2, "x.py: error: No space left on device\n")
 
 
+def test_messages_that_cannot_be_written_change_no_exit_code() -> None:
+    """A log on a full disk: the traceback of the message hid the mistake's own exit code, 2, and gave 1."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom common.program import program, UserError\n"
+    code += "with program('x.py'):\n    raise UserError('no')"
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", code], stderr=full).returncode == 2
+
+
+def test_streams_closed_by_whoever_started_the_program_are_the_null_device(tiny: Path, tmp_path: Path) -> None:
+    """`>&-`, and services without streams: Python has None there, which had no method that was called."""
+    generate = (
+        f"{sys.executable} {ROOT}/generate.py --checkpoint_path {tiny} --max_new_tokens 3 --json {tmp_path}/a.json"
+    )
+    out = subprocess.run(f"{generate} --prompt a <&- >&- 2>&-", shell=True)
+    assert out.returncode == 0 and json.loads((tmp_path / "a.json").read_text())["model"]
+    out = subprocess.run(f"{generate} --prompt - <&-", shell=True, capture_output=True, text=True)
+    assert (out.returncode, out.stderr) == (2, "generate.py: error: --prompt -: standard input is empty\n")
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_a_ctrl_c_while_a_program_is_being_imported_is_quiet(script: Path, tmp_path: Path) -> None:
     """Traceback after traceback, in the first seconds of every script."""
