@@ -18,7 +18,7 @@ from selective_kv.kernels.history_8bit import QUERIES, attend_kernel, quantize_q
 from selective_kv.kernels.merge import merge_kernel
 from selective_kv.kernels.store import MOST_REGISTERS, append_kernel, close_chunk_kernel, close_kernel, slots_kernel
 
-TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "then": "*bf16", "k_new": "*bf16", "v_new": "*bf16",
+TYPES = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "next_weight": "*bf16", "k_new": "*bf16", "v_new": "*bf16",
          "positions": "*i64", "cos": "*fp32", "sin": "*fp32", "partial": "*fp32",
          "statistics": "*fp32", "k_codes": "*i8", "v_pairs": "*i16", "k_scale": "*i32", "v_scale": "*i32",
          "k_factor": "*i32",
@@ -41,7 +41,7 @@ def compile_split_kernel(
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages, **stored,
         "V_LATER": rounds_later(stored["V_ROTATION"], merging(n_partial, head_dim)["DIMS"]),
         "HALVES": p.halves and p.warps * p.int_slice == TILE, "AHEAD": p.ahead, "TURN_SINKS": turn, "NEW": new,
-        "INTERPRET": False, "TILES": columns, "OVERLAP": True,
+        "INTERPRET": False, "COLUMNS": columns, "OVERLAP": True,
     }  # fmt: skip
     types = {name: kind.replace("bf16", dtype) for name, kind in TYPES.items()}
     compiled = compile_kernel(split_kernel, types, constants, p.warps, True)
@@ -115,7 +115,7 @@ def compile_combine_kernel(
     p = plan(8, group, head_dim, itemsize, 132, bits // 2, bits // 2)
     merged = merging((n_split + 1) * p.warps, head_dim)
     later = rounds_later(stored_as(head_dim, bits // 2, bits // 2)["V_ROTATION"], merged["DIMS"])
-    constants = {"HEAD_DIM": head_dim, "HEADS": p.heads, "TILES": -(-group // p.heads), "WARPS": p.warps,
+    constants = {"HEAD_DIM": head_dim, "HEADS": p.heads, "COLUMNS": -(-group // p.heads), "WARPS": p.warps,
                  "HAS_INT": bits > 0, "HALVES": False, "V_LATER": later, "OVERLAP": True,
                  **blocks(p), **merged}  # fmt: skip
     types = {"partial": "*fp32", "statistics": "*fp32", "positions": "*i64", "out": f"*{dtype}"}
@@ -176,7 +176,7 @@ def compile_without_tiles() -> None:
     types |= {"positions": "*i64", "softmax_scale": "fp32"}
     for overlap in (False, True):  # before Hopper, and since
         compile_kernel(combine_kernel, types, {
-            "HEAD_DIM": 128, "HEADS": 4, "TILES": 1, "FLOAT_BLOCK": 64, "INT_BLOCK": 64,
+            "HEAD_DIM": 128, "HEADS": 4, "COLUMNS": 1, "FLOAT_BLOCK": 64, "INT_BLOCK": 64,
             "WARPS": 2, "HAS_INT": True, "HALVES": True, "V_LATER": 1, "OVERLAP": overlap,
             **merging(68, 128),
         })  # fmt: skip

@@ -18,7 +18,7 @@ Words, each with one meaning here:
     column       one KV head of one sequence with at most `heads` of its query heads: what a split computes for
     batch_heads  sequences times KV heads
     overlap      start a launch before the one ahead of it has ended (programmatic dependent launch, PDL)
-    then         the weight that is read right after attention, and is prefetched into L2 meanwhile
+    next weight  the one that is read right after attention, and is prefetched into L2 meanwhile
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ COUNTS = ("group", "sink_size", "window_size", "n_slot", "n_split")
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
     partial, statistics, positions, out, group, sink_size, window_size, n_slot, n_split,
-    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, FLOAT_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, FLOAT_BLOCK: tl.constexpr,
     INT_BLOCK: tl.constexpr, CHUNK: tl.constexpr, DIMS: tl.constexpr, HAS_INT: tl.constexpr, HALVES: tl.constexpr,
     V_LATER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def combine_kernel(
     entry = tl.arange(0, CHUNK)
     split = entry // WARPS
     wrote = written(split, each, float_blocks, int_blocks) & (split <= n_split)
-    column = (batch * tl.num_programs(0) + kv_head) * TILES + member // HEADS
+    column = (batch * tl.num_programs(0) + kv_head) * COLUMNS + member // HEADS
     at = column * (n_split + 1) * WARPS * HEADS + member % HEADS
     entry = tl.where(wrote, entry, 0)[:, None] * HEADS  # program 0 has a slot if any has
     d = tl.arange(0, DIMS)[None, :]

@@ -46,16 +46,16 @@ class DecodeAttention(Protocol):
         regions: Regions,
         positions: Tensor,
         sink_rope: SinkRotation | None = None,
-        then: Tensor | None = None,
+        next_weight: Tensor | None = None,
         new: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention of one new token per sequence over all that its cache holds.
 
         q: [batch, n_head, head_dim] in the regions' dtype; positions: int64 [batch]; sink_rope: the rotation of q by
         which it sees the sinks at their distance within the cache (StreamingLLM, arXiv:2309.17453), None: q as it is;
-        then: a weight that is read next, which may be prefetched into L2 meanwhile; new: the token's key and value,
-        [batch, n_kv_head, head_dim] each, to be appended first as `Append` does, None: they are in the cache already.
-        Returns [batch, n_head, head_dim] in q's dtype.
+        next_weight: the weight that is read next, which may be prefetched into L2 meanwhile; new: the token's key and
+        value, [batch, n_kv_head, head_dim] each, to be appended first as `Append` does, None: they are in the cache
+        already. Returns [batch, n_head, head_dim] in q's dtype.
         """
         ...
 

@@ -4,9 +4,9 @@ Mechanism. Split-KV attention (Flash-Decoding, Dao et al. 2023): `split_kernel` 
 KV head among `n_split` programs, each of whose warps keeps an online softmax and writes a partial result; the small
 `combine_kernel` rescales them to a common maximum, adds and normalises. Lengths are read on the device and the grid
 does not depend on them, so one CUDA graph serves every length; a program without tokens only prefetches into L2 the
-weight that is read after attention (`then`), and `combine_kernel` reads only the partial results that were written.
-A new token needs no launch of its own, but in a large batch (`split_appends`): the programs whose slots have its place
-write it there before they read them.
+weight that is read after attention (`next_weight`), and `combine_kernel` reads only the partial results that were
+written. A new token needs no launch of its own, except in a large batch (`split_appends`): the programs that have its
+slot write it there before they read.
 
 Full-precision slots and then tiles are one range of work, measured in blocks, and cut evenly: the program at
 the border takes some of both. The shares depend on how many tokens there are, never on capacity: as long as nothing
@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from selective_kv.formats import TILE as TILE_TOKENS
-from selective_kv.kernels.basics import INTERPRET
+from selective_kv.kernels.basics import INTERPRET, LOG2_E, NEGATIVE, TILE
 from selective_kv.kernels.bias import bias_queries
 from selective_kv.kernels.combine import combine_kernel
 from selective_kv.kernels.decode_config import (
@@ -45,7 +45,7 @@ from selective_kv.kernels.decode_config import (
 )
 from selective_kv.kernels.hadamard import butterfly
 from selective_kv.kernels.launch import launch
-from selective_kv.kernels.online_softmax import NEGATIVE, apply_rope, float_block, load_q
+from selective_kv.kernels.online_softmax import apply_rope, float_block, load_q
 from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
 from selective_kv.kernels.split_kv import (
     count_left,
@@ -58,15 +58,14 @@ from selective_kv.kernels.split_kv import (
 )
 from selective_kv.kernels.store import append, settle, slot_of
 from selective_kv.kernels.tile_share import store_share, tile_queries
-from selective_kv.kernels.tile_softmax import TILE
 from selective_kv.regions import Regions
 
 # Runtime integers that Triton must not specialise on (1, multiples of 16): one binary serves all values.
-COUNTS = ("group", "sink_size", "window_size", "n_slot", "n_tile", "n_split", "then_bytes", "then_each")
+COUNTS = ("group", "sink_size", "window_size", "n_slot", "n_tile", "n_split", "next_bytes", "next_each")
 
-# The most bytes of `then` that are prefetched into L2, since more slows the reads of keys and values; and the most that
-# one program prefetches, since `combine_kernel` waits until it has exited.
-MOST_THEN, MOST_THEN_EACH = 4 << 20, 16 << 10
+# The most bytes of `next_weight` that are prefetched into L2, since more slows the reads of keys and values; and the
+# most that one program prefetches, since `combine_kernel` waits until it has exited.
+MOST_NEXT, MOST_NEXT_EACH = 4 << 20, 16 << 10
 
 
 @triton.jit
@@ -128,31 +127,34 @@ def float_share(
 @triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
     q, k, v, k_codes, v_pairs, k_scale, v_scale, k_factor, bias_pairs, bias_within, bias_turned, positions, cos, sin,
-    partial, statistics, then, k_new, v_new,
+    partial, statistics, next_weight, k_new, v_new,
     q_stride_b, q_stride_h, slot_stride_b, slot_stride_h, new_stride_kb, new_stride_kh, new_stride_vb, new_stride_vh,
     n_tile, group, sink_size, window_size, n_slot, n_split,
-    then_bytes, then_each, softmax_scale,
-    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+    next_bytes, next_each, softmax_scale,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
     FLOAT_SLICE: tl.constexpr, INT_SLICE: tl.constexpr, FLOAT_STAGES: tl.constexpr, INT_STAGES: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr,
     V_ROTATION: tl.constexpr, PAIRS: tl.constexpr, AHEAD: tl.constexpr, TURN_SINKS: tl.constexpr,
     V_LATER: tl.constexpr, HALVES: tl.constexpr, NEW: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (column, sequence, split): one split of the tokens of one sequence, one KV head (column // TILES) and
-    HEADS of its query heads. TILES: columns of a KV head, not tiles of tokens. K_BITS 0: nothing is quantised.
-    K_ROTATION, V_ROTATION: `rotation_size`, or 1; V_LATER: `rounds_later`; HALVES: `tile_blocks`. PAIRS: of channels
-    whose bias is not in the tiles (bias.py).
+    """Program (column, sequence, split): one split of the tokens of one sequence, for HEADS of the query heads of KV
+    head column // COLUMNS. COLUMNS: ceil(group / HEADS), the columns of each KV head.
 
     partial: float32 [sequence, column, n_split + 1, WARPS, HEADS, HEAD_DIM], weighted sums of values; statistics:
     float32 [sequence, column, n_split + 1, WARPS, HEADS, 2], the largest score in log2 units and the sum of weights.
     The partial result of a program's slots is stored at index `split`, that of its tiles at split + 1: the program at
     the border writes both. Each warp stores its own: a reduction over warps here would cost every program barriers, and
-    in `combine_kernel` it costs a load. AHEAD: tokens prefetched into L2 before the PDL wait. then: a weight that is
-    read after attention; each program prefetches then_each of its bytes into L2 when it has done its own reads. NEW:
-    the token is not in its slot yet: every program whose slots have it writes it there, and reads it as all others.
+    in `combine_kernel` it costs a load.
+
+    K_BITS 0: nothing is quantised. K_ROTATION, V_ROTATION: `rotation_size`, or 1. V_LATER: `rounds_later`. HALVES: see
+    `tile_blocks`. PAIRS: pairs of channels whose bias is not in the tiles (bias.py). AHEAD: tokens prefetched into L2
+    before the PDL wait.
+    next_weight: the weight that is read after attention; each program prefetches next_each of its first next_bytes
+    bytes into L2 when it has done its own reads. NEW: the token is not in its slot yet; every program that has this
+    slot writes it there, and then reads it like all others.
     """
     column, split = tl.program_id(0), tl.program_id(2)
-    batch, kv_head = tl.program_id(1).to(tl.int64), (column // TILES).to(tl.int64)
+    batch, kv_head = tl.program_id(1).to(tl.int64), (column // COLUMNS).to(tl.int64)
     HAS_INT: tl.constexpr = K_BITS > 0
     FLOAT_BLOCK: tl.constexpr = WARPS * FLOAT_SLICE
     INT_BLOCK: tl.constexpr = WARPS * INT_SLICE
@@ -172,7 +174,7 @@ def split_kernel(
     lo, hi = lo * FLOAT_BLOCK, tl.minimum(hi * FLOAT_BLOCK, n_used)
     tile_lo, tile_hi = tile_lo * int_block, tile_hi * int_block
     slot_at = batch * slot_stride_b + kv_head * slot_stride_h
-    tile_at = (batch * (tl.num_programs(0) // TILES) + kv_head) * n_tile  # the first tile
+    tile_at = (batch * (tl.num_programs(0) // COLUMNS) + kv_head) * n_tile  # the first tile
     k_codes += tile_at * K_TILE
     v_pairs += tile_at * (V_TILE // 2)
     k_scale += tile_at * HEAD_DIM
@@ -193,7 +195,7 @@ def split_kernel(
             ITEM: tl.constexpr = k.dtype.element_ty.primitive_bitwidth // 8
             SLOT: tl.constexpr = HEAD_DIM * ITEM
             first = past_gap(lo, gap, n_gap)
-            last = tl.minimum(first + (hi - lo), slot_end)  # the gap may lie between: then of some before it
+            last = tl.minimum(first + (hi - lo), slot_end)  # where the gap lies between, some of it is fetched too
             fetch(k + slot_at + first * HEAD_DIM, k + slot_at + last * HEAD_DIM, AHEAD * SLOT)
             fetch(v + slot_at + first * HEAD_DIM, v + slot_at + last * HEAD_DIM, AHEAD * SLOT)
         if HAS_INT and AHEAD > 0 and tile_lo < tile_hi:
@@ -209,11 +211,11 @@ def split_kernel(
             gdc_wait()  # for the token's own query, key and value
     DIM: tl.constexpr = triton.next_power_of_2(max(HEAD_DIM, 32))
     q += batch * q_stride_b + kv_head * group * q_stride_h
-    log2_scale = softmax_scale * 1.4426950408889634  # exp2 is an instruction, exp is not
+    log2_scale = softmax_scale * LOG2_E
     # Tiles first, and each branch recomputes what it needs: values live across both loops would take registers.
     if HAS_INT and tile_lo < tile_hi:
         member = tl.arange(0, HEADS)
-        head = column % TILES * HEADS + member  # within the group
+        head = column % COLUMNS * HEADS + member  # within the group
         query = tile_queries(q, q_stride_h, head, group, HEAD_DIM, HEADS, K_BITS, K_ROTATION)
         by_bias = query[0], query[0]
         if PAIRS > 0:
@@ -244,7 +246,7 @@ def split_kernel(
             tl.store(v + to, tl.load(v_new + e, inside).to(v.dtype.element_ty), inside)
             tl.debug_barrier()  # other threads will read it
         d, member = tl.arange(0, DIM), tl.arange(0, HEADS)
-        head = column % TILES * HEADS + member
+        head = column % COLUMNS * HEADS + member
         x = load_q(q, q_stride_h, head, group, d, d < HEAD_DIM)
         partner = x
         if TURN_SINKS:
@@ -265,10 +267,10 @@ def split_kernel(
     if OVERLAP:
         ROUND: tl.constexpr = WARPS * 32 * 128  # a line a thread
         program = (tl.program_id(1) * tl.num_programs(2) + split) * tl.num_programs(0) + column
-        start = program.to(tl.int64) * then_each
-        end = tl.minimum(start + then_each, then_bytes)
+        start = program.to(tl.int64) * next_each
+        end = tl.minimum(start + next_each, next_bytes)
         for offset in range(start, end, ROUND):
-            fetch(then.to(tl.int64) + offset, then.to(tl.int64) + end, ROUND)
+            fetch(next_weight.to(tl.int64) + offset, next_weight.to(tl.int64) + end, ROUND)
 
 
 def decode_attention(
@@ -276,19 +278,20 @@ def decode_attention(
     regions: Regions,
     positions: Tensor,
     sink_rope: tuple[Tensor, Tensor] | None = None,
-    then: Tensor | None = None,
+    next_weight: Tensor | None = None,
     new: tuple[Tensor, Tensor] | None = None,
     configure: Callable[..., Plan] = plan,
 ) -> Tensor:
     """Attention of one new token per sequence over all that its cache holds.
 
     q: [batch, n_head, head_dim]; positions: int64 [batch], written before the launch that comes before this
-    one: they are read before the PDL wait. sink_rope: cos and sin, float32 [batch,
-    head_dim], as `model.Rope` has them: when given, sinks are seen at their distance within the cache, as if
-    what was dropped had never been (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them.
-    It is read after the PDL wait, and only where something was dropped. then: a weight that is read next, and may be
-    prefetched into L2 meanwhile. new: the token's key and value, [batch, n_kv_head, head_dim] each, which are appended;
-    None: they have been. Where they are given, `positions` must be as early as `append` wants them.
+    one, since they are read before the PDL wait. sink_rope: cos and sin, float32 [batch,
+    head_dim], as `model.Rope` has them. When given, sinks are seen at their distance within the cache, as if the
+    dropped tokens had never been there (StreamingLLM, arXiv:2309.17453): for them q is turned back by as many
+    positions. It is read after the PDL wait, and only where something was dropped. next_weight: the weight that is read
+    next, which may be prefetched into L2 meanwhile. new: the token's key and value, [batch, n_kv_head, head_dim] each,
+    to be appended first; None: they are in the cache already. With `new`, `positions` must be written as early as
+    `append` asks.
     Returns [batch, n_head, head_dim] in q's dtype. No host synchronisation.
     """
     batch_heads, group = q.shape[0] * regions.k.shape[1], q.shape[1] // regions.k.shape[1]
@@ -299,7 +302,7 @@ def decode_attention(
     if new is not None and here.overlap and not split_appends(batch_heads, here.multiprocessors):
         append(regions, *new, positions, early=p.ahead > 0)
         new = None
-    return run(q, regions, positions, sink_rope, p, then, new)
+    return run(q, regions, positions, sink_rope, p, next_weight, new)
 
 
 def run(
@@ -308,7 +311,7 @@ def run(
     positions: Tensor,
     sink_rope: tuple[Tensor, Tensor] | None,
     p: Plan,
-    then: Tensor | None = None,
+    next_weight: Tensor | None = None,
     new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`decode_attention` by a given plan; `new` is written by the programs that read it."""
@@ -319,8 +322,8 @@ def run(
     assert q.stride(2) == 1 and positions.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     n_kv_head, n_slot = regions.k.shape[1:3]
     group = n_head // n_kv_head
-    tiles = triton.cdiv(group, p.heads)
-    n_column = n_kv_head * tiles
+    columns = triton.cdiv(group, p.heads)
+    n_column = n_kv_head * columns
     here = processor(q.device)
     overlap = here.overlap
     n_split = p.splits or sharing(p, batch * n_column, here.multiprocessors)
@@ -334,19 +337,19 @@ def run(
     partial = torch.empty(*partials, head_dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(*partials, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, n_head, head_dim, dtype=q.dtype, device=q.device)
-    grid = (n_column, batch, n_split)  # also where there are fewer blocks: empty splits prefetch `then`
-    then_bytes = 0 if then is None or not overlap else min(then.nbytes, MOST_THEN)
+    grid = (n_column, batch, n_split)  # also where there are fewer blocks: empty splits prefetch `next_weight`
+    next_bytes = 0 if next_weight is None or not overlap else min(next_weight.nbytes, MOST_NEXT)
     bias, n_pair = bias_operands(regions)
     block, rotated = merging((n_split + 1) * p.warps, head_dim), rotations(regions)
     later = rounds_later(rotated["V_ROTATION"], block["DIMS"])
     halves = bool(p.halves) and p.warps * p.int_slice == TILE_TOKENS  # what was made shorter to fit is not halved again
     launch(split_kernel, grid)(
         q, regions.k, regions.v, k_codes, v_codes, k_scale, v_scale, k_factor, *bias, positions,
-        cos, sin, partial, statistics, q if then is None else then, k_new, v_new,
+        cos, sin, partial, statistics, q if next_weight is None else next_weight, k_new, v_new,
         *q.stride()[:2], *regions.k.stride()[:2], *k_new.stride()[:2], *v_new.stride()[:2], k_codes.shape[2], group,
-        regions.sink_size, regions.window_size, n_slot, n_split, then_bytes,
-        min(MOST_THEN_EACH, 128 * triton.cdiv(then_bytes, 128 * math.prod(grid))), head_dim**-0.5,
-        HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
+        regions.sink_size, regions.window_size, n_slot, n_split, next_bytes,
+        min(MOST_NEXT_EACH, 128 * triton.cdiv(next_bytes, 128 * math.prod(grid))), head_dim**-0.5,
+        HEAD_DIM=head_dim, HEADS=p.heads, COLUMNS=columns, WARPS=p.warps, FLOAT_SLICE=p.float_slice,
         INT_SLICE=p.int_slice, FLOAT_STAGES=p.float_stages, INT_STAGES=p.int_stages, K_BITS=k_bits,
         V_BITS=v_bits, BALANCED=regions.k_format is not None and regions.k_format.balanced, **rotated,
         PAIRS=n_pair, AHEAD=p.ahead if overlap else 0, TURN_SINKS=sink_rope is not None, V_LATER=later,
@@ -355,7 +358,7 @@ def run(
     )  # fmt: skip
     launch(combine_kernel, (n_kv_head, batch, group * (head_dim // block["DIMS"])))(
         partial, statistics, positions, out, group, regions.sink_size, regions.window_size, n_slot, n_split,
-        HEAD_DIM=head_dim, HEADS=p.heads, TILES=tiles, WARPS=p.warps, **blocks(p), **block, HAS_INT=has_int,
+        HEAD_DIM=head_dim, HEADS=p.heads, COLUMNS=columns, WARPS=p.warps, **blocks(p), **block, HAS_INT=has_int,
         HALVES=halves, V_LATER=later, OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
     )  # fmt: skip
     return out

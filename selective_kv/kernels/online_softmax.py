@@ -13,7 +13,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from selective_kv.kernels.basics import NEGATIVE as NEGATIVE
 from selective_kv.kernels.basics import UNSEEN
 
 

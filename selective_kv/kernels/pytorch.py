@@ -104,16 +104,16 @@ def decode_attention(
     regions: Regions,
     positions: Tensor,
     sink_rope: tuple[Tensor, Tensor] | None = None,
-    then: Tensor | None = None,
+    next_weight: Tensor | None = None,
     new: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of one new token per sequence over all that its cache holds.
 
     q: [batch, n_head, head_dim]; positions: int64 [batch]. sink_rope: cos and sin, float32 [batch, head_dim],
-    as `model.Rope` has them: when given, sinks are seen at their distance within the cache, as if what was dropped had
-    never been (StreamingLLM, arXiv:2309.17453): q is turned back by that many positions for them. then: a weight that
-    is read next, which has nothing to do with the result. new: the token's key and value, [batch, n_kv_head, head_dim]
-    each, which are appended; None: they have been. Returns [batch, n_head, head_dim] in q's dtype.
+    as `model.Rope` has them. When given, sinks are seen at their distance within the cache, as if the dropped tokens
+    had never been there (StreamingLLM, arXiv:2309.17453): for them q is turned back by as many positions. next_weight:
+    for kernels that prefetch, not used here. new: the token's key and value, [batch, n_kv_head, head_dim] each, to be
+    appended first; None: they are in the cache already. Returns [batch, n_head, head_dim] in q's dtype.
     """
     if new is not None:
         append(regions, *new, positions)

@@ -11,9 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from selective_kv.kernels.basics import prefetch
+from selective_kv.kernels.basics import TILE, prefetch
 
-TILE = tl.constexpr(128)
 MOST_HALVED = tl.constexpr(384)  # tokens in tiles of a program (LOG.md, 2026-11-26)
 
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from selective_kv.formats import TILE as TILE_TOKENS
-from selective_kv.kernels.basics import INTERPRET, prefetch
+from selective_kv.kernels.basics import INTERPRET, TILE, prefetch
 from selective_kv.kernels.close import blocks_of, close_keys, close_values
 from selective_kv.kernels.decode_config import processor
 from selective_kv.kernels.launch import launch
 from selective_kv.kernels.operands import bias_operands, rotations, stored_bits, tile_operands
-from selective_kv.kernels.tile_softmax import TILE
 from selective_kv.regions import N_ADDRESS, LayerGroup, Regions
 
 ADDRESSES = tl.constexpr(N_ADDRESS)  # entries of a layer in `LayerGroup.offsets`

@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from selective_kv.kernels.basics import TILE
 from selective_kv.kernels.bias import all_within
 from selective_kv.kernels.hadamard import butterfly
 from selective_kv.kernels.online_softmax import load_q
-from selective_kv.kernels.tile_softmax import TILE, add_block, new_state, tile_query, weighted_values
+from selective_kv.kernels.tile_softmax import add_block, new_state, tile_query, weighted_values
 
 
 @triton.jit
@@ -72,12 +73,12 @@ def tile_share(
             at = lo * 0 + start  # a tensor, in the interpreter too
             # of the next block, so that what it takes overlaps with this one's arithmetic
             after = tl.minimum(at + BLOCK, hi - 1) // TILE
-            then = tile_query(query, k_scale + after * HEAD_DIM, scale, HEAD_DIM, HEADS, K_BITS, DIVIDE)
+            following = tile_query(query, k_scale + after * HEAD_DIM, scale, HEAD_DIM, HEADS, K_BITS, DIVIDE)
             state = add_block(
                 state, ready, k, v, v_scale, k_factor, by_bias, bias_within, bias_turned, at, HEAD_DIM, HEADS, WARPS,
                 ROWS, STEPS, PARTS, K_BITS, V_BITS, BALANCED, PAIRS, WITHIN, DIVIDE, INTERPRET,
             )  # fmt: skip
-            ready = then
+            ready = following
     else:
         for start in tl.range(lo, hi, BLOCK, num_stages=STAGES):
             at = lo * 0 + start
@@ -125,7 +126,7 @@ def store_share(
     V_BITS: tl.constexpr, BALANCED: tl.constexpr, K_ROTATION: tl.constexpr, V_ROTATION: tl.constexpr,
     V_LATER: tl.constexpr, PAIRS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Store what `tile_share` returns. at: of the partial results, [WARPS, HEADS]."""
+    """Compute `tile_share` and store its results. at: [WARPS, HEADS], their places among the partial results."""
     sums, largest, weights = tile_share(
         query, k, v, k_scale, v_scale, k_factor, by_bias, bias_within, bias_turned, lo, hi, scale, HEAD_DIM, WARPS,
         SLICE, STAGES, K_BITS, V_BITS, BALANCED, K_ROTATION, V_ROTATION, V_LATER, PAIRS, INTERPRET,
