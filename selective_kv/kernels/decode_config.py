@@ -13,12 +13,12 @@ from selective_kv.formats import TILE
 
 
 class Plan(NamedTuple):
-    """How a cache's shape maps to programs; nothing here depends on how many tokens there are."""
+    """How the work of decode attention is cut into programs: by shapes, not by how many tokens there are."""
 
     heads: int  # query heads per program
     warps: int
     float_slice: int  # tokens per warp and block
-    int_slice: int
+    int_slice: int  # the same, of tokens in tiles
     float_stages: int  # of the software pipeline: stages - 1 blocks are being loaded while one is used
     int_stages: int
     per_processor: int  # programs resident on an SM (occupancy) that `sharing` counts on
@@ -33,12 +33,12 @@ def parts(k_bits: int, v_bits: int) -> int:
     return 1 if least in (0, 8) else 2 if least == 4 else 4
 
 
-def early(batch_heads: int, n_processor: int, four: bool) -> bool:
+def early(batch_heads: int, n_processor: int, below_8: bool) -> bool:
     """Whether splits become resident and prefetch their first tokens into L2 while `append`, which then gives its PDL
     trigger at once, still waits for its token. Shared memory must cap such a plan at `per_processor` programs an SM:
     while some SMs are still busy, splits would otherwise crowd onto the others (8 x 32k tokens took 9% longer so).
     """
-    return (2 * batch_heads <= 3 * n_processor) if four else (4 * batch_heads <= n_processor)
+    return (2 * batch_heads <= 3 * n_processor) if below_8 else (4 * batch_heads <= n_processor)
 
 
 def split_appends(batch_heads: int, n_processor: int) -> bool:
@@ -51,56 +51,57 @@ def split_appends(batch_heads: int, n_processor: int) -> bool:
 def plan(
     batch_heads: int, group: int, head_dim: int, itemsize: int, n_processor: int, k_bits: int = 0, v_bits: int = 0
 ) -> Plan:
-    """batch_heads: sequences times KV heads; k_bits, v_bits: of what is in tiles, 0 where nothing is. What measured
-    best on an H100 and an H200 at head_dim 128 (LOG.md, 2026-11-23 to 26).
+    """The launch configuration that measured best on an H100 and an H200 (LOG.md, 2026-11-23 to 26).
 
-    At 8 bits it must not depend on what the cache keeps: two caches that hold the same slots must agree to the bit.
-    A block of a tile is a part of one, and at least 16 packed rows a warp.
+    batch_heads: sequences times KV heads; itemsize: bytes of a number in a slot; k_bits, v_bits: those of tiles, 0 if
+    nothing is quantised. With 8 bits it must be what it is with 0: two caches that hold the same slots must agree to
+    the bit. A block of tiles is a tile or a part of one, and has at least 16 packed rows a warp.
     """
-    four, n_part = 0 < k_bits + v_bits < 16, parts(k_bits, v_bits)
+    below_8, n_part = 0 < k_bits + v_bits < 16, parts(k_bits, v_bits)
     heads = min(max(4, triton.next_power_of_2(group)), 16 if head_dim <= 128 else 8)
-    few = 2 * batch_heads <= 3 * n_processor
-    alone = head_dim <= 128 and heads * head_dim <= 1024  # a warp has registers for what a query becomes for a tile
+    few_heads = 2 * batch_heads <= 3 * n_processor
+    one_warp = head_dim <= 128 and heads * head_dim <= 1024  # a warp has registers for what a query becomes for a tile
     # With one program a KV head, 1.75 to 2 an SM: an even load without split-KV.
     even = 7 * n_processor < 4 * batch_heads <= 8 * n_processor
-    many = k_bits == v_bits == 4 and head_dim <= 128 and few and 4 * batch_heads > n_processor
-    fewest = 4 * batch_heads <= n_processor
-    halves = fewest and 64 < head_dim <= 128 and heads <= 4  # else registers run out
+    batched = k_bits == v_bits == 4 and head_dim <= 128 and few_heads and 4 * batch_heads > n_processor
+    fewest_heads = 4 * batch_heads <= n_processor
+    halves = fewest_heads and 64 < head_dim <= 128 and heads <= 4  # else registers run out
     # Fewer bytes on their way are faster where registers cap the programs of an SM, or the load is even without a cap.
     capped = head_dim > 64 and heads != 8
     # Whole tiles by one warp, where each of an SM's four schedulers has one: fewer instructions and no barriers.
     resident = 4 * n_processor // batch_heads * batch_heads
     one_each = n_processor < 4 * batch_heads <= 8 * n_processor and 16 * resident >= 15 * 4 * n_processor
     one_each = one_each and k_bits == v_bits == 4 and heads <= 4 and 64 < head_dim <= 128
-    if 3 in (k_bits, v_bits) and not few:
+    if 3 in (k_bits, v_bits) and not few_heads:
         p = Plan(heads, 2, 16, 64, 3, 4, 4)
-    elif one_each or (3 in (k_bits, v_bits) and alone):
+    elif one_each or (3 in (k_bits, v_bits) and one_warp):
         # A block is a tile: what a query becomes for one is made once.
         p = Plan(heads, 1, 32, TILE, 4, 3, 4, halves=halves and k_bits == v_bits)
-    elif four and max(k_bits, v_bits) == 8:
-        p = Plan(heads, 1, 32, 64, 4, 4, 4) if few else Plan(heads, 4, 16, 32, 3, 3, 6, splits=1 if even else 0)
-    elif four and n_part == 2 and 64 < head_dim <= 128 and heads <= 4 and fewest:
+    elif below_8 and max(k_bits, v_bits) == 8:
+        p = Plan(heads, 1, 32, 64, 4, 4, 4) if few_heads else Plan(heads, 4, 16, 32, 3, 3, 6, splits=1 if even else 0)
+    elif below_8 and n_part == 2 and 64 < head_dim <= 128 and heads <= 4 and fewest_heads:
         p = Plan(heads, 1, 32, 64, 4, 3, 4)  # no barriers between warps, but a query's terms are made by each
-    elif k_bits == v_bits == 4 and head_dim <= 64 and heads <= 8 and fewest:
+    elif k_bits == v_bits == 4 and head_dim <= 64 and heads <= 8 and fewest_heads:
         p = Plan(heads, 1, 32, 64, 4, 3, 8) if heads <= 4 else Plan(heads, 1, 16, 64, 3, 3, 8)
-    elif many:  # short of instructions in flight, not of bytes: small programs, 4 an SM, or 6 of half the bytes
+    elif batched:  # short of instructions in flight, not of bytes: small programs, 4 an SM, or 6 of half the bytes
         p = Plan(heads, 2, 16, 64, 3, 4 if capped else 3, 4 if head_dim > 64 else 6)
-    elif four and few:
+    elif below_8 and few_heads:
         p = Plan(heads, 2, 32, 64, 4, 4, 2)
-    elif four:
+    elif below_8:
         p = Plan(heads, 2, 16, 64, 3, 3, 6, splits=1 if even else 0)
-    elif few:
+    elif few_heads:
         p = Plan(heads, 2, 32, 64, 4, 3, 2, halves=halves)  # 96 KiB a program; with 48, full is 1.6% slower at 128k
     else:
         p = Plan(heads, 1, 16, 64, 4, 3, 4)  # KV heads alone fill the SMs: small programs have the shortest tail
-    if early(batch_heads, n_processor, four) and (capped or not many):
+    if early(batch_heads, n_processor, below_8) and (capped or not batched):
         p = p._replace(ahead=64)
-    small = many or (k_bits == v_bits == 4 and heads <= 8 and fewest)  # plans of their own for half the bytes a token
+    # Plans of their own for half the bytes a token.
+    small = batched or (k_bits == v_bits == 4 and heads <= 8 and fewest_heads)
     if head_dim <= 64 and not small:
         p = p._replace(warps=2 * p.warps, int_slice=min(p.int_slice, TILE // (2 * p.warps)))  # half the bytes a token
     if itemsize > 2:  # or registers run out, here and below
         p = p._replace(float_slice=16)
-    if heads > 8 or heads * head_dim * itemsize > 2048 or (four and heads > 4 and head_dim <= 64 and not small):
+    if heads > 8 or heads * head_dim * itemsize > 2048 or (below_8 and heads > 4 and head_dim <= 64 and not small):
         p = p._replace(float_slice=16, int_slice=32)
     if n_part == 4 and head_dim <= 64:  # so that a warp has 32 rows
         p = p._replace(warps=1, int_slice=TILE, int_stages=3, per_processor=4, splits=0)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from selective_kv.kernels.basics import TILE, prefetch
 
-MOST_HALVED = tl.constexpr(384)  # tokens in tiles of a program (LOG.md, 2026-11-26)
+MOST_HALVED = tl.constexpr(384)  # the most tokens in tiles a program for which blocks are halved (LOG.md, 2026-11-26)
 
 
 @triton.jit
@@ -51,10 +51,10 @@ def past_gap(at, gap, n_gap):
 
 @triton.jit
 def tile_blocks(n_left, n_split, BLOCK: tl.constexpr, HAS_INT: tl.constexpr, HALVES: tl.constexpr):
-    """Tokens of a tiles' block, and how many blocks the n_left tokens in tiles are.
+    """How many tokens a block of tiles has, and how many blocks the n_left tokens in tiles are.
 
-    HALVES: half of BLOCK where programs have few. Long blocks take fewer instructions a token, but short ones, which
-    programs take whole too, are shared more evenly.
+    HALVES: whether a block is half of BLOCK when each program has few tokens (MOST_HALVED). Long blocks take fewer
+    instructions a token, but a program takes whole blocks, and short ones are shared more evenly.
     """
     block, n_blocks = n_left * 0 + BLOCK, n_left * 0
     if HAS_INT:
@@ -73,9 +73,9 @@ def partition(n_used, int_blocks, n_split, FLOAT_BLOCK: tl.constexpr):
 
     Program s takes blocks s * each to (s + 1) * each - 1 of it, see `first_blocks`. A block of slots and one of a tile
     count alike: by tokens the latter would be 2 to 4, but the program with slots then ends last: it has two loops to
-    start, and a slot has 2 to 4 times the bytes (LOG.md, 2026-11-26: 1 x 32k took 10% longer). Returns each, and
-    the number of the slots' blocks. Exact while the whole range is below 2**29. As long as there are
-    no tiles, `each` does not depend on the number of slots: the shares are the full cache's.
+    start, and a slot has 2 to 4 times the bytes (LOG.md, 2026-11-26: 1 x 32k took 10% longer). Returns `each`
+    and the number of the slots' blocks. Exact while the whole range is below 2**29. As long as there are no tiles,
+    `each` does not depend on the number of slots: the shares are the full cache's.
     """
     float_blocks = tl.cdiv(n_used, FLOAT_BLOCK)
     work = float_blocks + int_blocks
