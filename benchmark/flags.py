@@ -103,7 +103,12 @@ def make_parser() -> Parser:
     p.add_argument("--largest_batch", action="store_true", help="instead of --batch, as many sequences as fit")
     p.add_argument("--memory_budget", type=parse_size, metavar="SIZE", help="--largest_batch may take this much in all")
     p.add_argument("--json", type=Path, metavar="FILE", help="append a JSON line with everything, for each --weights")
-    p.add_argument("--png", type=Path, metavar="FILE", help="draw latency and tokens/s against the context")
+    p.add_argument(
+        "--png",
+        type=Path,
+        metavar="FILE",
+        help="draw latency and tokens/s against the context: a PNG, and an SVG beside it",
+    )
     return p
 
 
@@ -124,6 +129,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if len(args.weights or ()) > 1 and (args.largest_batch or args.peer or args.png):
         raise UserError("several settings of --weights do not go with --largest_batch, --peer or --png")
     if args.png:
+        if args.png.suffix != ".png":  # else the pictures, a PNG and an SVG, would have another name than was asked for
+            raise UserError(f"--png {args.png}: the name must end in .png (an SVG goes beside it)")
         require("matplotlib", "--png")
     if args.peer:
         require("transformers", "--peer")

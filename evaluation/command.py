@@ -19,7 +19,7 @@ from torch import Tensor
 from cli.console import shown
 from cli.provenance import FORMAT, made_from
 from common.errors import UserError
-from common.files import require_writable, to_json, write_whole
+from common.files import is_special, require_writable, to_json, write_whole
 from common.messages import note, progress
 from evaluation import scoring
 from evaluation.after import After
@@ -199,9 +199,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         note("fingerprints of weights and texts")
         about = record(subject, argv)
     subject.full_results = FullResults(args.keep_full, about)
+    beside = args.json and not is_special(args.json)  # /dev, say, is no folder for files
 
     def save(rows: list[dict[str, Any]], path: Path | None = None) -> None:
-        if args.json:
+        if args.json and (path is not None or beside):
             whole = about | {"finished": path is not None, "rows": rows}
             write_whole(path or unfinished(args.json), to_json(whole) + "\n")
 
@@ -215,5 +216,6 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         rows = score_texts(subject, save)
     if args.json:  # before the table, whose reader may have left
         save(rows, args.json)
+    if beside:
         unfinished(args.json).unlink(missing_ok=True)
     PRINTERS[args.kind](rows)

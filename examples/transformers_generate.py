@@ -1,16 +1,20 @@
 """A model of transformers writes with the selective cache: python examples/transformers_generate.py MODEL [PROMPT]
 
 MODEL: a folder that from_pretrained opens, or a model's name on the Hub.
+Once, in the project's folder: pip install ".[transformers]"
 """
 
 import sys
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+try:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selective_kv.transformers import SelectiveKVCache, captured_decoding
+    from selective_kv.transformers import SelectiveKVCache, captured_decoding
+except ModuleNotFoundError as error:
+    sys.exit(f'{error.name} is not installed; in the project\'s folder: pip install ".[transformers]"')
 
-if len(sys.argv) < 2:
+if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
     sys.exit(__doc__)
 path, prompt = sys.argv[1], " ".join(sys.argv[2:]) or "Once upon a time"
 tokenizer = AutoTokenizer.from_pretrained(path)

@@ -370,3 +370,14 @@ def test_the_gate_takes_the_first_and_the_last_layer(tmp_path: Path) -> None:
     assert [*short.layers] == [model.layers[0], model.layers[-1]] and short.config.n_layer == 2
     assert [*gates.shallow(model, 99).layers] == [*model.layers] and len(model.layers) == model.config.n_layer
     assert [*gates.shallow(model, 1).layers] == [model.layers[0]]
+
+
+def test_a_picture_under_another_name_than_was_asked_for_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """speed.docx was drawn as speed.png, and /dev/full as /dev/full.png."""
+    for name in ("speed.docx", "speed", "speed.v1"):
+        with pytest.raises(SystemExit) as exit_:
+            run(tmp_path, "--context", "60", "--png", str(tmp_path / name))
+        assert exit_.value.code == 2 and "must end in .png" in capsys.readouterr().err
+    assert not list(tmp_path.glob("speed*"))

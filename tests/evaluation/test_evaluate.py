@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,21 @@ def test_a_crash_loses_no_finished_result(
     monkeypatch.setattr(where, name, original)
     evaluate.main(argv)
     assert not kept.exists() and json.loads(out.read_text())["finished"]
+
+
+def test_a_record_for_a_pipe_leaves_no_file_beside_it(tiny: Path, tmp_path: Path, text: Path) -> None:
+    """For /dev/stdout an unfinished record was written to /dev: refused after the work, or left there."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "pipe.unfinished").mkdir()  # where such a file would stand, it could not be written
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.append((folder / "pipe").read_text()), daemon=True)
+    reader.start()
+    argv = ["perplexity", "--checkpoint_path", tiny, "--text", text, "--context", 60, "--windows", 1, *CACHES]
+    evaluate.main([*map(str, argv), "--json", str(folder / "pipe")])
+    reader.join(10)
+    assert json.loads(got[0])["finished"]
 
 
 def test_jsonl_is_read_for_its_texts(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

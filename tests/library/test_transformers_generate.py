@@ -342,3 +342,12 @@ def test_the_example_as_it_stands(tmp_path: Path) -> None:
     run = subprocess.run(example, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("Once upon a time") and "'quantised':" in run.stdout
+
+
+def test_the_example_says_what_is_not_installed() -> None:
+    """In a fresh clone, as the README has it: the library itself was a traceback."""
+    hide = "import runpy, sys; sys.modules['selective_kv'] = None; sys.argv[1:] = ['model']\n"
+    hide += f"runpy.run_path({str(ROOT / 'examples' / 'transformers_generate.py')!r}, run_name='__main__')"
+    run = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.startswith("selective_kv") and 'pip install ".[transformers]"' in run.stderr
