@@ -31,7 +31,10 @@ def read_prompts(args: argparse.Namespace, pipe: bool = True) -> list[str]:
         return ["-"]
     prompts = [piped_prompt("--prompt -") if prompt == "-" else prompt for prompt in args.prompt]
     if pipe and not prompts and args.prompt_file is None and not args.interactive and not args.random_weights:
-        prompts = [text] if (text := piped_text()).strip() else []
+        if (text := piped_text()).strip():
+            prompts = [text]
+        elif _is_pipe(sys.stdin):  # whatever should have written there has failed, perhaps
+            say("standard input is empty, so there is no prompt from it")
     if args.prompt_file is not None:
         try:
             data = (
@@ -71,9 +74,9 @@ def piped_text() -> str:
         return ""
 
 
-def _is_pipe(stream: TextIO) -> bool:
+def _is_pipe(stream: TextIO | None) -> bool:
     try:
-        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+        return stream is not None and stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
     except (OSError, ValueError):  # a stream that is no file, as in a notebook
         return False
 

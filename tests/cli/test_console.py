@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -58,3 +59,14 @@ def test_a_prompt_that_is_no_token_at_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--prompt 'xx' is no token at all for this model's tokenizer"):
         encode_prompt("xx", load_tokenizer(folder), 320, 0, "m")
     assert encode_prompt("xax", load_tokenizer(folder), 320, 0, "m")
+
+
+def test_an_empty_pipe_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`cat missing.txt | generate.py` wrote about something else without a word."""
+    read, write = os.pipe()
+    os.close(write)
+    with open(read) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        args = Namespace(prompt=[], prompt_file=None, interactive=False, random_weights=False)
+        assert read_prompts(args) == []
+    assert "standard input is empty, so there is no prompt from it" in capsys.readouterr().err
