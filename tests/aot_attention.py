@@ -39,7 +39,7 @@ def compile_split_kernel(
     constants = {
         "HEAD_DIM": head_dim, "HEADS": p.heads, "WARPS": p.warps, "FLOAT_SLICE": p.float_slice,
         "INT_SLICE": p.int_slice, "FLOAT_STAGES": p.float_stages, "INT_STAGES": p.int_stages, **stored,
-        "V_LATER": rounds_later(stored["V_ROTATION"], merging(n_partial, head_dim)["DIMS"]),
+        "V_LATER": rounds_later(p, k_bits, v_bits, stored["V_ROTATION"], merging(n_partial, head_dim)["DIMS"]),
         "HALVES": p.halves and p.warps * p.int_slice == TILE, "AHEAD": p.ahead, "TURN_SINKS": turn, "NEW": new,
         "INTERPRET": False, "COLUMNS": columns, "OVERLAP": True,
     }  # fmt: skip
@@ -114,7 +114,8 @@ def compile_combine_kernel(
     itemsize = 4 if dtype == "fp32" else 2
     p = plan(8, group, head_dim, itemsize, 132, bits // 2, bits // 2)
     merged = merging((n_split + 1) * p.warps, head_dim)
-    later = rounds_later(stored_as(head_dim, bits // 2, bits // 2)["V_ROTATION"], merged["DIMS"])
+    rotation = stored_as(head_dim, bits // 2, bits // 2)["V_ROTATION"]
+    later = rounds_later(p, bits // 2, bits // 2, rotation, merged["DIMS"])
     constants = {"HEAD_DIM": head_dim, "HEADS": p.heads, "COLUMNS": -(-group // p.heads), "WARPS": p.warps,
                  "HAS_INT": bits > 0, "HALVES": False, "V_LATER": later, "OVERLAP": True,
                  **blocks(p), **merged}  # fmt: skip

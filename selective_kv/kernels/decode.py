@@ -341,7 +341,7 @@ def run(
     next_bytes = 0 if next_weight is None or not overlap else min(next_weight.nbytes, MOST_NEXT)
     bias, n_pair = bias_operands(regions)
     block, rotated = merging((n_split + 1) * p.warps, head_dim), rotations(regions)
-    later = rounds_later(rotated["V_ROTATION"], block["DIMS"])
+    later = rounds_later(p, k_bits, v_bits, rotated["V_ROTATION"], block["DIMS"])
     halves = bool(p.halves) and p.warps * p.int_slice == TILE_TOKENS  # what was made shorter to fit is not halved again
     launch(split_kernel, grid)(
         q, regions.k, regions.v, k_codes, v_codes, k_scale, v_scale, k_factor, *bias, positions,

@@ -139,13 +139,16 @@ def merging(n_partial: int, head_dim: int) -> dict[str, int]:
     return {"CHUNK": chunk, "DIMS": min(head_dim & -head_dim, max(1, 1024 // chunk))}
 
 
-def rounds_later(v_rotation: int, dims: int) -> int:
+def rounds_later(p: Plan, k_bits: int, v_bits: int, v_rotation: int, dims: int) -> int:
     """The size of the rounds by which values are rotated back (`hadamard.butterfly`) that are left to `combine_kernel`,
     a program of which has `dims` neighbouring dims; 1: none.
 
     In a split these lowest bits of a dim are threads, and a meeting of threads is a shuffle, for each partial result
-    and query head: half of the 500 instructions behind its loop. There it is done once, in 30.
+    and query head: half of the 500 instructions behind its loop. There it is done once, in 30. With 3 bits in programs
+    of several warps the loop itself comes out slower for it: 32 x 8k tokens took 18% longer on an H100.
     """
+    if 3 in (k_bits, v_bits) and p.warps > 1:
+        return 1
     size = min(v_rotation, dims)
     return size if size >= 4 else 1  # of 3 bits the lowest two tell sums apart
 

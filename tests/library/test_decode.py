@@ -32,7 +32,7 @@ from model import Rope
 from selective_kv.kernels import pytorch
 from selective_kv.kernels import triton_backend as kernels  # after kernel_reference, which chooses the interpreter
 from selective_kv.kernels.decode import run
-from selective_kv.kernels.decode_config import plan
+from selective_kv.kernels.decode_config import plan, rounds_later
 from selective_kv.regions import Regions
 
 
@@ -300,6 +300,20 @@ def test_blocks_of_half_a_tile_where_programs_have_few(device: str) -> None:
     regions = held(k, v, lengths, 4, 32, 4, device, form)
     p = plan(2, 4, 64, 2, 132, 3, 3)._replace(halves=True, splits=1)
     assert p.int_slice == 128
+    poison(device)
+    out = run(q.to(device), regions, torch.tensor(lengths, device=device) - 1, None, p)
+    for b, n in enumerate(lengths):
+        assert error(out[b], reference(q[b], k[b], v[b], n, 4, 32, True, None, form)) < TOLERANCE[BF16], f"{n} tokens"
+
+
+def test_three_bits_by_programs_of_several_warps_rotate_values_back_themselves(device: str) -> None:
+    """As batches do (`rounds_later`); the program at the border has slots and tiles."""
+    lengths, form = [36 + 256, 36 + 384 + 5, 20], formats(3, 3)
+    k, v = tokens(3, 1, max(lengths), 64, BF16)
+    q = torch.randn(3, 4, 64).to(BF16)
+    regions = held(k, v, lengths, 4, 32, 3, device, form)
+    p = plan(2, 4, 64, 2, 132, 3, 3)._replace(warps=2, int_slice=64, splits=2)
+    assert rounds_later(p, 3, 3, 64, 64) == 1 < rounds_later(p._replace(warps=1), 3, 3, 64, 64)
     poison(device)
     out = run(q.to(device), regions, torch.tensor(lengths, device=device) - 1, None, p)
     for b, n in enumerate(lengths):
