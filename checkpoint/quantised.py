@@ -153,13 +153,24 @@ def write_quantised(
     """Write a model, which `load` returns when the folder is ready for it, and the tokenizer's files beside it.
     gguf: the file that holds the tokenizer.
 
-    config.json comes last: a folder without it is none. Returns the file of the weights. Raises UserError.
+    config.json comes last: a folder without it is none. What the folder held stays whole until the new weights are, and
+    a folder that was made for nothing goes again. Returns the file of the weights. Raises UserError.
     """
-    file = out / "model.safetensors"
+    made = not out.exists()
     with _errors_reported(out):
         out.mkdir(parents=True, exist_ok=True)
-        for name_of_old in ("config.json", VOCABULARY):
-            (out / name_of_old).unlink(missing_ok=True)
+    try:
+        return _write_quantised(out, name, weights, eos_ids, tokenizer_folder, gguf, load)
+    finally:
+        if made and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _write_quantised(
+    out: Path, name: str, weights: WeightSetting, eos_ids: tuple[int, ...], tokenizer_folder: Path | None,
+    gguf: GGUF | None, load: Callable[[], Transformer],
+) -> Path:  # fmt: skip
+    file = out / "model.safetensors"
     model = load()
     tensors: dict[str, Tensor] = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
     fields = {
@@ -174,6 +185,8 @@ def write_quantised(
             mask = os.umask(0)
             os.umask(mask)
             part.chmod(0o666 & ~mask)  # as any new file's: the library lets nobody else read it
+            for name_of_old in ("config.json", VOCABULARY):  # not theirs, not even after a kill
+                (out / name_of_old).unlink(missing_ok=True)
             part.replace(file)
         finally:
             part.unlink(missing_ok=True)

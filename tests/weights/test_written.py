@@ -92,6 +92,26 @@ def written(source: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("at", ["cli.quantising.load_model", "checkpoint.quantised.save_file"])
+def test_what_is_interrupted_leaves_the_old_folder_or_none(
+    at: str, written: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config was once gone before the new weights were there: no program took it any more."""
+
+    def interrupted(*args: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {file.name: file.read_bytes() for file in written.iterdir() if file.is_file()}
+    monkeypatch.setattr(at, interrupted)
+    for out in (written, tmp_path / "new"):
+        argv = ["--checkpoint_path", str(source), "--weights", "int8", "--out", str(out), "--device", "cpu"]
+        with pytest.raises(SystemExit) as exit_:
+            command.main(argv)
+        assert exit_.value.code == 130
+    assert {file.name: file.read_bytes() for file in written.iterdir() if file.is_file()} == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_damage_is_told(written: Path) -> None:
     config = json.loads((written / "config.json").read_text())
     for change, said in (({"version": 9}, "version 9"), ({"weights": "int3"}, "int3"), ({"config": {}}, "is missing"),
