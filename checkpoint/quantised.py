@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,22 +156,29 @@ def write_quantised(
     config.json comes last: a folder without it is none. What the folder held stays whole until the new weights are, and
     a folder that was made for nothing goes again. Returns the file of the weights. Raises UserError.
     """
+    with _folder(out):
+        return _write(out, name, weights, eos_ids, tokenizer_folder, gguf, load())
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """The folder is there; one that was made for nothing goes again."""
     made = not out.exists()
     with _errors_reported(out):
         out.mkdir(parents=True, exist_ok=True)
     try:
-        return _write_quantised(out, name, weights, eos_ids, tokenizer_folder, gguf, load)
+        yield
     finally:
-        if made and not any(out.iterdir()):
-            out.rmdir()
+        if made:
+            with suppress(OSError):  # something is in it
+                out.rmdir()
 
 
-def _write_quantised(
+def _write(
     out: Path, name: str, weights: WeightSetting, eos_ids: tuple[int, ...], tokenizer_folder: Path | None,
-    gguf: GGUF | None, load: Callable[[], Transformer],
+    gguf: GGUF | None, model: Transformer,
 ) -> Path:  # fmt: skip
     file = out / "model.safetensors"
-    model = load()
     tensors: dict[str, Tensor] = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
     fields = {
         "model_type": MODEL_TYPE, "version": VERSION, "name": name, "weights": weights.in_full(),

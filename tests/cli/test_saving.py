@@ -9,26 +9,12 @@ from pathlib import Path
 
 import pytest
 from conftest import write_checkpoint
+from generate_calls import call, fails
 
 import generate
 
 QUANTIZE = ["quantize_kv", "--sink_size", "2", "--window_size", "6"]
 COMPRESS = ["compress_kv", "--sink_size", "2", "--window_size", "6"]
-
-
-def call(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[str, dict, str]:
-    generate.main([*map(str, argv), "--json"])
-    out, err = capsys.readouterr()
-    text, _, last = out.rstrip("\n").rpartition("\n")
-    return text, json.loads(last), err
-
-
-def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        generate.main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    assert exit_.value.code == 2 and out == "" and err.count("\n") == 1, err
-    return err
 
 
 @pytest.mark.parametrize("cache", [[], QUANTIZE, COMPRESS], ids=lambda c: c[0] if c else "full")
