@@ -10,6 +10,7 @@ import pytest
 from conftest import SENTENCES
 
 from evaluation import command as evaluate
+from evaluation import subject
 
 TEXT = "\n".join(SENTENCES * 2)
 CACHES = ["--caches", "quantize_kv:sink_size=2,window_size=8", "compress_kv:sink_size=2,window_size=8"]
@@ -34,3 +35,16 @@ def text_file(folder: Path) -> Path:
     path = folder / "text.txt.xz"
     path.write_bytes(lzma.compress(TEXT.encode()))
     return path
+
+
+def spied_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Of each prompt that an engine reads from here on: the cache's name, what it held before, the prompt's tokens."""
+    reads: list[tuple[str, int, int]] = []
+    original = subject.Engine.read
+
+    def spy(self, prompts):  # type: ignore[no-untyped-def]
+        reads.append((self.cache.policy.name, int(self.cache.lengths[0]), len(prompts[0])))
+        return original(self, prompts)
+
+    monkeypatch.setattr(subject.Engine, "read", spy)
+    return reads

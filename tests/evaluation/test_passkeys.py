@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from evaluate_calls import CACHES, record, text_file
+from evaluate_calls import CACHES, record, spied_reads, text_file
 
 from evaluation import command as evaluate
 from evaluation import passkeys as retrieval
@@ -19,14 +19,7 @@ def text(tmp_path: Path) -> Path:
 
 def test_passkeys_read_the_cache(tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights recall nothing; what counts is that every cell is tried, and the question finds only the cache."""
-    asked: list[tuple[str, int, int]] = []
-    original = subject.Engine.read
-
-    def spy(self, prompts):  # type: ignore[no-untyped-def]
-        asked.append((self.cache.policy.name, int(self.cache.lengths[0]), len(prompts[0])))
-        return original(self, prompts)
-
-    monkeypatch.setattr(subject.Engine, "read", spy)
+    asked = spied_reads(monkeypatch)
     base = ["--checkpoint_path", tiny, "--text", text, "--lengths", 200, 240, 200, "--depths", 0, 1, "--trials", 2]
     r = record(tmp_path, "passkey", *base, *CACHES)
     questions = [(name, before + n) for name, before, n in asked if before]

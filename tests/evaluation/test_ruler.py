@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import write_checkpoint
+from evaluate_calls import spied_reads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,14 +151,7 @@ def test_summary_keeps_what_the_full_cache_can_do() -> None:
 def test_the_question_finds_only_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every task through every cache; what precedes the question is read before it."""
     folder = write_checkpoint(tmp_path / "model", context=4096)
-    asked: list[tuple[str, int, int]] = []
-    original = subject.Engine.read
-
-    def spy(self, prompts):  # type: ignore[no-untyped-def]
-        asked.append((self.cache.policy.name, int(self.cache.lengths[0]), len(prompts[0])))
-        return original(self, prompts)
-
-    monkeypatch.setattr(subject.Engine, "read", spy)
+    asked = spied_reads(monkeypatch)
     out = tmp_path / "r.json"
     argv = ["ruler", "--checkpoint_path", folder, "--lengths", 2500, "--trials", 1, "--json", out, "--caches"]
     evaluate.main([*map(str, argv), "quantize_kv:sink_size=4,window_size=16", "compress_kv:sink_size=4,window_size=16"])
